@@ -1,0 +1,48 @@
+"""The only file that touches what differs between the JAX versions we support."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.extend import core
+
+
+def jaxpr_and_consts(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
+    """The open jaxpr of an equation's parameter and the values of its constants.
+
+    Up to JAX 0.11 a parameter holds a ClosedJaxpr or an open Jaxpr; from 0.12 on
+    there is one class, whose `.consts` may be empty.
+    """
+    return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
+
+
+def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
+    """How many of a scan's inputs are constants, and how many are carried.
+
+    JAX 0.11 replaced `num_consts` and `num_carry` by a flat tree `ft_in`.
+    """
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()
+    return len(consts), len(carry)
+
+
+def bind(eqn: Any, args: Sequence[Any]) -> list[Any]:
+    """Evaluates one equation as it stands, under its own context and name."""
+    params = eqn.primitive.get_bind_params(eqn.params)
+    name = str(eqn.source_info.name_stack)
+    scope = jax.named_scope(name) if name else contextlib.nullcontext()
+    with scope, eqn.ctx.manager:
+        out = eqn.primitive.bind(*args, **params)
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def evaluate(jaxpr: Any, args: Sequence[Any]) -> list[Any]:
+    """Evaluates a closed jaxpr on flat arguments."""
+    return core.jaxpr_as_fun(jaxpr)(*args)
+
+
+Literal = core.Literal

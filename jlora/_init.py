@@ -1,0 +1,73 @@
+"""Initialisers of a and b: the delta is exactly zero at the start."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jlora._leaf import LoRA
+from jlora._plan import Spec
+
+Initialiser = Callable[[jax.Array, Spec, tuple[int, ...], tuple[int, ...], Any], Any]
+
+
+def path_key(key: jax.Array, path: str) -> jax.Array:
+    """A key of its own for each path, whatever else is in the tree."""
+    digest = hashlib.sha256(path.encode()).digest()
+    for word in (digest[:4], digest[4:8]):
+        key = jax.random.fold_in(key, int.from_bytes(word, "little"))
+    return key
+
+
+def typed(key: jax.Array | None) -> jax.Array:
+    """The key as a typed one; None is ``jax.random.key(0)``."""
+    if key is None:
+        return jax.random.key(0)
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return key
+    return jax.random.wrap_key_data(key)
+
+
+def kaiming(
+    key: jax.Array, spec: Spec, a: tuple[int, ...], b: tuple[int, ...], dtype: Any
+) -> tuple[jax.Array, jax.Array]:
+    """a ~ U(±1/√fan_in) over the in axes, b = 0; embeddings: a = 0, b ~ N(0, 1).
+
+    loralib's choice: kaiming_uniform with a = √5 (arXiv:1502.01852, eq. 10).
+    """
+    if spec.kind == "embed":
+        return jnp.zeros(a, dtype), jax.random.normal(key, b, dtype)
+    fan_in = math.prod(a[len(spec.batch_axes) : -1])
+    bound = 1 / math.sqrt(max(fan_in, 1))
+    return jax.random.uniform(key, a, dtype, -bound, bound), jnp.zeros(b, dtype)
+
+
+_INITS: dict[str, Initialiser] = {"kaiming": kaiming}
+
+
+def make(
+    w: Any, path: str, spec: Spec, *, init: str, dtype: Any, key: jax.Array
+) -> LoRA:
+    """The adapted leaf of a weight; an abstract base gets abstract factors."""
+    if init not in _INITS:
+        raise ValueError(f"init {init!r}: expected one of {', '.join(_INITS)}.")
+    size = {
+        role: [w.shape[k] for k in axes]
+        for role, axes in zip("bio", (spec.batch_axes, spec.in_axes, spec.out_axes),
+                              strict=True)
+    }
+    shape_a = (*size["b"], *size["i"], spec.rank)
+    shape_b = (*size["b"], spec.rank, *size["o"])
+
+    def build() -> tuple[jax.Array, jax.Array, jax.Array]:
+        a, b = _INITS[init](path_key(key, path), spec, shape_a, shape_b, dtype)
+        return a, b, jnp.full(size["b"], spec.alpha / spec.rank, jnp.float32)
+
+    abstract = isinstance(w, jax.ShapeDtypeStruct)
+    a, b, scale = jax.eval_shape(build) if abstract else build()
+    return LoRA(w, a, b, scale, roles=spec.axes.lstrip("b"))

@@ -1,0 +1,495 @@
+"""Low-rank algebra: what a weight's uses become on (w, a, b).
+
+Every function takes a leaf whose weight is W = w + scale * a·b and gives what the
+operation of the same name gives on W, without forming it.  Layers, the lift and merge
+have no other implementation.
+
+Everything is written on labels: axis k of the weight is the label k, the axis that a
+and b share is RANK, and axes that an activation brings count on from the weight's
+ndim.  A field's labels say which axis of the weight each of its own axes is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jlora._leaf import Full, LoRA
+
+RANK = -1
+
+
+class NotFactored(Exception):
+    """This use has no low-rank form; the weight has to be materialised."""
+
+
+class RolesError(ValueError):
+    """This use contradicts the roles that the weight's axes were given."""
+
+
+# ---------------------------------------------------------------------------- labels
+
+
+def _labels(axes: str) -> tuple[list[int], list[int], list[int]]:
+    """The labels of a, of b and of scale."""
+    batch, in_, out = ([k for k, c in enumerate(axes) if c == role] for role in "bio")
+    return [*batch, *in_, RANK], [*batch, RANK, *out], batch
+
+
+def _scaled_b(leaf: LoRA) -> jax.Array:
+    """scale * b.  Scaling the factor costs nothing per token and rounds once."""
+    missing = range(leaf.scale.ndim, leaf.b.ndim)
+    return leaf.b * lax.expand_dims(leaf.scale, missing)
+
+
+def _dot(
+    x: jax.Array,
+    xl: Sequence[int],
+    y: jax.Array,
+    yl: Sequence[int],
+    keep: set[int],
+    **params: Any,
+) -> tuple[jax.Array, list[int]]:
+    """dot_general on labels: what x and y share outside ``keep`` is summed over.
+
+    Returns the product and its labels, in dot_general's own order.
+    """
+    batch = [k for k in xl if k in yl and k in keep]
+    summed = [k for k in xl if k in yl and k not in keep]
+    dims = tuple(
+        (tuple(xl.index(k) for k in ks), tuple(yl.index(k) for k in ks))
+        for ks in (summed, batch)
+    )
+    rest = [k for k in [*xl, *yl] if k not in batch and k not in summed]
+    return lax.dot_general(x, y, dims, **params), [*batch, *rest]
+
+
+def _order(x: jax.Array, labels: Sequence[int], wanted: Sequence[int]) -> jax.Array:
+    """x with its axes in the wanted order."""
+    if list(labels) == list(wanted):
+        return x
+    return lax.transpose(x, [labels.index(k) for k in wanted])
+
+
+def _cast(x: jax.Array, like: jax.Array) -> jax.Array:
+    """x in the activation's dtype; as it is beside integer activations."""
+    return x.astype(like.dtype) if jnp.issubdtype(like.dtype, jnp.inexact) else x
+
+
+# --------------------------------------------------------------------------- merging
+
+
+def delta(leaf: LoRA) -> jax.Array:
+    """scale * a·b in the weight's shape and the factors' dtype, at full precision."""
+    la, lb, _ = _labels(leaf.axes)
+    weight = range(leaf.ndim)
+    out, labels = _dot(
+        leaf.a, la, _scaled_b(leaf), lb, set(weight), precision="highest"
+    )
+    return _order(out, labels, weight)
+
+
+def dense(leaf: LoRA | Full) -> jax.Array:
+    """The merged weight, computed in float32 (or wider) and rounded once."""
+    if isinstance(leaf, Full):
+        return leaf.value.astype(leaf.w.dtype)
+    d = delta(leaf)
+    wide = jnp.promote_types(leaf.w.dtype, d.dtype)
+    return (leaf.w.astype(wide) + d.astype(wide)).astype(leaf.w.dtype)
+
+
+# ------------------------------------------------------------------ uses of a weight
+
+
+def _drop(leaf: LoRA, x: jax.Array, use: int) -> jax.Array:
+    """Inverted dropout on the activation (arXiv:1207.0580), with a mask per use."""
+    if leaf.key is None or not leaf.rate:
+        return x
+    key = jax.random.fold_in(leaf.key.reshape(-1)[0], use)
+    keep = jax.random.bernoulli(key, 1 - leaf.rate, x.shape)
+    return jnp.where(keep, x / (1 - leaf.rate), 0).astype(x.dtype)
+
+
+def contract(
+    leaf: LoRA,
+    x: jax.Array,
+    *,
+    weight_first: bool,
+    use: int,
+    dimension_numbers: Any,
+    **params: Any,
+) -> jax.Array:
+    """dot_general of x and the weight, on either side.
+
+    The factor that holds the contracted axes goes first: (x·a)·b, or (x·b)·a where the
+    weight is used transposed (a tied head).  An axis of size one may have any role.
+
+    Raises:
+      RolesError: the contracted axes mix in and out axes, or hold a batch axis.
+      NotFactored: nothing is contracted.
+    """
+    n, axes = leaf.ndim, leaf.axes
+    # Only the base product has the shape that a requested sharding is for.
+    out_sharding = params.pop("out_sharding", None)
+    (lc, rc), (lb, rb) = dimension_numbers
+    wc, wb, xc, xb = (lc, lb, rc, rb) if weight_first else (rc, rb, lc, lb)
+    roles = {axes[k] for k in wc if leaf.w.shape[k] != 1}
+    if "b" in roles or len(roles) > 1:
+        raise RolesError(
+            f"contracts axes {tuple(map(int, wc))} of a weight of shape "
+            f"{tuple(leaf.w.shape)} and roles {axes!r}: expected in axes (i) only, or "
+            "out axes (o) only"
+        )
+    if not wc:
+        raise NotFactored
+    xl = list(range(n, n + x.ndim))
+    for kw, kx in zip((*wc, *wb), (*xc, *xb), strict=True):
+        xl[kx] = kw
+    kept = [k for k in range(n) if k not in wc and k not in wb]
+    new = [k for k in xl if k >= n]
+    out = [*wb, *kept, *new] if weight_first else [*wb, *new, *kept]
+
+    operands = (leaf.w, x) if weight_first else (x, leaf.w)
+    base = lax.dot_general(
+        *operands, dimension_numbers, out_sharding=out_sharding, **params
+    )
+
+    la, lb, _ = _labels(axes)
+    first, second = (leaf.a, la), (_scaled_b(leaf), lb)
+    if "o" in roles:
+        first, second = second, first
+    h, hl = _drop(leaf, x, use), xl
+    for (factor, fl), keep in ((first, {*out, *second[1]}), (second, {*out})):
+        h, factor = _cast(h, x), _cast(factor, x)
+        pair = (factor, fl, h, hl) if weight_first else (h, hl, factor, fl)
+        h, hl = _dot(*pair, keep, **params)
+    return base + _order(h, hl, out).astype(base.dtype)
+
+
+def conv(
+    leaf: LoRA,
+    x: jax.Array,
+    *,
+    use: int,
+    dimension_numbers: Any,
+    feature_group_count: int,
+    batch_group_count: int,
+    precision: Any,
+    preferred_element_type: Any,
+    **params: Any,
+) -> jax.Array:
+    """Convolution of x with the weight as its kernel.
+
+    x is convolved with a to r features (the same strides, padding and dilations), and
+    b takes these to the outputs as a 1x1 convolution.  With groups, a is shared: each
+    group of inputs is convolved with it and reads its own columns of b, which is the
+    low-rank form of the kernel array itself.
+
+    Raises:
+      RolesError: the convolved axes are not all in axes, or the outputs no out axis.
+      NotFactored: a batch-grouped convolution (the gradient of a grouped one).
+    """
+    if batch_group_count != 1:
+        raise NotFactored
+    out_axis, *convolved = dimension_numbers.rhs_spec
+    wanted = "".join("o" if k == out_axis else "i" for k in range(leaf.ndim))
+    leaf = _with_units(leaf, wanted)
+    if leaf.axes != wanted:
+        raise RolesError(
+            f"convolves axes {tuple(sorted(convolved))} of a weight of shape "
+            f"{tuple(leaf.w.shape)} and roles {leaf.axes!r}: expected {wanted!r}"
+        )
+    products = dict(
+        precision=precision, preferred_element_type=preferred_element_type
+    )
+
+    def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return lax.conv_general_dilated_p.bind(
+            x,
+            kernel,
+            dimension_numbers=dimension_numbers,
+            feature_group_count=feature_group_count,
+            batch_group_count=1,
+            **products,
+            **params,
+        )
+
+    base = convolve(x, leaf.w)
+    kernel_axes = [k if k != out_axis else RANK for k in range(leaf.ndim)]
+    a = _order(_cast(leaf.a, x), _labels(wanted)[0], kernel_axes)
+    groups, rank = feature_group_count, leaf.rank
+    h = convolve(_drop(leaf, x, use), jnp.concatenate([a] * groups, axis=out_axis))
+
+    # Labels of what follows: GROUP and OUT split the output features.
+    GROUP, OUT = -2, -3
+    k = dimension_numbers.out_spec[1]
+    h = lax.reshape(_cast(h, x), (*h.shape[:k], groups, rank, *h.shape[k + 1 :]))
+    b = _cast(_scaled_b(leaf), x).reshape(rank, groups, -1)
+    rest = list(range(x.ndim))
+    del rest[k]
+    hl = [*rest[:k], GROUP, RANK, *rest[k:]]
+    d, dl = _dot(h, hl, b, [RANK, GROUP, OUT], {*rest, GROUP}, **products)
+    d = _order(d, dl, [*rest[:k], GROUP, OUT, *rest[k:]])
+    return base + lax.reshape(d, base.shape).astype(base.dtype)
+
+
+def lookup(
+    leaf: LoRA,
+    indices: jax.Array,
+    *,
+    dimension_numbers: Any,
+    slice_sizes: Sequence[int],
+    fill_value: Any,
+    **params: Any,
+) -> jax.Array:
+    """gather of whole rows of the weight: rows of one factor times the other one.
+
+    An index out of bounds reads what the base's mode gives, and a delta of zero.
+
+    Raises:
+      NotFactored: the gather indexes in and out axes at once, or cuts a row.
+    """
+    n, axes, dn = leaf.ndim, leaf.axes, dimension_numbers
+    indexed, batched = dn.start_index_map, dn.operand_batching_dims
+    roles = {axes[k] for k in indexed}
+    cut = [k for k in range(n) if slice_sizes[k] != leaf.w.shape[k]]
+    if (
+        roles not in ({"i"}, {"o"})
+        or not set(cut) <= {*indexed, *batched}
+        or any(axes[k] != "b" for k in batched)
+    ):
+        raise NotFactored
+
+    def gather(x: jax.Array, dn: Any, sizes: Sequence[int], fill: Any) -> jax.Array:
+        return lax.gather_p.bind(
+            x,
+            indices,
+            dimension_numbers=dn,
+            slice_sizes=tuple(sizes),
+            fill_value=fill,
+            **params,
+        )
+
+    base = gather(leaf.w, dn, slice_sizes, fill_value)
+    index = [n + k for k in range(indices.ndim - 1)]
+    for k, at in zip(batched, dn.start_indices_batching_dims, strict=True):
+        index[at] = k
+    gone = {*dn.collapsed_slice_dims, *batched}
+    rows, index_axes = (iter(ks) for ks in ([k for k in range(n) if k not in gone], index))
+    out = [next(rows if k in dn.offset_dims else index_axes) for k in range(base.ndim)]
+
+    la, lb, _ = _labels(axes)
+    (f, fl), (g, gl) = (leaf.a, la), (_scaled_b(leaf), lb)
+    if roles == {"o"}:
+        (f, fl), (g, gl) = (g, gl), (f, fl)
+    kept = [k for k in fl if k not in gone]
+
+    def own(ks: Sequence[int]) -> tuple[int, ...]:
+        return tuple(fl.index(k) for k in ks)
+
+    f_dn = lax.GatherDimensionNumbers(
+        offset_dims=tuple(range(len(index), len(index) + len(kept))),
+        collapsed_slice_dims=own(dn.collapsed_slice_dims),
+        start_index_map=own(indexed),
+        operand_batching_dims=own(batched),
+        start_indices_batching_dims=dn.start_indices_batching_dims,
+    )
+    sizes = [leaf.rank if k == RANK else slice_sizes[k] for k in fl]
+    h = gather(f, f_dn, sizes, None if fill_value is None else 0)
+    h, hl = _dot(_cast(h, base), [*index, *kept], _cast(g, base), gl, {*out})
+    return base + _order(h, hl, out).astype(base.dtype)
+
+
+# ------------------------------------------------- structure: a leaf in, a leaf out
+
+
+def _fields(leaf: LoRA, w: Any, axes: str, fn: Callable[..., Any]) -> LoRA:
+    """The leaf of weight w and roles ``axes``, with fn(field, labels) for the rest."""
+    la, lb, ls = _labels(leaf.axes)
+    return dataclasses.replace(
+        leaf,
+        w=w,
+        a=fn(leaf.a, la),
+        b=fn(leaf.b, lb),
+        scale=fn(leaf.scale, ls),
+        key=None if leaf.key is None else fn(leaf.key, ls),
+        roles=axes.lstrip("b"),
+    )
+
+
+def _refit(leaf: LoRA, w: jax.Array, axes: str) -> LoRA:
+    """The leaf of a reshaped w, where no role's axes changed their order."""
+    size = dict(enumerate(w.shape)) | {RANK: leaf.rank}
+    la, lb, ls = ([size[k] for k in labels] for labels in _labels(axes))
+    return dataclasses.replace(
+        leaf,
+        w=w,
+        a=leaf.a.reshape(la),
+        b=leaf.b.reshape(lb),
+        scale=leaf.scale.reshape(ls),
+        key=None if leaf.key is None else leaf.key.reshape(ls),
+        roles=axes.lstrip("b"),
+    )
+
+
+def _with_units(leaf: LoRA, wanted: str) -> LoRA:
+    """The same leaf with the wanted roles where an axis is of size one."""
+    triples = zip(leaf.w.shape, leaf.axes, wanted, strict=True)
+    return _refit(leaf, leaf.w, "".join(v if n == 1 else r for n, r, v in triples))
+
+
+def blocks(
+    old: Sequence[int], new: Sequence[int]
+) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """The finest pairs of runs of axes that a reshape turns into each other.
+
+    Axes of size one are in no block.
+
+    Example:
+      >>> blocks((6, 1, 35), (2, 3, 5, 7))
+      [((0,), (0, 1)), ((2,), (2, 3))]
+    """
+    todo = [[k for k, n in enumerate(s) if n != 1] for s in (old, new)]
+    out = []
+    while todo[0] and todo[1]:
+        left, right = [todo[0].pop(0)], [todo[1].pop(0)]
+        while (p := math.prod(old[k] for k in left)) != (
+            q := math.prod(new[k] for k in right)
+        ):
+            if p < q:
+                left.append(todo[0].pop(0))
+            else:
+                right.append(todo[1].pop(0))
+        out.append((tuple(left), tuple(right)))
+    return out
+
+
+def cast(leaf: LoRA, fn: Callable[[jax.Array], jax.Array]) -> LoRA:
+    """fn on the base alone, where it changes no value of the delta (dtype, place)."""
+    return dataclasses.replace(leaf, w=fn(leaf.w))
+
+
+def transpose(leaf: LoRA, permutation: Sequence[int]) -> LoRA:
+    """lax.transpose."""
+    axes = "".join(leaf.axes[k] for k in permutation)
+    place = {k: at for at, k in enumerate(permutation)} | {RANK: RANK}
+
+    def move(x: jax.Array, labels: list[int]) -> jax.Array:
+        new = [place[k] for k in labels]
+        wanted = next(ls for ls in _labels(axes) if sorted(ls) == sorted(new))
+        return _order(x, new, wanted)
+
+    return _fields(leaf, lax.transpose(leaf.w, permutation), axes, move)
+
+
+def reshape(leaf: LoRA, shape: Sequence[int]) -> LoRA:
+    """lax.reshape, where it mixes no axes of different roles.
+
+    An axis of size one becomes a batch axis, which any use takes as it needs.
+    """
+    axes = ["b"] * len(shape)
+    if 0 in shape:
+        raise NotFactored
+    for left, right in blocks(leaf.w.shape, shape):
+        roles = {leaf.axes[k] for k in left}
+        if len(roles) > 1:
+            raise NotFactored
+        for k in right:
+            (axes[k],) = roles
+    return _refit(leaf, lax.reshape(leaf.w, shape), "".join(axes))
+
+
+def broadcast(leaf: LoRA, shape: Sequence[int], dimensions: Sequence[int]) -> LoRA:
+    """lax.broadcast_in_dim; an axis that grows is a batch axis."""
+    units = [1] * len(shape)
+    for k, at in enumerate(dimensions):
+        units[at] = leaf.w.shape[k]
+    leaf = reshape(leaf, units)
+
+    def grow(x: jax.Array, labels: Sequence[int]) -> jax.Array:
+        sizes = [leaf.rank if k == RANK else shape[k] for k in labels]
+        return lax.broadcast_in_dim(x, sizes, range(len(sizes)))
+
+    return _fields(leaf, grow(leaf.w, range(len(shape))), leaf.axes, grow)
+
+
+def per_axis(leaf: LoRA, fn: Callable[..., Any]) -> LoRA:
+    """An operation that acts on each axis by itself: slice, rev, dynamic_slice.
+
+    fn(field, labels) is called on every field, base included.
+    """
+    return _fields(leaf, fn(leaf.w, range(leaf.ndim)), leaf.axes, fn)
+
+
+def concatenate(parts: Sequence[LoRA | jax.Array], axis: int) -> LoRA:
+    """lax.concatenate of weights, some of them adapted.
+
+    Along a batch axis the factors are concatenated.  Along an in or out axis the ranks
+    add up: one factor is concatenated along the rank, the other is block-diagonal.
+    """
+    model = next(p for p in parts if isinstance(p, LoRA))
+    axes = model.axes
+    leaves = [_with_units(_as_leaf(p, model), axes) for p in parts]
+    dropouts = {(p.rate, p.key is None) for p in leaves if p.rank}
+    if any(p.axes != axes for p in leaves) or len(dropouts) > 1:
+        raise NotFactored
+    w = lax.concatenate([p.w for p in leaves], axis)
+    keys = [p.key for p in leaves if p.key is not None]
+    la, lb, ls = _labels(axes)
+    ranks = [p.rank for p in leaves]
+
+    def spread(x: jax.Array, labels: list[int], before: int, after: int) -> jax.Array:
+        pads = [(before, after, 0) if k == RANK else (0, 0, 0) for k in labels]
+        return lax.pad(x, jnp.zeros((), x.dtype), pads)
+
+    if axes[axis] == "b":
+        top = max(ranks)
+        pairs = [
+            (spread(p.a, la, 0, top - p.rank), spread(p.b, lb, 0, top - p.rank))
+            for p in leaves
+        ]
+        a = lax.concatenate([a for a, _ in pairs], la.index(axis))
+        b = lax.concatenate([b for _, b in pairs], lb.index(axis))
+        scale = lax.concatenate([p.scale for p in leaves], ls.index(axis))
+        key = None
+        if keys:
+            if len(keys) < len(leaves):
+                raise NotFactored
+            key = jnp.concatenate(keys, ls.index(axis))
+        return dataclasses.replace(model, w=w, a=a, b=b, scale=scale, key=key)
+
+    def diagonal(fields: list[jax.Array], labels: list[int]) -> jax.Array:
+        ends = [sum(ranks[: i + 1]) for i in range(len(ranks))]
+        padded = [
+            spread(f, labels, end - r, ends[-1] - end)
+            for f, r, end in zip(fields, ranks, ends, strict=True)
+        ]
+        return lax.concatenate(padded, labels.index(axis))
+
+    fields_a, fields_b = [p.a for p in leaves], [_scaled_b(p) for p in leaves]
+    if axes[axis] == "o":
+        a = lax.concatenate(fields_a, la.index(RANK))
+        b = diagonal(fields_b, lb)
+    else:
+        a = diagonal(fields_a, la)
+        b = lax.concatenate(fields_b, lb.index(RANK))
+    one = jnp.ones_like(model.scale)
+    return dataclasses.replace(
+        model, w=w, a=a, b=b, scale=one, key=keys[0] if keys else None
+    )
+
+
+def _as_leaf(x: LoRA | jax.Array, model: LoRA) -> LoRA:
+    """A plain array as a leaf of rank zero beside ``model``."""
+    if isinstance(x, LoRA):
+        return x
+    size = dict(enumerate(x.shape)) | {RANK: 0}
+    la, lb, ls = ([size[k] for k in labels] for labels in _labels(model.axes))
+    zeros, one = jnp.zeros, jnp.ones(ls, jnp.float32)
+    return LoRA(x, zeros(la), zeros(lb), one, roles=model.roles)

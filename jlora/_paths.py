@@ -1,0 +1,109 @@
+"""Paths and patterns: how a leaf of a tree is named, and how names are matched."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+
+from jlora._leaf import is_adapted
+
+Pattern = str | re.Pattern[str] | Callable[[str, Any], bool]
+
+
+def path_of(keys: tuple[Any, ...]) -> str:
+    """``"encoder/layer_0/query/kernel"`` from JAX's key path.
+
+    The attribute ``value`` that Flax's boxes and NNX's variables end in is left out.
+    """
+    names = []
+    for key in keys:
+        for attribute in ("key", "name", "idx"):
+            if hasattr(key, attribute):
+                names.append(str(getattr(key, attribute)))
+                break
+        else:
+            names.append(str(key))
+    last = keys[-1] if keys else None
+    if isinstance(last, jax.tree_util.GetAttrKey) and last.name == "value":
+        names.pop()
+    return "/".join(names)
+
+
+def flatten(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
+    """(path, leaf) pairs with adapted leaves whole, and the tree's structure."""
+    pairs, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_adapted)
+    return [(path_of(keys), x) for keys, x in pairs], treedef
+
+
+def map_leaves(fn: Callable[[str, Any], Any], tree: Any) -> Any:
+    """tree_map of fn(path, leaf), with adapted leaves whole."""
+    pairs, treedef = flatten(tree)
+    return jax.tree.unflatten(treedef, [fn(path, x) for path, x in pairs])
+
+
+@functools.lru_cache(maxsize=4096)
+def _compile(glob: str) -> re.Pattern[str]:
+    """`*`, `?` and `[...]` within one key; `**` for zero or more whole keys."""
+    within = {"*": "[^/]*", "?": "[^/]"}
+
+    def token(found: re.Match[str]) -> str:
+        text = found.group()
+        if len(text) > 1:
+            return "[" + text[1:-1].replace("\\", r"\\").replace("!", "^", 1) + "]"
+        return within.get(text, re.escape(text))
+
+    keys = [
+        "(?:[^/]+/)*" if key == "**" else re.sub(r"\[[^\]]+\]|.", token, key) + "/"
+        for key in glob.split("/")
+    ]
+    return re.compile("".join(keys))
+
+
+def matches(pattern: Pattern, path: str, x: Any) -> bool:
+    """Whether a glob, a compiled regular expression (full match) or a callable fits."""
+    if isinstance(pattern, str):
+        return _compile(pattern).fullmatch(path + "/") is not None
+    if isinstance(pattern, re.Pattern):
+        return pattern.fullmatch(path) is not None
+    if callable(pattern):
+        return bool(pattern(path, x))
+    raise TypeError(
+        f"pattern {pattern!r}: expected a glob, a compiled regular expression or a "
+        f"callable (path, array) -> bool, found {type(pattern).__name__}."
+    )
+
+
+def as_patterns(patterns: Pattern | Iterable[Pattern] | None) -> list[Pattern]:
+    """One pattern or several, as a list."""
+    if patterns is None:
+        return []
+    if isinstance(patterns, (str, re.Pattern)) or callable(patterns):
+        return [patterns]
+    return list(patterns)
+
+
+def near(path: str, paths: Iterable[str]) -> str:
+    """The paths that are most like this one, for an error message."""
+    paths = list(paths)
+    close = difflib.get_close_matches(path, paths, n=3, cutoff=0.4) or paths[:3]
+    return ", ".join(repr(p) for p in close) if close else "none: the tree is empty"
+
+
+def check_matched(
+    what: str, patterns: Iterable[Pattern], leaves: list[tuple[str, Any]]
+) -> None:
+    """Raises for each pattern that fits no path at all, with the paths near it."""
+    for pattern in patterns:
+        if not any(matches(pattern, path, x) for path, x in leaves):
+            text = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
+            guess = text.replace("*", "") if isinstance(text, str) else ""
+            raise ValueError(
+                f"{what} {text!r} matches no path of the tree; near paths: "
+                f"{near(guess, (p for p, _ in leaves))}. A glob covers the whole path: "
+                "'*' stands within one key, '**' for any number of keys."
+            )

@@ -1,0 +1,390 @@
+"""plan: which paths are adapted and with what, from a trace or from Flax's names."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jlora import _paths, _uses
+from jlora._leaf import is_adapted
+from jlora._lift import hide, show
+from jlora._paths import Pattern
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What the paths of a pattern get instead of the defaults; the first match wins.
+
+    A rule also makes a target of what it matches, such as an embedding.
+
+    Attributes:
+      pattern: a glob, a compiled regular expression or (path, array) -> bool.
+      rank: of these leaves; None for the default.
+      alpha: of these leaves; None for the default, and for alpha = rank where only the
+        rank is given.
+
+    Example:
+      >>> import jlora
+      >>> jlora.Rule("**/query/kernel", rank=16, alpha=32).rank
+      16
+    """
+
+    pattern: Pattern
+    rank: int | None = None
+    alpha: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.rank is not None:
+            check_rank(self.rank, f"Rule({self.pattern!r})")
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """How one weight is adapted.
+
+    Attributes:
+      kind: "dense", "embed" or "conv".
+      rank: r.
+      alpha: the delta is alpha / rank * a·b.
+      batch_axes, in_axes, out_axes: the weight's axes by role, counted from the end.
+      bias: path of the bias that belongs to the weight, or None.
+    """
+
+    kind: str
+    rank: int
+    alpha: float
+    batch_axes: tuple[int, ...]
+    in_axes: tuple[int, ...]
+    out_axes: tuple[int, ...]
+    bias: str | None = None
+
+    @property
+    def axes(self) -> str:
+        """The roles as one letter an axis, e.g. ``"bio"``."""
+        role = dict.fromkeys(self.batch_axes, "b") | dict.fromkeys(self.in_axes, "i")
+        role |= dict.fromkeys(self.out_axes, "o")
+        return "".join(role[k] for k in range(-len(role), 0))
+
+    def size(self, shape: Sequence[int]) -> int:
+        """Parameters of the adapter of a weight of this shape."""
+        dims = {r: math.prod(n for n, c in zip(shape, self.axes, strict=True) if c == r)
+                for r in "bio"}
+        return dims["b"] * self.rank * (dims["i"] + dims["o"])
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Plan(Mapping[str, Spec]):
+    """A mapping from path to `Spec`; ``print(plan)`` is a table.
+
+    Attributes:
+      specs: the specs, in the order of the tree.
+      shapes: the shape of every array of the tree that it was planned for.
+      skipped: path to reason, for what was matched and is no weight.
+    """
+
+    specs: Mapping[str, Spec]
+    shapes: Mapping[str, tuple[int, ...]]
+    skipped: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def __getitem__(self, path: str) -> Spec:
+        return self.specs[path]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.specs)
+
+    def __len__(self) -> int:
+        return len(self.specs)
+
+    def __str__(self) -> str:
+        rows = [
+            (path, "×".join(map(str, self.shapes[path])), s.kind, s.axes, str(s.rank),
+             f"{s.alpha:g}", f"{s.size(self.shapes[path]):,}")
+            for path, s in self.items()
+        ]
+        adapters = sum(s.size(self.shapes[path]) for path, s in self.items())
+        base = sum(math.prod(shape) for shape in self.shapes.values())
+        lines = [
+            table(("path", "shape", "kind", "roles", "rank", "alpha", "parameters"), rows),
+            f"{len(self)} adapted leaves, {adapters:,} adapter parameters, "
+            f"{100 * adapters / max(base, 1):.3g} % of the base's {base:,}",
+        ]
+        if self.skipped:
+            lines.append("skipped:")
+            lines += [f"  {path}: {why}" for path, why in self.skipped.items()]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Text columns; numbers are set to the right."""
+    rows = [header, *rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    right = [
+        all(r[k].replace(",", "").replace(".", "").isdigit() for r in rows[1:])
+        for k in range(len(header))
+    ]
+    lines = [
+        "  ".join(
+            c.rjust(w) if r else c.ljust(w)
+            for c, w, r in zip(row, widths, right, strict=True)
+        ).rstrip()
+        for row in rows
+    ]
+    return "\n".join([lines[0], "-" * (sum(widths) + 2 * len(widths) - 2), *lines[1:]])
+
+
+def check_rank(rank: Any, where: str) -> None:
+    """Raises unless rank is a positive int."""
+    if isinstance(rank, bool) or not hasattr(rank, "__index__") or rank < 1:
+        raise ValueError(
+            f"{where}: rank {rank!r}: expected a positive integer, found "
+            f"{type(rank).__name__} {rank!r}; to leave a weight as it is, exclude its "
+            "path."
+        )
+
+
+# A candidate is a weight with known roles, or the words for why it is none.
+Candidate = tuple[str, str, str | None] | str  # (kind, roles, bias) or reason
+
+
+def plan(
+    fn: Callable[..., Any],
+    params: Any,
+    *args: Any,
+    rank: int = 8,
+    alpha: float | None = None,
+    targets: Pattern | Iterable[Pattern] | None = None,
+    exclude: Pattern | Iterable[Pattern] = (),
+    rules: Iterable[Rule] = (),
+    **kwargs: Any,
+) -> Plan:
+    """Plans which weights of ``params`` to adapt, by watching how ``fn`` uses them.
+
+    ``fn(params, *args, **kwargs)`` is traced abstractly: nothing is computed and
+    nothing allocated, and every argument may hold ``jax.ShapeDtypeStruct``s.  What a
+    product contracts are a weight's in axes, what it batches or a scan slices are
+    batch axes, and the rest are out axes.
+
+    Args:
+      fn: the function whose first argument is ``params``, such as ``model.apply``.
+      params: the tree that `wrap` will be given.
+      *args, **kwargs: the other arguments of ``fn``.
+      rank: r of every adapter that no rule names.
+      alpha: None for alpha = rank, a scale of 1.
+      targets: patterns of the paths to adapt: globs over the whole path (``*`` within
+        one key, ``**`` for any number of keys), compiled regular expressions (full
+        match), or callables (path, array) -> bool.  None for every dense, einsum and
+        convolution kernel; embeddings are adapted when named.
+      exclude: patterns of paths that stay as they are.
+      rules: `Rule`s, the first match wins.
+
+    Returns:
+      A `Plan`; print it to see what will be adapted before a step is run.
+
+    Raises:
+      ValueError: a bad rank; a pattern that matches no path (with the paths near it);
+        a target that is integer or complex, or that is used in ways that contradict
+        each other; or nothing left to adapt.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> f = lambda p, x: jnp.einsum("bi,hio->bho", x, p["w"])
+      >>> jlora.plan(f, {"w": jnp.ones((2, 3, 4))}, jnp.ones((5, 3)), rank=2)["w"].in_axes
+      (-2,)
+    """
+    hidden = hide(((params, *args), kwargs))
+
+    def plain(args: Any, kwargs: Any) -> Any:
+        return hide(fn(*show(args), **show(kwargs)))
+
+    leaves = _leaves(params)
+    jaxpr = jax.make_jaxpr(plain)(*hidden)
+    paths: list[str | None] = [p for p, _ in _paths.flatten(hidden[0][0])[0]]
+    paths += [None] * (len(jaxpr.jaxpr.invars) - len(paths))
+    seen = _uses.watch(jaxpr, paths)
+    bias_by_name = {path: _sibling_bias(path, leaves) for path in leaves}
+
+    def candidate(path: str, x: Any) -> Candidate:
+        if path not in seen:
+            return "not used as a weight (no product, convolution or lookup)"
+        kind, axes = _merged_roles(seen[path].uses, x.ndim)
+        if kind is None:
+            return axes
+        return kind, axes, seen[path].bias or bias_by_name[path]
+
+    return _select(leaves, candidate, rank, alpha, targets, exclude, rules)
+
+
+def plan_from_names(
+    params: Any,
+    *,
+    rank: int,
+    alpha: float | None,
+    targets: Any,
+    exclude: Any,
+    rules: Iterable[Rule],
+) -> Plan:
+    """The plan that Flax's naming conventions give where they leave no doubt."""
+    leaves = _leaves(params)
+    rules = list(rules)
+    # Only what would be adapted has to be clear.
+    named = [*_paths.as_patterns(targets), *(r.pattern for r in rules)]
+
+    def candidate(path: str, x: Any) -> Candidate:
+        bias = _sibling_bias(path, leaves)
+        *_, parent, name = ("", "", *path.split("/"))
+        if name == "embedding" and x.ndim == 2:
+            return "embed", "io", bias
+        if name in ("kernel", "w") and x.ndim == 2:
+            return "dense", "io", bias
+        if name == "kernel" and x.ndim == 3 and parent in ("query", "key", "value"):
+            return "dense", "ioo", bias
+        if name == "kernel" and x.ndim == 3 and parent == "out":
+            return "dense", "iio", bias
+        if name == "kernel" and parent.startswith("Conv_") and 3 <= x.ndim <= 5:
+            return "conv", "i" * (x.ndim - 1) + "o", bias
+        explicit = any(_paths.matches(p, path, x) for p in named)
+        if (name == "kernel" and x.ndim > 2) or (explicit and x.ndim > 1):
+            if explicit and x.ndim == 2 and name not in ("bias", "scale"):
+                return "dense", "io", bias
+            raise ValueError(
+                f"{path!r} of shape {tuple(x.shape)}: its roles (which axes are "
+                "contracted, which come out, which are a stack of layers) cannot be "
+                "told from its name and shape. Let jlora watch it being used: "
+                "jlora.wrap(params, plan=jlora.plan(fn, params, *args)); or exclude it."
+            )
+        return "no dense, einsum or convolution kernel by Flax's names"
+
+    return _select(leaves, candidate, rank, alpha, targets, exclude, rules)
+
+
+def _leaves(params: Any) -> dict[str, Any]:
+    """Path to array, without what is no array; refuses adapted trees."""
+    pairs, _ = _paths.flatten(params)
+    out: dict[str, Any] = {}
+    for path, x in pairs:
+        if is_adapted(x):
+            raise ValueError(
+                f"{path!r} is adapted already: expected a plain params tree, found "
+                f"{x!r}. Merge or unwrap the tree first (jlora.merge, jlora.unwrap)."
+            )
+        if path in out:
+            raise ValueError(
+                f"two leaves have the path {path!r}: an adapter could not tell them "
+                "apart. Rename one of them (a key may not hold '/')."
+            )
+        if hasattr(x, "shape") and hasattr(x, "dtype"):
+            out[path] = x
+    return out
+
+
+def _sibling_bias(path: str, leaves: Mapping[str, Any]) -> str | None:
+    parent = path.rpartition("/")[0]
+    siblings = (f"{parent}/{name}" if parent else name for name in ("bias", "b"))
+    return next((s for s in siblings if s in leaves and s != path), None)
+
+
+def _merged_roles(uses: Sequence[_uses.Use], ndim: int) -> tuple[str | None, str]:
+    """(kind, roles) of a weight from all its uses, or (None, why there are none)."""
+    # A lookup or the first use decides which side is in; a later use may swap them.
+    uses = sorted(uses, key=lambda u: u.primitive != "gather")
+    swap = str.maketrans("io", "oi")
+    merged: dict[int, str] = {}
+    for use in uses:
+        roles = use.roles
+        both = {k: r for k, r in roles.items() if merged.get(k, "b") + r in ("io", "oi")}
+        if both:
+            roles = {k: r.translate(swap) for k, r in roles.items()}
+        for k, role in roles.items():
+            known = merged.setdefault(k, role)
+            if {known, role} == {"i", "o"}:
+                return None, (
+                    "used in ways that contradict each other: axis "
+                    f"{k - ndim} is contracted in one and kept in another "
+                    f"({', '.join(u.primitive for u in uses)})"
+                )
+            # A batch axis may be kept as well; only an in axis may be summed over.
+            merged[k] = "i" if "i" in (known, role) else min(known, role)
+    axes = "".join(merged.get(k, "b") for k in range(ndim))
+    if "i" not in axes or "o" not in axes:
+        return None, f"no matrix: its axes are all one role ({axes})"
+    names = {u.primitive for u in uses}
+    if "gather" in names:
+        return "embed", axes
+    return ("conv" if "conv_general_dilated" in names else "dense"), axes
+
+
+def _select(
+    leaves: Mapping[str, Any],
+    candidate: Callable[[str, Any], Candidate],
+    rank: int,
+    alpha: float | None,
+    targets: Any,
+    exclude: Any,
+    rules: Iterable[Rule],
+) -> Plan:
+    """The one place where patterns decide: what is adapted, and with what."""
+    check_rank(rank, "rank")
+    rules = list(rules)
+    target_patterns = _paths.as_patterns(targets)
+    exclude_patterns = _paths.as_patterns(exclude)
+    pairs = list(leaves.items())
+    _paths.check_matched("target", target_patterns, pairs)
+    _paths.check_matched("exclude", exclude_patterns, pairs)
+    _paths.check_matched("rule", [r.pattern for r in rules], pairs)
+
+    specs, skipped = {}, {}
+    for path, x in pairs:
+        if any(_paths.matches(p, path, x) for p in exclude_patterns):
+            continue
+        rule = next((r for r in rules if _paths.matches(r.pattern, path, x)), None)
+        named = rule is not None or any(
+            _paths.matches(p, path, x) for p in target_patterns
+        )
+        if target_patterns and not named:
+            continue
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            if named:
+                raise ValueError(
+                    f"{path!r} is a target, but its dtype is {x.dtype}: expected a "
+                    "floating-point weight. Exclude the path, or quantised weights' "
+                    "own arrays."
+                )
+            continue
+        found = candidate(path, x)
+        if isinstance(found, str):
+            if named:
+                skipped[path] = found
+            continue
+        kind, axes, bias = found
+        if kind == "embed" and not named:
+            continue
+        r = rule.rank if rule and rule.rank is not None else rank
+        given = rule.alpha if rule and rule.alpha is not None else (
+            None if rule and rule.rank is not None else alpha
+        )
+        by_role = {
+            role: tuple(k - len(axes) for k, c in enumerate(axes) if c == role)
+            for role in "bio"
+        }
+        specs[path] = Spec(
+            kind, int(r), float(r if given is None else given),
+            by_role["b"], by_role["i"], by_role["o"], bias,
+        )
+    if not specs:
+        why = "".join(f"\n  {path}: {reason}" for path, reason in skipped.items())
+        raise ValueError(
+            "nothing to adapt: expected at least one dense, einsum or convolution "
+            f"kernel among the {len(leaves)} arrays of the tree, found none"
+            + (f"; matched, but skipped:{why}" if why else
+               f" (it has {_paths.near('kernel', leaves)}, …). Name targets, or plan "
+               "from a function: jlora.plan(fn, params, *args).")
+        )
+    shapes = {path: tuple(x.shape) for path, x in pairs}
+    return Plan(specs, shapes, skipped)

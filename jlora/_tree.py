@@ -1,0 +1,563 @@
+"""Trees: wrap, merge, unwrap, adapter, attach, partition and what else maps over them.
+
+Every function is a tree_map: nothing here knows about layers, and nothing is written
+in place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jlora import _init, _ops, _paths
+from jlora._leaf import Adapted, Full, LoRA, is_adapted
+from jlora._paths import Pattern
+from jlora._plan import Plan, Rule, check_rank, plan_from_names, table
+
+Adapter = dict[str, Adapted]
+
+
+def wrap(
+    params: Any,
+    rank: int = 8,
+    *,
+    alpha: float | None = None,
+    targets: Pattern | Iterable[Pattern] | None = None,
+    exclude: Pattern | Iterable[Pattern] = (),
+    rules: Iterable[Rule] = (),
+    plan: Plan | None = None,
+    train: Pattern | Iterable[Pattern] = (),
+    bias: str = "none",
+    init: str = "kaiming",
+    dtype: Any = jnp.float32,
+    key: jax.Array | None = None,
+) -> Any:
+    """The params tree with adapted leaves at the planned paths (arXiv:2106.09685).
+
+    The base arrays are the objects that were passed, never copies.  At the start the
+    delta is exactly zero.
+
+    Args:
+      params: any pytree of arrays, or of ``jax.ShapeDtypeStruct``s.
+      rank: r of every adapter that no rule names.
+      alpha: the delta is alpha / rank * a·b; None for alpha = rank.
+      targets, exclude, rules: which paths are adapted, as in `plan`.  Without a plan
+        Flax's names say what a kernel's axes are, where they leave no doubt.
+      plan: a `Plan` made for this very tree; it then decides all of the above, but a
+        rank or alpha given here too replaces the plan's where the plan has only one.
+      train: patterns of leaves that train whole (`Full`), such as a new head.
+      bias: "none"; "all" trains every bias; "lora_only" those of adapted weights.
+      init: "kaiming": a ~ U(±1/√fan_in) and b = 0; for embeddings a = 0, b ~ N(0, 1).
+      dtype: of a, b and of `Full` values.
+      key: for the factors; None is ``jax.random.key(0)``.  Each leaf's key is folded
+        from its path, so the result does not depend on which other leaves there are.
+
+    Returns:
+      A tree of the same structure, `LoRA` and `Full` leaves in place of arrays.
+
+    Raises:
+      ValueError: a bad rank; an adapted tree; a pattern that matches nothing; a kernel
+        whose roles its name does not tell; a plan made for another tree; a target or
+        train leaf that is not floating-point.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> params = {"dense": {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)}}
+      >>> jlora.wrap(params, rank=2)["dense"]["kernel"].a.shape
+      (3, 2)
+    """
+    check_rank(rank, "wrap")
+    if plan is None:
+        plan = plan_from_names(
+            params, rank=rank, alpha=alpha, targets=targets, exclude=exclude,
+            rules=rules,
+        ) if not _only_full(targets) else Plan({}, {})
+    else:
+        plan = _checked_plan(plan, params, rank, alpha, targets, exclude, rules)
+    if bias not in ("none", "all", "lora_only"):
+        raise ValueError(f"bias {bias!r}: expected 'none', 'all' or 'lora_only'.")
+    patterns = _paths.as_patterns(train)
+    _paths.check_matched("train", patterns, _paths.flatten(params)[0])
+    adapted_biases = {s.bias for s in plan.values()}
+    key = _init.typed(key)
+
+    def trains(path: str, x: Any) -> bool:
+        is_bias = path.rpartition("/")[2] in ("bias", "b") and path not in plan
+        return (
+            any(_paths.matches(p, path, x) for p in patterns)
+            or (bias == "all" and is_bias)
+            or (bias == "lora_only" and path in adapted_biases)
+        )
+
+    def leaf(path: str, x: Any) -> Any:
+        if trains(path, x):
+            return _full(path, x, dtype)
+        if path in plan:
+            return _init.make(x, path, plan[path], init=init, dtype=dtype, key=key)
+        return x
+
+    return _paths.map_leaves(leaf, params)
+
+
+def _only_full(targets: Any) -> bool:
+    """targets=[] adapts nothing: only `train` and `bias` leaves train."""
+    return isinstance(targets, (list, tuple)) and not targets
+
+
+def _full(path: str, x: Any, dtype: Any) -> Full:
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        raise ValueError(
+            f"{path!r} is to be trained, but its dtype is {x.dtype}: expected a "
+            "floating-point array. Leave the path out of train."
+        )
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return Full(x, jax.ShapeDtypeStruct(x.shape, dtype))
+    # A buffer of its own, also where the dtype is the same: base and value are both
+    # in the state, and one buffer cannot be donated twice.
+    return Full(x, jnp.array(x, dtype, copy=True))
+
+
+def _checked_plan(
+    plan: Plan, params: Any, rank: int, alpha: Any, targets: Any, exclude: Any, rules: Any
+) -> Plan:
+    """The plan, if it is one of this very tree; with the rank and alpha given."""
+    if targets is not None or exclude or rules:
+        raise ValueError(
+            "targets, exclude and rules are said to jlora.plan(...), which decides "
+            "them: expected none beside plan=."
+        )
+    shapes = {
+        path: tuple(x.shape)
+        for path, x in _paths.flatten(params)[0]
+        if hasattr(x, "shape")
+    }
+    for path in plan:
+        if is_adapted_path := shapes.get(path):
+            if is_adapted_path == plan.shapes[path]:
+                continue
+            raise ValueError(
+                f"the plan is of another tree: {path!r} has shape "
+                f"{plan.shapes[path]} in the plan and {is_adapted_path} in params. "
+                "Plan the tree that is wrapped."
+            )
+        raise ValueError(
+            f"the plan is of another tree: it has {path!r}, params has "
+            f"{_paths.near(path, shapes)}. Pass wrap the same tree as plan "
+            "(model.apply takes {'params': params}: wrap that too)."
+        )
+    changes: dict[str, Any] = {}
+    for name, value, default in (("rank", rank, 8), ("alpha", alpha, None)):
+        planned = {getattr(s, name) for s in plan.values()}
+        if value == default or planned == {value}:
+            continue
+        if len(planned) > 1:
+            raise ValueError(
+                f"{name}={value} beside a plan with several ({sorted(planned)}): say it "
+                "in jlora.plan(...)."
+            )
+        changes[name] = value
+    if "rank" in changes and alpha is None:
+        # alpha = rank stays so; any other alpha was said to the plan and is kept.
+        follow = all(s.alpha == s.rank for s in plan.values())
+        changes |= {"alpha": float(rank)} if follow else {}
+    specs = {path: dataclasses.replace(s, **changes) for path, s in plan.items()}
+    return Plan(specs, plan.shapes, plan.skipped)
+
+
+def merge(tree: Any) -> Any:
+    """Plain params with the deltas in: w + scale * a·b, rounded once to w's dtype.
+
+    Computed in float32 (float64 where a base or factor is).  A `Full` leaf gives its
+    value in the base's dtype.
+
+    Raises:
+      ValueError: a leaf without its base.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> lora = jlora.wrap({"kernel": jnp.ones((3, 4))}, rank=2)
+      >>> jlora.merge(lora)["kernel"].shape
+      (3, 4)
+    """
+    return _map_adapted(_ops.dense, tree, "merge")
+
+
+def unwrap(tree: Any) -> Any:
+    """Plain params without the deltas: the same base arrays that were wrapped.
+
+    Raises:
+      ValueError: a leaf without its base.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> params = {"kernel": jnp.ones((3, 4))}
+      >>> jlora.unwrap(jlora.wrap(params, rank=2))["kernel"] is params["kernel"]
+      True
+    """
+    return _map_adapted(operator.attrgetter("w"), tree, "unwrap")
+
+
+def _map_adapted(fn: Any, tree: Any, what: str) -> Any:
+    def leaf(path: str, x: Any) -> Any:
+        if not is_adapted(x):
+            return x
+        if x.w is None:
+            raise ValueError(
+                f"{what}: {path!r} has no base (w=None): expected a whole adapted "
+                "tree. Put the base back with jlora.attach(params, adapter) or "
+                "jlora.combine(trainable, frozen)."
+            )
+        return fn(x)
+
+    return _paths.map_leaves(leaf, tree)
+
+
+def adapter(tree: Any) -> Adapter:
+    """Only what was adapted, without the base: a flat dict from path to leaf.
+
+    One format for every framework: for checkpoints, arithmetic and interchange.  Its
+    leaves have ``w=None``; dropout keys are not part of it.
+
+    Raises:
+      ValueError: no adapted leaf, or two with the same path.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> list(jlora.adapter(jlora.wrap({"kernel": jnp.ones((3, 4))}, rank=2)))
+      ['kernel']
+    """
+    out: Adapter = {}
+    for path, x in _paths.flatten(tree)[0]:
+        if not is_adapted(x):
+            continue
+        if path in out:
+            raise ValueError(
+                f"two adapted leaves have the path {path!r}: an adapter could not tell "
+                "them apart. Rename one of them (a key may not hold '/')."
+            )
+        bare: dict[str, Any] = {"w": None}
+        if isinstance(x, LoRA):
+            bare |= {"key": None, "rate": 0.0}
+        out[path] = dataclasses.replace(x, **bare)
+    if not out:
+        raise ValueError(
+            "adapter: the tree has no adapted leaf: expected the result of jlora.wrap."
+        )
+    return out
+
+
+def attach(params: Any, adapter: Adapter) -> Any:
+    """Plain params with an adapter's leaves on them; the inverse of `adapter`.
+
+    The adapter must fit: every path in the tree, every shape the base's.
+
+    Raises:
+      ValueError: a path that the tree has not (with the paths near it, and the renaming
+        where it was made on ``{"params": …}`` or on a bare tree); a leaf that lacks
+        a, b or scale; a weight of another shape; a tree that is adapted already.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> params = {"kernel": jnp.ones((3, 4))}
+      >>> t = jlora.attach(params, jlora.adapter(jlora.wrap(params, rank=2)))
+      >>> t["kernel"].rank
+      2
+    """
+    _fitting("attach", params, adapter)
+
+    def leaf(path: str, x: Any) -> Any:
+        return dataclasses.replace(adapter[path], w=x) if path in adapter else x
+
+    return _paths.map_leaves(leaf, params)
+
+
+def unmerge(params: Any, adapter: Adapter) -> Any:
+    """Merged params with an adapter's delta subtracted: w - scale * a·b.
+
+    Inexact: merging rounded w + delta to w's dtype, and so does this.  The result is
+    off by about one unit in the last place of the larger of the two (2^-8 of it in
+    bfloat16, 2^-24 in float32) each time.  `unwrap` gives the very base instead.
+
+    Raises:
+      ValueError: as `attach`; or a `Full` leaf, whose base cannot be had back.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> t = jlora.wrap({"kernel": jnp.ones((3, 4))}, rank=2)
+      >>> float(jlora.unmerge(jlora.merge(t), jlora.adapter(t))["kernel"].max())
+      1.0
+    """
+    _fitting("unmerge", params, adapter)
+
+    def leaf(path: str, x: Any) -> Any:
+        found = adapter.get(path)
+        if isinstance(found, Full):
+            raise ValueError(
+                f"unmerge: {path!r} was trained whole, so its base cannot be had back "
+                "by subtraction: expected low-rank leaves only. Keep the base params, "
+                "or use jlora.unwrap on the adapted tree."
+            )
+        if found is None:
+            return x
+        return _ops.dense(dataclasses.replace(found, w=x, scale=-found.scale))
+
+    return _paths.map_leaves(leaf, params)
+
+
+def _fitting(what: str, params: Any, adapter: Adapter) -> None:
+    """Raises unless every leaf of the adapter fits an array of params."""
+    if not isinstance(adapter, dict) or not all(map(is_adapted, adapter.values())):
+        raise ValueError(
+            f"{what}: expected an adapter (a flat dict from path to adapted leaf, as "
+            f"jlora.adapter gives), found {type(adapter).__name__}."
+        )
+    leaves = dict(_paths.flatten(params)[0])
+    for path, x in adapter.items():
+        if path not in leaves:
+            raise ValueError(
+                f"{what}: the adapter has {path!r}, which the tree has not; near "
+                f"paths: {_paths.near(path, leaves)}.{_renaming(adapter, leaves)}"
+            )
+        y = leaves[path]
+        if is_adapted(y):
+            raise ValueError(
+                f"{what}: {path!r} is adapted already: expected plain params. Merge or "
+                "unwrap the tree first (jlora.merge, jlora.unwrap)."
+            )
+        needed = ("value",) if isinstance(x, Full) else ("a", "b", "scale")
+        missing = [name for name in needed if getattr(x, name) is None]
+        if missing:
+            raise ValueError(
+                f"{what}: {path!r} of the adapter lacks {', '.join(missing)}: expected "
+                "a whole adapter; if it is half of a partition, combine it first."
+            )
+        if x.shape != tuple(y.shape):
+            raise ValueError(
+                f"{what}: {path!r} is an adapter for a weight of shape {x.shape}, "
+                f"found {tuple(y.shape)}: it was made for another model."
+            )
+
+
+def _renaming(adapter: Adapter, leaves: Any) -> str:
+    """The line that renames an adapter between ``{"params": …}`` and a bare tree."""
+    for new, line in (
+        (lambda p: f"params/{p}", '{f"params/{k}": v for k, v in adapter.items()}'),
+        (
+            lambda p: p.removeprefix("params/"),
+            '{k.removeprefix("params/"): v for k, v in adapter.items()}',
+        ),
+    ):
+        if all(new(p) in leaves for p in adapter):
+            return f" It fits after adapter = {line}."
+    return ""
+
+
+def partition(tree: Any) -> tuple[Any, Any]:
+    """(trainable, frozen): two trees of the same structure with None in the holes.
+
+    Trainable are a, b and `Full` values; everything else is frozen.  Differentiate
+    with respect to the first half and `combine` inside the loss: the base then goes
+    into the step and never out of it.
+
+    Raises:
+      ValueError: the tree has no adapted leaf.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jlora
+      >>> t = jlora.wrap({"kernel": jnp.ones((3, 4))}, rank=2)
+      >>> [x.shape for x in jax.tree.leaves(jlora.partition(t)[0])]
+      [(3, 2), (2, 4)]
+    """
+    found = labels(tree)
+    _require_adapted(tree, "partition")
+    split = lambda frozen: jax.tree.map(
+        lambda x, label: x if (label == "frozen") is frozen else None, tree, found
+    )
+    return split(False), split(True)
+
+
+def combine(trainable: Any, frozen: Any) -> Any:
+    """The whole tree from the halves of `partition`.
+
+    Raises:
+      ValueError: the halves are of different trees.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> t = jlora.wrap({"kernel": jnp.ones((3, 4))}, rank=2)
+      >>> jlora.combine(*jlora.partition(t))["kernel"].w is t["kernel"].w
+      True
+    """
+    none = lambda x: x is None
+    try:
+        return jax.tree.map(
+            lambda x, y: y if x is None else x, trainable, frozen, is_leaf=none
+        )
+    except ValueError as e:
+        raise ValueError(
+            f"combine: expected the two halves of one jlora.partition, found {e}"
+        ) from None
+
+
+def scaled(tree: Any, s: Any) -> Any:
+    """The tree with every adapter's scale multiplied by s; 0 turns adapters off.
+
+    The scale is data: a jitted function is not recompiled.  `Full` leaves are as they
+    were.  Works on an adapter as well.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> t = jlora.wrap({"kernel": jnp.ones((3, 4))}, rank=2)
+      >>> float(jlora.scaled(t, 0.5)["kernel"].scale)
+      0.5
+    """
+
+    def leaf(_: str, x: Any) -> Any:
+        if not isinstance(x, LoRA):
+            return x
+        return dataclasses.replace(x, scale=(x.scale * s).astype(jnp.float32))
+
+    return _paths.map_leaves(leaf, tree)
+
+
+def labels(tree: Any) -> Any:
+    """The tree with "lora" (a and b), "full" (`Full` values) or "frozen" for each array.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> t = jlora.wrap({"kernel": jnp.ones((3, 4))}, rank=2)
+      >>> (x := jlora.labels(t)["kernel"]).w, x.a, x.scale
+      ('frozen', 'lora', 'frozen')
+    """
+
+    def leaf(_: str, x: Any) -> Any:
+        all_frozen = jax.tree.map(lambda _: "frozen", x)
+        if isinstance(x, LoRA):
+            return dataclasses.replace(all_frozen, a="lora", b="lora")
+        if isinstance(x, Full):
+            return dataclasses.replace(all_frozen, value="full")
+        return all_frozen
+
+    return _paths.map_leaves(leaf, tree)
+
+
+def _require_adapted(tree: Any, what: str) -> None:
+    if not any(is_adapted(x) for _, x in _paths.flatten(tree)[0]):
+        raise ValueError(
+            f"{what}: the tree has no adapted leaf: expected the result of "
+            "jlora.wrap(params, ...), found plain params."
+        )
+
+
+def dropout(tree: Any, rate: float, key: jax.Array) -> Any:
+    """The tree with dropout on the activation that enters each low-rank branch.
+
+    Call it inside the loss, with a new key each step; `lift` then computes
+    x·w + (drop(x)·a)·b.  Masks are independent per leaf, per use and per scan step.
+    Lookups have no activation, and no dropout.
+
+    Args:
+      tree: an adapted tree.
+      rate: the probability of a zero, a Python float in [0, 1); 0 gives the tree back.
+      key: a PRNG key; each leaf's is folded from its path.
+
+    Raises:
+      ValueError: a rate outside [0, 1), or one that is traced; no adapted leaf.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jlora
+      >>> t = jlora.wrap({"kernel": jnp.ones((3, 4))}, rank=2)
+      >>> jlora.dropout(t, 0.1, jax.random.key(0))["kernel"].rate
+      0.1
+    """
+    if isinstance(rate, jax.core.Tracer) or not 0 <= rate < 1:
+        raise ValueError(
+            f"dropout: rate {rate!r}: expected a Python number in [0, 1), since it is "
+            "part of the compiled function."
+        )
+    _require_adapted(tree, "dropout")
+    if rate == 0:
+        return tree
+    key = _init.typed(key)
+
+    def leaf(path: str, x: Any) -> Any:
+        if not isinstance(x, LoRA):
+            return x
+        own = _init.path_key(key, path)
+        keys = jax.random.split(own, x.scale.shape) if x.scale.shape else own
+        return dataclasses.replace(x, key=keys, rate=float(rate))
+
+    return _paths.map_leaves(leaf, tree)
+
+
+def count(tree: Any) -> tuple[int, int]:
+    """(trainable, total) numbers of parameters: adapters, and base plus adapters.
+
+    Scales and dropout keys are no parameters.  A `Full` leaf has its base and its
+    value.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> jlora.count(jlora.wrap({"kernel": jnp.ones((3, 4))}, rank=2))
+      (14, 26)
+    """
+    sizes = [_sizes(x) for _, x in _paths.flatten(tree)[0]]
+    trainable = sum(t for t, _ in sizes)
+    return trainable, trainable + sum(base for _, base in sizes)
+
+
+def _size(x: Any) -> int:
+    return math.prod(x.shape) if hasattr(x, "shape") else 0
+
+
+def _sizes(x: Any) -> tuple[int, int]:
+    """(trainable, base) parameters of a leaf."""
+    if isinstance(x, LoRA):
+        return _size(x.a) + _size(x.b), _size(x.w)
+    if isinstance(x, Full):
+        return _size(x.value), _size(x.w)
+    return 0, _size(x)
+
+
+class Summary(str):
+    """A table that prints as it is, also at the interpreter's prompt."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def summary(tree: Any) -> Summary:
+    """A printable table of the adapted leaves, with the totals of `count`.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> print(jlora.summary(jlora.wrap({"kernel": jnp.ones((3, 4))}, rank=2)))
+      path    shape  dtype    adapted  rank  trainable
+      ------------------------------------------------
+      kernel  3×4    float32  io          2         14
+      1 adapted leaf: 14 trainable of 26 parameters (53.8 %)
+    """
+    rows = []
+    for path, x in _paths.flatten(tree)[0]:
+        if is_adapted(x):
+            low = isinstance(x, LoRA)
+            rows.append((
+                path, "×".join(map(str, x.shape)),
+                "" if x.w is None else str(x.dtype),
+                x.axes if low else "full", str(x.rank) if low else "",
+                f"{_sizes(x)[0]:,}",
+            ))
+    trainable, total = count(tree)
+    leaves = f"{len(rows)} adapted lea{'f' if len(rows) == 1 else 'ves'}"
+    head = ("path", "shape", "dtype", "adapted", "rank", "trainable")
+    share = 100 * trainable / max(total, 1)
+    return Summary(
+        f"{table(head, rows)}\n"
+        f"{leaves}: {trainable:,} trainable of {total:,} parameters ({share:.3g} %)"
+    )

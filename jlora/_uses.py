@@ -1,0 +1,246 @@
+"""Watches how a function uses its weights, in its jaxpr: nothing is computed.
+
+A walk over the equations carries, for every variable, what is known of it: that it is
+a weight (or a reshaped, sliced, concatenated one) and which axis of the original each
+of its axes is; that it is the product of a weight; or that it depends on data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+
+from jlora import _compat, _ops
+
+# Which axes of the original weight an axis came from.
+Origin = frozenset[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """One use of a weight: the primitive, and the role of each axis that it names."""
+
+    primitive: str
+    roles: dict[int, str]
+
+
+@dataclasses.dataclass
+class Seen:
+    """All that was seen of one array: its uses, and the bias of its product."""
+
+    uses: list[Use] = dataclasses.field(default_factory=list)
+    bias: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Weight:
+    """Parts of parameters: for each path, the origin of each of the value's axes."""
+
+    parts: tuple[tuple[str, tuple[Origin, ...]], ...]
+
+    def move(self, fn: Any) -> _Weight:
+        return _Weight(tuple((path, tuple(fn(axes))) for path, axes in self.parts))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Product:
+    """What a weight's product became, until something is added to it."""
+
+    paths: tuple[str, ...]
+
+
+class _Data:
+    """Depends on what is not a parameter."""
+
+
+_DATA = _Data()
+_KEEPS_PRODUCT = frozenset(
+    "reshape transpose convert_element_type squeeze expand_dims broadcast_in_dim copy "
+    "sharding_constraint name reduce_precision mul psum psum_invariant rev".split()
+)
+
+
+class _Walk:
+    def __init__(self) -> None:
+        self.seen: dict[str, Seen] = {}
+
+    def run(self, jaxpr: Any, infos: Sequence[Any]) -> list[Any]:
+        jaxpr, _ = _compat.jaxpr_and_consts(jaxpr)
+        env: dict[Any, Any] = dict(zip(jaxpr.invars, infos, strict=True))
+
+        def read(v: Any) -> Any:
+            return None if isinstance(v, _compat.Literal) else env.get(v)
+
+        for eqn in jaxpr.eqns:
+            infos = [read(v) for v in eqn.invars]
+            if any(info is not None for info in infos):
+                env.update(zip(eqn.outvars, self.apply(eqn, infos), strict=True))
+        return [read(v) for v in jaxpr.outvars]
+
+    def apply(self, eqn: Any, infos: list[Any]) -> list[Any]:
+        name, n_out = eqn.primitive.name, len(eqn.outvars)
+        if (inner := self.inner(eqn, infos)) is not None:
+            return inner
+        if name == "dot_general":
+            return [self.dot(eqn, infos)]
+        if name in _COMPUTE and isinstance(infos[_COMPUTE[name][0]], _Weight):
+            at, roles_of = _COMPUTE[name]
+            return [self.use(infos[at], name, roles_of(eqn))]
+        if name == "add" and (out := self.bias(infos)) is not None:
+            return [out]
+        if name == "dynamic_slice" and isinstance(infos[0], _Weight):
+            return [self.structure(eqn, infos[:1], eqn.outvars[0].aval.shape)]
+        products = [i for i in infos if isinstance(i, _Product)]
+        if products and name in _KEEPS_PRODUCT and n_out == 1:
+            return [products[0]]
+        if any(isinstance(i, (_Data, _Product)) for i in infos):
+            return [_DATA] * n_out
+        return [self.structure(eqn, infos, v.aval.shape) for v in eqn.outvars]
+
+    # Uses.
+
+    def use(self, weight: _Weight, name: str, roles: dict[int, str]) -> _Product:
+        for path, axes in weight.parts:
+            original = {o: roles[k] for k, ax in enumerate(axes) if k in roles for o in ax}
+            self.seen.setdefault(path, Seen()).uses.append(Use(name, original))
+        return _Product(tuple(path for path, _ in weight.parts))
+
+    def dot(self, eqn: Any, infos: list[Any]) -> Any:
+        out: Any = _DATA
+        ((lc, rc), (lb, rb)) = eqn.params["dimension_numbers"]
+        for info, v, c, b in zip(infos, eqn.invars, (lc, rc), (lb, rb), strict=True):
+            if isinstance(info, _Weight):
+                roles = dict.fromkeys(range(v.aval.ndim), "o")
+                roles |= dict.fromkeys(c, "i") | dict.fromkeys(b, "b")
+                out = self.use(info, "dot_general", roles)
+        return out
+
+    def bias(self, infos: list[Any]) -> Any:
+        """A parameter added to a product is its bias."""
+        for product, other in (infos, infos[::-1]):
+            if isinstance(product, _Product) and isinstance(other, _Weight):
+                for path in product.paths:
+                    seen = self.seen[path]
+                    seen.bias = seen.bias or other.parts[0][0]
+                return _DATA
+        return None
+
+    # What a weight's axes become.
+
+    def structure(self, eqn: Any, infos: list[Any], shape: tuple[int, ...]) -> Any:
+        name, p = eqn.primitive.name, eqn.params
+        weights = [(i, k) for k, i in enumerate(infos) if isinstance(i, _Weight)]
+        if not weights:
+            return None
+        weight, at = weights[0]
+        old = eqn.invars[at].aval.shape
+        none: Origin = frozenset()
+        if name == "transpose":
+            return weight.move(lambda axes: [axes[k] for k in p["permutation"]])
+        if name in ("reshape", "squeeze", "expand_dims", "broadcast_in_dim"):
+            target = shape
+            if name == "broadcast_in_dim":
+                dims = p["broadcast_dimensions"]
+                target = tuple(
+                    old[dims.index(k)] if k in dims else 1 for k in range(len(shape))
+                )
+            pairs = _ops.blocks(old, target) if 0 not in old else []
+            from_ = {k: left for left, right in pairs for k in right}
+            return weight.move(
+                lambda axes: [
+                    none.union(*(axes[j] for j in from_.get(k, ())))
+                    for k in range(len(shape))
+                ]
+            )
+        if name in ("concatenate", "stack"):
+            new = shape[: len(shape) - len(old)] if name == "stack" else ()
+            parts = [part for info, _ in weights for part in info.parts]
+            return _Weight(tuple((path, (none,) * len(new) + axes) for path, axes in parts))
+        if name in ("slice", "dynamic_slice", "split", "gather") or shape == old:
+            # A gather that got here indexes a stack with data: it drops axes.
+            return weight if len(shape) == len(old) else None
+        return None
+
+    # Functions inside: the roles are followed into them.
+
+    def inner(self, eqn: Any, infos: list[Any]) -> list[Any] | None:
+        name, p = eqn.primitive.name, eqn.params
+        if name == "scan":
+            n, m = _compat.scan_counts(p)
+            jaxpr, _ = _compat.jaxpr_and_consts(p["jaxpr"])
+            sliced = [
+                i.move(lambda axes: axes[1:]) if isinstance(i, _Weight) else i
+                for i in infos[n + m :]
+            ]
+            same = self.unchanged(
+                jaxpr.invars[n : n + m], jaxpr.outvars[:m], infos[n : n + m]
+            )
+            outs = self.run(jaxpr, [*infos[:n], *same, *sliced])
+            return [*same, *(_DATA if i is not None else None for i in outs[m:])]
+        if name == "while":
+            n, m = p["cond_nconsts"], p["body_nconsts"]
+            jaxpr, _ = _compat.jaxpr_and_consts(p["body_jaxpr"])
+            same = self.unchanged(jaxpr.invars[m:], jaxpr.outvars, infos[n + m :])
+            self.run(p["cond_jaxpr"], [*infos[:n], *same])
+            self.run(jaxpr, [*infos[n : n + m], *same])
+            return same
+        if name == "cond":
+            outs = [self.run(branch, infos[1:]) for branch in p["branches"]]
+            return [
+                infos_[0] if all(i == infos_[0] for i in infos_) else _DATA
+                for infos_ in zip(*outs, strict=True)
+            ]
+        for key in ("jaxpr", "call_jaxpr"):
+            body, _ = _compat.jaxpr_and_consts(p.get(key))
+            if hasattr(body, "eqns") and len(body.invars) == len(infos):
+                outs = self.run(body, infos)
+                return outs if len(outs) == len(eqn.outvars) else None
+        return None
+
+    @staticmethod
+    def unchanged(ins: Any, outs: Any, infos: list[Any]) -> list[Any]:
+        """A loop's carry: what comes back as it went in keeps what is known of it."""
+        return [
+            info if i is o else _DATA for i, o, info in zip(ins, outs, infos, strict=True)
+        ]
+
+
+def _conv_roles(eqn: Any) -> dict[int, str]:
+    out, *convolved = eqn.params["dimension_numbers"].rhs_spec
+    return dict.fromkeys(convolved, "i") | {out: "o"}
+
+
+def _gather_roles(eqn: Any) -> dict[int, str]:
+    dn = eqn.params["dimension_numbers"]
+    roles = dict.fromkeys(range(eqn.invars[0].aval.ndim), "o")
+    roles |= dict.fromkeys(dn.operand_batching_dims, "b")
+    return roles | dict.fromkeys(dn.start_index_map, "i")
+
+
+def _ragged_roles(eqn: Any) -> dict[int, str]:
+    dn = eqn.params["ragged_dot_dimension_numbers"]
+    (_, contracted), (_, batch) = dn.dot_dimension_numbers
+    roles = dict.fromkeys(range(eqn.invars[1].aval.ndim), "o")
+    roles |= dict.fromkeys((*batch, *dn.rhs_group_dimensions), "b")
+    return roles | dict.fromkeys(contracted, "i")
+
+
+# Primitive: (which operand is the weight, the roles that it gives to its axes).
+_COMPUTE = {
+    "conv_general_dilated": (1, _conv_roles),
+    "gather": (0, _gather_roles),
+    "ragged_dot_general": (1, _ragged_roles),
+}
+
+
+def watch(jaxpr: Any, paths: Sequence[str | None]) -> dict[str, Seen]:
+    """What a jaxpr does with the inputs that have a path; None marks data."""
+    walk = _Walk()
+    infos: list[Any] = []
+    for path, v in zip(paths, jaxpr.jaxpr.invars, strict=True):
+        axes = tuple(frozenset({k}) for k in range(v.aval.ndim))
+        infos.append(_DATA if path is None else _Weight(((path, axes),)))
+    walk.run(jaxpr, infos)
+    return walk.seen
