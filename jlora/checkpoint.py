@@ -1,0 +1,349 @@
+"""Adapter checkpoints on Orbax: the adapter without its base, and what goes with it.
+
+A checkpoint is a directory that Orbax commits by an atomic rename.  It holds the
+arrays of the adapter, those of ``extra``, and a JSON document with the format version,
+the plan (roles and rank of each leaf), a fingerprint of the base (the path, shape and
+dtype of every array) and a CRC of every array that is stored.  `restore` verifies all
+of it before it gives anything back.
+
+For a series of checkpoints use Orbax's own CheckpointManager: an adapter is a pytree of
+arrays, so ``ocp.args.StandardSave(jlora.adapter(tree))`` saves it beside the optimizer
+state, and ``jlora.attach`` puts it back.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from jlora import _paths
+from jlora._leaf import Full, LoRA, is_adapted
+from jlora._tree import adapter as adapter_of
+from jlora._tree import attach
+
+FORMAT = "jlora adapter"
+VERSION = 1
+
+_FIELDS = {"lora": ("a", "b", "scale"), "full": ("value",)}
+
+
+class Handle:
+    """A save that goes on in the background; see `save`."""
+
+    def __init__(self, checkpointer: ocp.AsyncCheckpointer):
+        self._checkpointer = checkpointer
+
+    def wait(self) -> None:
+        """Returns once the checkpoint is committed; raises what the save raised."""
+        try:
+            self._checkpointer.wait_until_finished()
+        finally:
+            self._checkpointer.close()
+
+
+def save(
+    directory: str | os.PathLike[str],
+    tree: Any,
+    *,
+    extra: Any = None,
+    block: bool = True,
+) -> Handle | None:
+    """Saves the adapter of a tree, and ``extra``, in a directory of its own.
+
+    The directory appears whole or not at all, also if the process is killed.
+
+    Args:
+      directory: must not exist; parents are made.  Any path that Orbax takes.
+      tree: an adapted tree, with its base (of which only the fingerprint is stored).
+      extra: any pytree that must come back with it: batch statistics, optimizer state,
+        step.  Its leaves are arrays, PRNG keys, or numbers, strings and booleans.
+      block: return once committed.  Otherwise the arrays are copied to the host, a
+        `Handle` is returned, and the writing goes on in the background.
+
+    Returns:
+      None, or with ``block=False`` a `Handle`.
+
+    Raises:
+      FileExistsError: the directory exists.
+      ValueError: the tree has no adapted leaf, or one without its base.
+      TypeError: a leaf of ``extra`` that cannot be stored.
+
+    Example:
+      >>> import jax.numpy as jnp, tempfile
+      >>> import jlora, jlora.checkpoint
+      >>> params = {"kernel": jnp.ones((3, 4))}
+      >>> path = tempfile.mkdtemp() + "/adapter"
+      >>> jlora.checkpoint.save(path, jlora.wrap(params, rank=2), extra={"step": 7})
+      >>> tree, extra = jlora.checkpoint.restore(path, params, extra={"step": 0})
+      >>> tree["kernel"].rank, extra["step"]
+      (2, 7)
+    """
+    path = _path(directory)
+    if path.exists():
+        raise FileExistsError(
+            f"checkpoint.save: {path} exists: expected a new directory, so that no "
+            "earlier adapter is lost. Save elsewhere, or move it away first."
+        )
+    for leaf_path, x in _paths.flatten(tree)[0]:
+        if is_adapted(x) and x.w is None:
+            raise ValueError(
+                f"checkpoint.save: {leaf_path!r} has no base (w=None): expected the "
+                "whole tree, whose base the checkpoint describes. Attach it first: "
+                "jlora.attach(params, adapter)."
+            )
+    arrays: dict[str, dict[str, Any]] = {"adapter": {}, "extra": {}}
+    plan: dict[str, Any] = {}
+    for leaf_path, x in adapter_of(tree).items():
+        kind = "full" if isinstance(x, Full) else "lora"
+        plan[leaf_path] = {"kind": kind}
+        if isinstance(x, LoRA):
+            plan[leaf_path] |= {"roles": x.roles, "rank": x.rank}
+        for name in _FIELDS[kind]:
+            arrays["adapter"][f"{leaf_path}:{name}"] = getattr(x, name)
+    values: dict[str, Any] = {}
+    for leaf_path, x in _leaves(extra):
+        if isinstance(x, (bool, int, float, str)):
+            values[leaf_path] = x
+        elif isinstance(x, (jax.Array, np.ndarray, np.generic)):
+            arrays["extra"][leaf_path] = x
+        else:
+            raise TypeError(
+                f"checkpoint.save: extra has a {type(x).__name__} at {leaf_path!r}: "
+                "expected arrays, PRNG keys, numbers, strings and booleans."
+            )
+    arrays = {k: {p: _data(x) for p, x in v.items()} for k, v in arrays.items()}
+    document = {
+        "format": FORMAT,
+        "version": VERSION,
+        "plan": plan,
+        "base": {p: _signature(x) for p, x in _base(tree).items()},
+        "arrays": {
+            k: {p: [*_signature(x), _crc(x)] for p, x in v.items()}
+            for k, v in arrays.items()
+        },
+        "values": values,
+    }
+    items = {k: ocp.args.StandardSave(v) for k, v in arrays.items() if v}
+    checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+    handle = Handle(checkpointer)
+    try:
+        checkpointer.save(
+            path,
+            args=ocp.args.Composite(document=ocp.args.JsonSave(document), **items),
+        )
+    except BaseException:
+        checkpointer.close()
+        raise
+    if not block:
+        return handle
+    handle.wait()
+    return None
+
+
+def restore(
+    directory: str | os.PathLike[str], params: Any, *, extra: Any = None
+) -> Any:
+    """The adapted tree that was saved, on the base that it was saved from.
+
+    Args:
+      directory: as given to `save`.
+      params: the base: plain params with the paths, shapes and dtypes of the saved
+        tree's (``jax.ShapeDtypeStruct``s will do).
+      extra: a pytree of the structure of the saved ``extra``; its arrays (or
+        ``jax.ShapeDtypeStruct``s, such as ``jax.eval_shape(tx.init, tree)`` gives)
+        need only have the right shapes and dtypes.
+
+    Returns:
+      The tree; with ``extra``, the pair (tree, extra).
+
+    Raises:
+      FileNotFoundError: there is no such directory.
+      ValueError: it is no whole adapter checkpoint, or of a newer format; it belongs to
+        another base, or ``extra`` is another structure (with the first path that
+        differs, what was expected and what was found); an array is damaged.
+
+    Example: see `save`.
+    """
+    path = _path(directory)
+    document = _document(path)
+    _same(
+        f"checkpoint.restore: {path} belongs to another base",
+        document["base"],
+        {p: _signature(x) for p, x in _base(params).items()},
+        "Pass the params that the adapter was trained on.",
+    )
+    templates: dict[str, Any] = {}
+    if extra is not None:
+        templates = dict(_leaves(extra))
+        stored = document["arrays"]["extra"]
+        want = {p: s[:2] for p, s in stored.items()}
+        want |= {p: type(v).__name__ for p, v in document["values"].items()}
+        have = {
+            p: _signature(_shape_of_data(x)) if hasattr(x, "dtype") else type(x).__name__
+            for p, x in templates.items()
+        }
+        _same(
+            f"checkpoint.restore: the extra of {path} has another structure",
+            want,
+            have,
+            "Pass a pytree of the structure that was saved.",
+        )
+    items = ["adapter"] if extra is None else ["adapter", "extra"]
+    read = _read(path, document["arrays"], items, templates)
+    leaves: dict[str, Any] = {}
+    for p, spec in document["plan"].items():
+        fields = {n: read["adapter"][f"{p}:{n}"] for n in _FIELDS[spec["kind"]]}
+        if spec["kind"] == "full":
+            leaves[p] = Full(None, **fields)
+        else:
+            leaves[p] = LoRA(None, **fields, roles=spec["roles"])
+    tree = attach(params, leaves)
+    if extra is None:
+        return tree
+    found = {**document["values"]}
+    for p, x in read.get("extra", {}).items():
+        found[p] = _as_template(x, templates[p])
+    flat, treedef = jax.tree_util.tree_flatten_with_path(extra)
+    restored = [found[jax.tree_util.keystr(keys)] for keys, _ in flat]
+    return tree, jax.tree.unflatten(treedef, restored)
+
+
+# ------------------------------------------------------------------------------ parts
+
+
+def _path(directory: str | os.PathLike[str]) -> epath.Path:
+    path = epath.Path(directory)
+    return path if "://" in os.fspath(directory) else path.expanduser().absolute()
+
+
+def _leaves(extra: Any) -> list[tuple[str, Any]]:
+    pairs, _ = jax.tree_util.tree_flatten_with_path(extra)
+    return [(jax.tree_util.keystr(keys), x) for keys, x in pairs]
+
+
+def _base(tree: Any) -> dict[str, Any]:
+    pairs = [(p, x.w if is_adapted(x) else x) for p, x in _paths.flatten(tree)[0]]
+    return {p: x for p, x in pairs if hasattr(x, "shape") and hasattr(x, "dtype")}
+
+
+def _is_key(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _data(x: Any) -> Any:
+    """What is stored of an array: the words of a PRNG key, the array itself else."""
+    if _is_key(x):
+        return jax.random.key_data(x)
+    return np.asarray(x) if isinstance(x, np.generic) else x
+
+
+def _shape_of_data(x: Any) -> Any:
+    return jax.eval_shape(jax.random.key_data, x) if _is_key(x) else x
+
+
+def _as_template(x: Any, template: Any) -> Any:
+    """A stored array as the kind of thing that the template is."""
+    if _is_key(template):
+        impl = jax.random.key_impl(template)
+        return jax.random.wrap_key_data(x, impl=impl)
+    return x[()] if isinstance(template, np.generic) else x
+
+
+def _signature(x: Any) -> list[Any]:
+    return [list(x.shape), str(jnp.dtype(x.dtype))]
+
+
+def _crc(x: Any) -> int:
+    return zlib.crc32(np.ascontiguousarray(jax.device_get(x)).tobytes())
+
+
+def _same(what: str, want: dict[str, Any], have: dict[str, Any], do: str) -> None:
+    """Raises at the first path whose signatures differ."""
+    for p in [*want, *have]:
+        expected, found = (side.get(p, "nothing") for side in (want, have))
+        if expected != found:
+            near = _paths.near(p, have) if found == "nothing" else ""
+            near = f" (near paths: {near})" if near else ""
+            raise ValueError(
+                f"{what}: at {p!r} expected {_words(expected)}, found "
+                f"{_words(found)}{near}. {do}"
+            )
+
+
+def _words(signature: Any) -> str:
+    if isinstance(signature, str):
+        return signature
+    shape, dtype = signature
+    return f"{dtype}[{','.join(map(str, shape))}]"
+
+
+def _document(path: epath.Path) -> dict[str, Any]:
+    """The JSON document of a checkpoint, of a format that this version reads."""
+    if not path.exists():
+        raise FileNotFoundError(
+            f"checkpoint.restore: there is no directory {path}: expected one that "
+            "jlora.checkpoint.save made. A save that was killed leaves none."
+        )
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            document = checkpointer.restore(
+                path, args=ocp.args.Composite(document=ocp.args.JsonRestore())
+            )["document"]
+        fmt, version = document["format"], document["version"]
+    except Exception as e:
+        raise ValueError(_damaged(path, "its document cannot be read", e)) from e
+    if fmt != FORMAT:
+        raise ValueError(_damaged(path, f"its format is {fmt!r}, not {FORMAT!r}"))
+    if version > VERSION:
+        raise ValueError(
+            f"checkpoint.restore: {path} has format version {version}: expected at "
+            f"most {VERSION}, which is what this jlora reads. Update jlora."
+        )
+    return document
+
+
+def _read(
+    path: epath.Path, arrays: Any, items: list[str], templates: dict[str, Any]
+) -> dict[str, Any]:
+    """The arrays of a checkpoint, each verified against its CRC."""
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def target(p: str, shape: list[int], dtype: str) -> Any:
+        # NumPy's arrays stay NumPy's: JAX would narrow 64 bits.
+        if isinstance(templates.get(p), (np.ndarray, np.generic)):
+            return np.empty(shape, dtype)
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=place)
+
+    signatures = {k: arrays[k] for k in items if arrays[k]}
+    targets = {
+        k: {p: target(p, shape, dtype) for p, (shape, dtype, _) in v.items()}
+        for k, v in signatures.items()
+    }
+    if not targets:
+        return {}
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            args = {k: ocp.args.StandardRestore(v) for k, v in targets.items()}
+            read = checkpointer.restore(path, args=ocp.args.Composite(**args))
+    except Exception as e:
+        raise ValueError(_damaged(path, "its arrays cannot be read", e)) from e
+    for k, v in signatures.items():
+        for p, (_, _, crc) in v.items():
+            if _crc(read[k][p]) != crc:
+                raise ValueError(_damaged(path, f"the array {p!r} is damaged"))
+    return {k: read[k] for k in targets}
+
+
+def _damaged(path: epath.Path, why: str, error: Exception | None = None) -> str:
+    cause = f" ({type(error).__name__}: {str(error)[:200]})" if error else ""
+    return (
+        f"checkpoint.restore: {path} is no whole adapter checkpoint: {why}{cause}. "
+        "Restore an earlier one; a checkpoint is whole as jlora.checkpoint.save left it."
+    )
