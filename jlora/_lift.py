@@ -674,6 +674,11 @@ def lift(fn: Callable[..., Any], *, strict: bool = False) -> Callable[..., Any]:
     return _lift(fn, strict=strict)
 
 
+def lift_layer(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`lift` for a layer's own code: what trains is the caller's to say."""
+    return _lift(fn, freeze=False)
+
+
 def explain(fn: Callable[..., Any], tree: Any, *args: Any, **kwargs: Any) -> Report:
     """How ``lift(fn)(tree, *args, **kwargs)`` treats each adapted leaf of the tree.
 

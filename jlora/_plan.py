@@ -63,6 +63,23 @@ class Spec:
     out_axes: tuple[int, ...]
     bias: str | None = None
 
+    @classmethod
+    def of(
+        cls,
+        kind: str,
+        axes: str,
+        rank: int,
+        alpha: float | None = None,
+        bias: str | None = None,
+    ) -> Spec:
+        """A spec from one letter an axis, e.g. ``"bio"``; alpha=None for the rank."""
+        batch, in_, out = (
+            tuple(k - len(axes) for k, c in enumerate(axes) if c == role)
+            for role in "bio"
+        )
+        alpha = float(rank if alpha is None else alpha)
+        return cls(kind, int(rank), alpha, batch, in_, out, bias)
+
     @property
     def axes(self) -> str:
         """The roles as one letter an axis, e.g. ``"bio"``."""
@@ -369,14 +386,7 @@ def _select(
         given = rule.alpha if rule and rule.alpha is not None else (
             None if rule and rule.rank is not None else alpha
         )
-        by_role = {
-            role: tuple(k - len(axes) for k, c in enumerate(axes) if c == role)
-            for role in "bio"
-        }
-        specs[path] = Spec(
-            kind, int(r), float(r if given is None else given),
-            by_role["b"], by_role["i"], by_role["o"], bias,
-        )
+        specs[path] = Spec.of(kind, axes, r, given, bias)
     if not specs:
         why = "".join(f"\n  {path}: {reason}" for path, reason in skipped.items())
         raise ValueError(

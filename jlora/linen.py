@@ -1,0 +1,272 @@
+"""Flax Linen layers with an adapter of their own.
+
+Each is its Flax twin: the same parameters in the ``params`` collection, under the same
+names and with the same initial values, so that pretrained checkpoints load unchanged.
+The factors are adapted leaves in a ``lora`` collection.  The layer runs the twin's own
+code through the lift, so there is no second implementation of anything.
+
+    model = Net()                          # built of jlora.linen layers
+    variables = model.init(key, x)         # {"params": …, "lora": …}
+    tx = jlora.optimizer(optax.adamw(1e-4), variables)
+
+The variables are an adapted tree: `jlora.optimizer`, `jlora.partition`, `jlora.scaled`
+and `jlora.count` work on them.  `adapter` and `attach` carry the adapter to the plain
+Flax model and back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+from jax import lax
+
+from jlora import _init
+from jlora._leaf import LoRA
+from jlora._lift import lift_layer
+from jlora._plan import Spec, check_rank
+from jlora._tree import Adapter
+from jlora._tree import adapter as adapter_of
+from jlora._tree import attach as attach_leaves
+
+COLLECTION = "lora"
+
+
+class _Adapted(nn.Module, kw_only=True):
+    """What the layers have beside their twin's fields.
+
+    Attributes:
+      rank: r; 0 for exactly the twin.
+      alpha: the delta is alpha / rank * a·b; None for alpha = rank.
+      dropout_rate: of the activation that enters the low-rank branch; needs the
+        ``dropout`` rng.
+      deterministic: switches that dropout off; here or in the call.
+    """
+
+    rank: int = 8
+    alpha: float | None = None
+    dropout_rate: float = 0.0
+    deterministic: bool | None = None
+
+    def _leaf(self, name: str, kind: str, axes: Callable[[int], str]) -> LoRA:
+        """The factors of the parameter ``name``, made at init."""
+        check_rank(self.rank, type(self).__name__)
+
+        def init() -> LoRA:
+            w = nn.meta.unbox(self.get_variable("params", name))
+            spec = Spec.of(kind, axes(w.ndim), self.rank, self.alpha)
+            # The module's own key, folded by name: make_rng would advance the counter
+            # from which the twin's parameters are made under nn.scan.
+            key = self.scope.rngs["params"].as_jax_rng()
+            leaf = _init.make(
+                w, name, spec, init="kaiming", dtype=jnp.float32, key=key
+            )
+            return dataclasses.replace(leaf, w=None)
+
+        return self.variable(COLLECTION, name, init).value
+
+    def _run(
+        self, twin: type, leaf: LoRA, name: str, method: str, args: Any,
+        deterministic: bool | None,
+    ) -> jax.Array:
+        """The twin's method with the adapted leaf in place of its weight."""
+        if self.dropout_rate and not nn.merge_param(
+            "deterministic", self.deterministic, deterministic
+        ):
+            keys = jax.random.split(self.make_rng("dropout"), leaf.scale.shape)
+            leaf = dataclasses.replace(leaf, key=keys, rate=self.dropout_rate)
+        params = nn.meta.unbox(dict(self.variables["params"]))
+        scale = lax.stop_gradient(leaf.scale)
+        params[name] = dataclasses.replace(leaf, w=params[name], scale=scale)
+        fields = {
+            f.name: getattr(self, f.name)
+            for f in dataclasses.fields(twin)
+            if f.init and f.name not in ("parent", "name")
+        }
+        try:
+            apply = _apply(twin(**fields, parent=None), method)
+        except TypeError:  # a field that is not hashable: no cache of the trace
+            apply = _apply.__wrapped__(twin(**fields, parent=None), method)
+        return apply(params, *args)
+
+
+@functools.lru_cache(maxsize=1024)
+def _apply(twin: nn.Module, method: str) -> Callable[..., Any]:
+    def apply(params: Any, *args: Any) -> Any:
+        return twin.apply({"params": params}, *args, method=method)
+
+    return lift_layer(apply)
+
+
+def _kernel_layer(
+    layer: _Adapted,
+    twin: type,
+    kind: str,
+    axes: Callable[[int], str],
+    args: tuple[Any, ...],
+    deterministic: bool | None,
+) -> jax.Array:
+    """The call of a layer whose weight is its ``kernel``."""
+    if layer.rank == 0 or layer.is_initializing():
+        y = twin.__call__(layer, *args)
+        if layer.rank != 0:
+            layer._leaf("kernel", kind, axes)
+        return y
+    leaf = layer._leaf("kernel", kind, axes)
+    return layer._run(twin, leaf, "kernel", "__call__", args, deterministic)
+
+
+class Dense(nn.Dense, _Adapted):
+    """``flax.linen.Dense`` with an adapter; fields as there, and rank, alpha, ….
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jlora.linen
+      >>> layer = jlora.linen.Dense(4, rank=2)
+      >>> variables = layer.init(jax.random.key(0), jnp.ones((1, 3)))
+      >>> variables["lora"]["kernel"].a.shape, layer.apply(variables, jnp.ones((5, 3))).shape
+      ((3, 2), (5, 4))
+    """
+
+    @nn.compact
+    def __call__(
+        self, inputs: jax.Array, deterministic: bool | None = None
+    ) -> jax.Array:
+        """(..., in) to (..., features)."""
+        return _kernel_layer(
+            self, nn.Dense, "dense", lambda n: "io", (inputs,), deterministic
+        )
+
+
+class DenseGeneral(nn.DenseGeneral, _Adapted):
+    """``flax.linen.DenseGeneral`` with an adapter; kernel (*batch, *in, *features)."""
+
+    @nn.compact
+    def __call__(
+        self, inputs: jax.Array, deterministic: bool | None = None
+    ) -> jax.Array:
+        """Contracts ``axis`` of the inputs and puts ``features`` last."""
+        batch, in_ = (
+            1 if isinstance(v, int) else len(v) for v in (self.batch_dims, self.axis)
+        )
+        return _kernel_layer(
+            self, nn.DenseGeneral, "dense",
+            lambda n: "b" * batch + "i" * in_ + "o" * (n - batch - in_),
+            (inputs,), deterministic,
+        )
+
+
+class Einsum(nn.Einsum, _Adapted):
+    """``flax.linen.Einsum`` with an adapter; its einsum string gives the roles."""
+
+    @nn.compact
+    def __call__(
+        self,
+        inputs: jax.Array,
+        einsum_str: str | None = None,
+        deterministic: bool | None = None,
+    ) -> jax.Array:
+        """The einsum of the inputs and the kernel."""
+        text = nn.merge_param("einsum_str", self.einsum_str, einsum_str)
+        (x, w), out = text.replace(" ", "").split("->")[0].split(","), text.split("->")[1]
+        roles = "".join(
+            ("b" if c in x else "o") if c in out else "i" for c in w
+        )
+        return _kernel_layer(
+            self, nn.Einsum, "dense", lambda n: roles, (inputs, einsum_str),
+            deterministic,
+        )
+
+
+class Conv(nn.Conv, _Adapted):
+    """``flax.linen.Conv`` with an adapter, groups and dilations included."""
+
+    @nn.compact
+    def __call__(
+        self, inputs: jax.Array, deterministic: bool | None = None
+    ) -> jax.Array:
+        """(*batch, *spatial, in) to (*batch, *spatial, features)."""
+        return _kernel_layer(
+            self, nn.Conv, "conv", lambda n: "i" * (n - 1) + "o", (inputs,),
+            deterministic,
+        )
+
+
+class Embed(nn.Embed, _Adapted):
+    """``flax.linen.Embed`` with an adapter, in the lookup and in ``attend``.
+
+    Dropout falls on the query of `attend`; a lookup has no activation.
+    """
+
+    def setup(self) -> None:
+        super().setup()
+        if self.rank != 0:
+            self.factors = self._leaf("embedding", "embed", lambda n: "io")
+
+    def _method(self, name: str, x: jax.Array, deterministic: bool | None) -> jax.Array:
+        if self.rank == 0 or self.is_initializing():
+            return getattr(nn.Embed, name)(self, x)
+        return self._run(
+            nn.Embed, self.factors, "embedding", name, (x,), deterministic
+        )
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """Integer (...) to (..., features)."""
+        return self._method("__call__", inputs, True)
+
+    def attend(
+        self, query: jax.Array, deterministic: bool | None = None
+    ) -> jax.Array:
+        """(..., features) to (..., num_embeddings) by the same, tied weight."""
+        return self._method("attend", query, deterministic)
+
+
+def adapter(variables: Any) -> Adapter:
+    """The adapter in the variables of a model built of these layers.
+
+    Its paths are those of the weights in ``{"params": …}``, so it attaches to the plain
+    Flax twin: ``jlora.attach({"params": variables["params"]}, adapter)``.
+
+    Raises:
+      ValueError: the variables have no ``lora`` collection.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jlora.linen
+      >>> variables = jlora.linen.Dense(4).init(jax.random.key(0), jnp.ones((1, 3)))
+      >>> list(jlora.linen.adapter(variables))
+      ['params/kernel']
+    """
+    if COLLECTION not in variables:
+        raise ValueError(
+            f"linen.adapter: expected variables with a {COLLECTION!r} collection, found "
+            f"{sorted(variables)}: initialise a model built of jlora.linen layers."
+        )
+    leaves = adapter_of(variables[COLLECTION])
+    return {f"params/{path}": leaf for path, leaf in leaves.items()}
+
+
+def attach(variables: Any, adapter: Adapter) -> dict[str, Any]:
+    """The variables with the adapter as their ``lora`` collection; see `adapter`.
+
+    Raises:
+      ValueError: as `jlora.attach`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jlora.linen
+      >>> variables = jlora.linen.Dense(4).init(jax.random.key(0), jnp.ones((1, 3)))
+      >>> again = jlora.linen.attach(variables, jlora.linen.adapter(variables))
+      >>> again["lora"]["kernel"].a is variables["lora"]["kernel"].a
+      True
+    """
+    variables = {k: v for k, v in variables.items() if k != COLLECTION}
+    attach_leaves({"params": variables["params"]}, adapter)  # verifies that it fits
+    leaves = {tuple(p.split("/")[1:]): leaf for p, leaf in adapter.items()}
+    nested = traverse_util.unflatten_dict(leaves)
+    return {**variables, COLLECTION: nested}
+
+
