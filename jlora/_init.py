@@ -58,8 +58,9 @@ def make(
         raise ValueError(f"init {init!r}: expected one of {', '.join(_INITS)}.")
     size = {
         role: [w.shape[k] for k in axes]
-        for role, axes in zip("bio", (spec.batch_axes, spec.in_axes, spec.out_axes),
-                              strict=True)
+        for role, axes in zip(
+            "bio", (spec.batch_axes, spec.in_axes, spec.out_axes), strict=True
+        )
     }
     shape_a = (*size["b"], *size["i"], spec.rank)
     shape_b = (*size["b"], spec.rank, *size["o"])

@@ -62,9 +62,9 @@ def _dot(
     """
     batch = [k for k in xl if k in yl and k in keep]
     summed = [k for k in xl if k in yl and k not in keep]
-    dims = tuple(
-        (tuple(xl.index(k) for k in ks), tuple(yl.index(k) for k in ks))
-        for ks in (summed, batch)
+    dims = (
+        ([xl.index(k) for k in summed], [yl.index(k) for k in summed]),
+        ([xl.index(k) for k in batch], [yl.index(k) for k in batch]),
     )
     rest = [k for k in [*xl, *yl] if k not in batch and k not in summed]
     return lax.dot_general(x, y, dims, **params), [*batch, *rest]
@@ -123,6 +123,7 @@ def contract(
     weight_first: bool,
     use: int,
     dimension_numbers: Any,
+    out_sharding: Any = None,
     **params: Any,
 ) -> jax.Array:
     """dot_general of x and the weight, on either side.
@@ -135,8 +136,6 @@ def contract(
       NotFactored: nothing is contracted.
     """
     n, axes = leaf.ndim, leaf.axes
-    # Only the base product has the shape that a requested sharding is for.
-    out_sharding = params.pop("out_sharding", None)
     (lc, rc), (lb, rb) = dimension_numbers
     wc, wb, xc, xb = (lc, lb, rc, rb) if weight_first else (rc, rb, lc, lb)
     roles = {axes[k] for k in wc if leaf.w.shape[k] != 1}
@@ -155,9 +154,10 @@ def contract(
     new = [k for k in xl if k >= n]
     out = [*wb, *kept, *new] if weight_first else [*wb, *new, *kept]
 
-    operands = (leaf.w, x) if weight_first else (x, leaf.w)
+    # Only the base product has the shape that a requested sharding is for.
+    left, right = (leaf.w, x) if weight_first else (x, leaf.w)
     base = lax.dot_general(
-        *operands, dimension_numbers, out_sharding=out_sharding, **params
+        left, right, dimension_numbers, out_sharding=out_sharding, **params
     )
 
     la, lb, _ = _labels(axes)
@@ -205,9 +205,7 @@ def conv(
             f"convolves axes {tuple(sorted(convolved))} of a weight of shape "
             f"{tuple(leaf.w.shape)} and roles {leaf.axes!r}: expected {wanted!r}"
         )
-    products = dict(
-        precision=precision, preferred_element_type=preferred_element_type
-    )
+    products = dict(precision=precision, preferred_element_type=preferred_element_type)
 
     def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
         return lax.conv_general_dilated_p.bind(
@@ -281,7 +279,9 @@ def lookup(
     for k, at in zip(batched, dn.start_indices_batching_dims, strict=True):
         index[at] = k
     gone = {*dn.collapsed_slice_dims, *batched}
-    rows, index_axes = (iter(ks) for ks in ([k for k in range(n) if k not in gone], index))
+    rows, index_axes = (
+        iter(ks) for ks in ([k for k in range(n) if k not in gone], index)
+    )
     out = [next(rows if k in dn.offset_dims else index_axes) for k in range(base.ndim)]
 
     la, lb, _ = _labels(axes)

@@ -48,7 +48,11 @@ def optimizer(
                     f"optimizer: {path!r} holds {y.dtype}: expected floating-point "
                     "leaves only, since jax.grad differentiates the whole tree of a "
                     "TrainState. Train the half that jlora.partition(tree) gives."
-                    + (" (Call jlora.dropout inside the loss.)" if is_adapted(x) else "")
+                    + (
+                        " (Call jlora.dropout inside the loss.)"
+                        if is_adapted(x)
+                        else ""
+                    )
                 )
     kinds = {"frozen": optax.set_to_zero(), "lora": tx, "full": full or tx}
     names = labels(tree)

@@ -7,13 +7,12 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from jlora import _paths, _uses
 from jlora._leaf import is_adapted
-from jlora._lift import hide, show
 from jlora._paths import Pattern
+from jlora._trace import hide, trace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,8 +88,10 @@ class Spec:
 
     def size(self, shape: Sequence[int]) -> int:
         """Parameters of the adapter of a weight of this shape."""
-        dims = {r: math.prod(n for n, c in zip(shape, self.axes, strict=True) if c == r)
-                for r in "bio"}
+        dims = {
+            r: math.prod(n for n, c in zip(shape, self.axes, strict=True) if c == r)
+            for r in "bio"
+        }
         return dims["b"] * self.rank * (dims["i"] + dims["o"])
 
 
@@ -119,14 +120,23 @@ class Plan(Mapping[str, Spec]):
 
     def __str__(self) -> str:
         rows = [
-            (path, "×".join(map(str, self.shapes[path])), s.kind, s.axes, str(s.rank),
-             f"{s.alpha:g}", f"{s.size(self.shapes[path]):,}")
+            (
+                path,
+                "×".join(map(str, self.shapes[path])),
+                s.kind,
+                s.axes,
+                str(s.rank),
+                f"{s.alpha:g}",
+                f"{s.size(self.shapes[path]):,}",
+            )
             for path, s in self.items()
         ]
         adapters = sum(s.size(self.shapes[path]) for path, s in self.items())
         base = sum(math.prod(shape) for shape in self.shapes.values())
         lines = [
-            table(("path", "shape", "kind", "roles", "rank", "alpha", "parameters"), rows),
+            table(
+                ("path", "shape", "kind", "roles", "rank", "alpha", "parameters"), rows
+            ),
             f"{len(self)} adapted leaves, {adapters:,} adapter parameters, "
             f"{100 * adapters / max(base, 1):.3g} % of the base's {base:,}",
         ]
@@ -191,7 +201,8 @@ def plan(
     Args:
       fn: the function whose first argument is ``params``, such as ``model.apply``.
       params: the tree that `wrap` will be given.
-      *args, **kwargs: the other arguments of ``fn``.
+      *args: the other arguments of ``fn``.
+      **kwargs: and its keyword arguments.
       rank: r of every adapter that no rule names.
       alpha: None for alpha = rank, a scale of 1.
       targets: patterns of the paths to adapt: globs over the whole path (``*`` within
@@ -212,16 +223,13 @@ def plan(
     Example:
       >>> import jax.numpy as jnp, jlora
       >>> f = lambda p, x: jnp.einsum("bi,hio->bho", x, p["w"])
-      >>> jlora.plan(f, {"w": jnp.ones((2, 3, 4))}, jnp.ones((5, 3)), rank=2)["w"].in_axes
+      >>> jlora.plan(f, {"w": jnp.ones((2, 3, 4))}, jnp.ones((5, 3)))["w"].in_axes
       (-2,)
     """
     hidden = hide(((params, *args), kwargs))
 
-    def plain(args: Any, kwargs: Any) -> Any:
-        return hide(fn(*show(args), **show(kwargs)))
-
     leaves = _leaves(params)
-    jaxpr = jax.make_jaxpr(plain)(*hidden)
+    jaxpr, _ = trace(fn, *hidden)
     paths: list[str | None] = [p for p, _ in _paths.flatten(hidden[0][0])[0]]
     paths += [None] * (len(jaxpr.jaxpr.invars) - len(paths))
     seen = _uses.watch(jaxpr, paths)
@@ -315,7 +323,9 @@ def _merged_roles(uses: Sequence[_uses.Use], ndim: int) -> tuple[str | None, str
     merged: dict[int, str] = {}
     for use in uses:
         roles = use.roles
-        both = {k: r for k, r in roles.items() if merged.get(k, "b") + r in ("io", "oi")}
+        both = {
+            k: r for k, r in roles.items() if merged.get(k, "b") + r in ("io", "oi")
+        }
         if both:
             roles = {k: r.translate(swap) for k, r in roles.items()}
         for k, role in roles.items():
@@ -383,8 +393,10 @@ def _select(
         if kind == "embed" and not named:
             continue
         r = rule.rank if rule and rule.rank is not None else rank
-        given = rule.alpha if rule and rule.alpha is not None else (
-            None if rule and rule.rank is not None else alpha
+        given = (
+            rule.alpha
+            if rule and rule.alpha is not None
+            else (None if rule and rule.rank is not None else alpha)
         )
         specs[path] = Spec.of(kind, axes, r, given, bias)
     if not specs:
@@ -392,9 +404,12 @@ def _select(
         raise ValueError(
             "nothing to adapt: expected at least one dense, einsum or convolution "
             f"kernel among the {len(leaves)} arrays of the tree, found none"
-            + (f"; matched, but skipped:{why}" if why else
-               f" (it has {_paths.near('kernel', leaves)}, …). Name targets, or plan "
-               "from a function: jlora.plan(fn, params, *args).")
+            + (
+                f"; matched, but skipped:{why}"
+                if why
+                else f" (it has {_paths.near('kernel', leaves)}, …). Name targets or plan "
+                "from a function: jlora.plan(fn, params, *args)."
+            )
         )
     shapes = {path: tuple(x.shape) for path, x in pairs}
     return Plan(specs, shapes, skipped)

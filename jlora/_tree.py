@@ -47,8 +47,10 @@ def wrap(
       params: any pytree of arrays, or of ``jax.ShapeDtypeStruct``s.
       rank: r of every adapter that no rule names.
       alpha: the delta is alpha / rank * a·b; None for alpha = rank.
-      targets, exclude, rules: which paths are adapted, as in `plan`.  Without a plan
+      targets: patterns of the paths that are adapted, as in `plan`.  Without a plan
         Flax's names say what a kernel's axes are, where they leave no doubt.
+      exclude: patterns of paths that stay as they are.
+      rules: `Rule`s for ranks and alphas of their own, the first match wins.
       plan: a `Plan` made for this very tree; it then decides all of the above, but a
         rank or alpha given here too replaces the plan's where the plan has only one.
       train: patterns of leaves that train whole (`Full`), such as a new head.
@@ -74,10 +76,18 @@ def wrap(
     """
     check_rank(rank, "wrap")
     if plan is None:
-        plan = plan_from_names(
-            params, rank=rank, alpha=alpha, targets=targets, exclude=exclude,
-            rules=rules,
-        ) if not _only_full(targets) else Plan({}, {})
+        plan = (
+            plan_from_names(
+                params,
+                rank=rank,
+                alpha=alpha,
+                targets=targets,
+                exclude=exclude,
+                rules=rules,
+            )
+            if not _only_full(targets)
+            else Plan({}, {})
+        )
     else:
         plan = _checked_plan(plan, params, rank, alpha, targets, exclude, rules)
     if bias not in ("none", "all", "lora_only"):
@@ -124,7 +134,13 @@ def _full(path: str, x: Any, dtype: Any) -> Full:
 
 
 def _checked_plan(
-    plan: Plan, params: Any, rank: int, alpha: Any, targets: Any, exclude: Any, rules: Any
+    plan: Plan,
+    params: Any,
+    rank: int,
+    alpha: Any,
+    targets: Any,
+    exclude: Any,
+    rules: Any,
 ) -> Plan:
     """The plan, if it is one of this very tree; with the rank and alpha given."""
     if targets is not None or exclude or rules:
@@ -158,8 +174,8 @@ def _checked_plan(
             continue
         if len(planned) > 1:
             raise ValueError(
-                f"{name}={value} beside a plan with several ({sorted(planned)}): say it "
-                "in jlora.plan(...)."
+                f"{name}={value} beside a plan with several ({sorted(planned)}): say "
+                "it in jlora.plan(...)."
             )
         changes[name] = value
     if "rank" in changes and alpha is None:
@@ -376,10 +392,13 @@ def partition(tree: Any) -> tuple[Any, Any]:
     """
     found = labels(tree)
     _require_adapted(tree, "partition")
-    split = lambda frozen: jax.tree.map(
-        lambda x, label: x if (label == "frozen") is frozen else None, tree, found
-    )
-    return split(False), split(True)
+
+    def half(frozen: bool) -> Any:
+        return jax.tree.map(
+            lambda x, label: x if (label == "frozen") is frozen else None, tree, found
+        )
+
+    return half(False), half(True)
 
 
 def combine(trainable: Any, frozen: Any) -> Any:
@@ -394,10 +413,12 @@ def combine(trainable: Any, frozen: Any) -> Any:
       >>> jlora.combine(*jlora.partition(t))["kernel"].w is t["kernel"].w
       True
     """
-    none = lambda x: x is None
     try:
         return jax.tree.map(
-            lambda x, y: y if x is None else x, trainable, frozen, is_leaf=none
+            lambda x, y: y if x is None else x,
+            trainable,
+            frozen,
+            is_leaf=lambda x: x is None,
         )
     except ValueError as e:
         raise ValueError(
@@ -427,7 +448,7 @@ def scaled(tree: Any, s: Any) -> Any:
 
 
 def labels(tree: Any) -> Any:
-    """The tree with "lora" (a and b), "full" (`Full` values) or "frozen" for each array.
+    """The tree with "lora" (a, b), "full" (`Full` values) or "frozen" for each array.
 
     Example:
       >>> import jax.numpy as jnp, jlora
@@ -547,12 +568,16 @@ def summary(tree: Any) -> Summary:
     for path, x in _paths.flatten(tree)[0]:
         if is_adapted(x):
             low = isinstance(x, LoRA)
-            rows.append((
-                path, "×".join(map(str, x.shape)),
-                "" if x.w is None else str(x.dtype),
-                x.axes if low else "full", str(x.rank) if low else "",
-                f"{_sizes(x)[0]:,}",
-            ))
+            rows.append(
+                (
+                    path,
+                    "×".join(map(str, x.shape)),
+                    "" if x.w is None else str(x.dtype),
+                    x.axes if low else "full",
+                    str(x.rank) if low else "",
+                    f"{_sizes(x)[0]:,}",
+                )
+            )
     trainable, total = count(tree)
     leaves = f"{len(rows)} adapted lea{'f' if len(rows) == 1 else 'ves'}"
     head = ("path", "shape", "dtype", "adapted", "rank", "trainable")

@@ -11,7 +11,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-
 from jlora import _compat, _ops
 
 # Which axes of the original weight an axis came from.
@@ -103,7 +102,9 @@ class _Walk:
 
     def use(self, weight: _Weight, name: str, roles: dict[int, str]) -> _Product:
         for path, axes in weight.parts:
-            original = {o: roles[k] for k, ax in enumerate(axes) if k in roles for o in ax}
+            original = {
+                o: roles[k] for k, ax in enumerate(axes) if k in roles for o in ax
+            }
             self.seen.setdefault(path, Seen()).uses.append(Use(name, original))
         return _Product(tuple(path for path, _ in weight.parts))
 
@@ -157,7 +158,9 @@ class _Walk:
         if name in ("concatenate", "stack"):
             new = shape[: len(shape) - len(old)] if name == "stack" else ()
             parts = [part for info, _ in weights for part in info.parts]
-            return _Weight(tuple((path, (none,) * len(new) + axes) for path, axes in parts))
+            return _Weight(
+                tuple((path, (none,) * len(new) + axes) for path, axes in parts)
+            )
         if name in ("slice", "dynamic_slice", "split", "gather") or shape == old:
             # A gather that got here indexes a stack with data: it drops axes.
             return weight if len(shape) == len(old) else None
@@ -203,7 +206,8 @@ class _Walk:
     def unchanged(ins: Any, outs: Any, infos: list[Any]) -> list[Any]:
         """A loop's carry: what comes back as it went in keeps what is known of it."""
         return [
-            info if i is o else _DATA for i, o, info in zip(ins, outs, infos, strict=True)
+            info if i is o else _DATA
+            for i, o, info in zip(ins, outs, infos, strict=True)
         ]
 
 

@@ -186,7 +186,9 @@ def restore(
         want = {p: s[:2] for p, s in stored.items()}
         want |= {p: type(v).__name__ for p, v in document["values"].items()}
         have = {
-            p: _signature(_shape_of_data(x)) if hasattr(x, "dtype") else type(x).__name__
+            p: _signature(_shape_of_data(x))
+            if hasattr(x, "dtype")
+            else type(x).__name__
             for p, x in templates.items()
         }
         _same(
@@ -345,5 +347,5 @@ def _damaged(path: epath.Path, why: str, error: Exception | None = None) -> str:
     cause = f" ({type(error).__name__}: {str(error)[:200]})" if error else ""
     return (
         f"checkpoint.restore: {path} is no whole adapter checkpoint: {why}{cause}. "
-        "Restore an earlier one; a checkpoint is whole as jlora.checkpoint.save left it."
+        "Restore an earlier one: this is not as jlora.checkpoint.save left it."
     )

@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -63,16 +63,19 @@ class _Adapted(nn.Module, kw_only=True):
             spec = Spec.of(kind, axes(w.ndim), self.rank, self.alpha)
             # The module's own key, folded by name: make_rng would advance the counter
             # from which the twin's parameters are made under nn.scan.
-            key = self.scope.rngs["params"].as_jax_rng()
-            leaf = _init.make(
-                w, name, spec, init="kaiming", dtype=jnp.float32, key=key
-            )
+            key = cast(Any, self.scope).rngs["params"].as_jax_rng()
+            leaf = _init.make(w, name, spec, init="kaiming", dtype=jnp.float32, key=key)
             return dataclasses.replace(leaf, w=None)
 
         return self.variable(COLLECTION, name, init).value
 
     def _run(
-        self, twin: type, leaf: LoRA, name: str, method: str, args: Any,
+        self,
+        twin: type,
+        leaf: LoRA,
+        name: str,
+        method: str,
+        args: Any,
         deterministic: bool | None,
     ) -> jax.Array:
         """The twin's method with the adapted leaf in place of its weight."""
@@ -129,8 +132,8 @@ class Dense(nn.Dense, _Adapted):
       >>> import jax, jax.numpy as jnp, jlora.linen
       >>> layer = jlora.linen.Dense(4, rank=2)
       >>> variables = layer.init(jax.random.key(0), jnp.ones((1, 3)))
-      >>> variables["lora"]["kernel"].a.shape, layer.apply(variables, jnp.ones((5, 3))).shape
-      ((3, 2), (5, 4))
+      >>> variables["lora"]["kernel"].a.shape
+      (3, 2)
     """
 
     @nn.compact
@@ -155,9 +158,12 @@ class DenseGeneral(nn.DenseGeneral, _Adapted):
             1 if isinstance(v, int) else len(v) for v in (self.batch_dims, self.axis)
         )
         return _kernel_layer(
-            self, nn.DenseGeneral, "dense",
+            self,
+            nn.DenseGeneral,
+            "dense",
             lambda n: "b" * batch + "i" * in_ + "o" * (n - batch - in_),
-            (inputs,), deterministic,
+            (inputs,),
+            deterministic,
         )
 
 
@@ -173,12 +179,17 @@ class Einsum(nn.Einsum, _Adapted):
     ) -> jax.Array:
         """The einsum of the inputs and the kernel."""
         text = nn.merge_param("einsum_str", self.einsum_str, einsum_str)
-        (x, w), out = text.replace(" ", "").split("->")[0].split(","), text.split("->")[1]
-        roles = "".join(
-            ("b" if c in x else "o") if c in out else "i" for c in w
+        (x, w), out = (
+            text.replace(" ", "").split("->")[0].split(","),
+            text.split("->")[1],
         )
+        roles = "".join(("b" if c in x else "o") if c in out else "i" for c in w)
         return _kernel_layer(
-            self, nn.Einsum, "dense", lambda n: roles, (inputs, einsum_str),
+            self,
+            nn.Einsum,
+            "dense",
+            lambda n: roles,
+            (inputs, einsum_str),
             deterministic,
         )
 
@@ -192,7 +203,11 @@ class Conv(nn.Conv, _Adapted):
     ) -> jax.Array:
         """(*batch, *spatial, in) to (*batch, *spatial, features)."""
         return _kernel_layer(
-            self, nn.Conv, "conv", lambda n: "i" * (n - 1) + "o", (inputs,),
+            self,
+            nn.Conv,
+            "conv",
+            lambda n: "i" * (n - 1) + "o",
+            (inputs,),
             deterministic,
         )
 
@@ -204,6 +219,7 @@ class Embed(nn.Embed, _Adapted):
     """
 
     def setup(self) -> None:
+        """Makes the twin's table, and the factors."""
         super().setup()
         if self.rank != 0:
             self.factors = self._leaf("embedding", "embed", lambda n: "io")
@@ -211,17 +227,13 @@ class Embed(nn.Embed, _Adapted):
     def _method(self, name: str, x: jax.Array, deterministic: bool | None) -> jax.Array:
         if self.rank == 0 or self.is_initializing():
             return getattr(nn.Embed, name)(self, x)
-        return self._run(
-            nn.Embed, self.factors, "embedding", name, (x,), deterministic
-        )
+        return self._run(nn.Embed, self.factors, "embedding", name, (x,), deterministic)
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Integer (...) to (..., features)."""
         return self._method("__call__", inputs, True)
 
-    def attend(
-        self, query: jax.Array, deterministic: bool | None = None
-    ) -> jax.Array:
+    def attend(self, query: jax.Array, deterministic: bool | None = None) -> jax.Array:
         """(..., features) to (..., num_embeddings) by the same, tied weight."""
         return self._method("attend", query, deterministic)
 
@@ -243,8 +255,8 @@ def adapter(variables: Any) -> Adapter:
     """
     if COLLECTION not in variables:
         raise ValueError(
-            f"linen.adapter: expected variables with a {COLLECTION!r} collection, found "
-            f"{sorted(variables)}: initialise a model built of jlora.linen layers."
+            f"linen.adapter: expected variables with a {COLLECTION!r} collection, "
+            f"found {sorted(variables)}: initialise a model built of jlora.linen layers."
         )
     leaves = adapter_of(variables[COLLECTION])
     return {f"params/{path}": leaf for path, leaf in leaves.items()}
@@ -268,5 +280,3 @@ def attach(variables: Any, adapter: Adapter) -> dict[str, Any]:
     leaves = {tuple(p.split("/")[1:]): leaf for p, leaf in adapter.items()}
     nested = traverse_util.unflatten_dict(leaves)
     return {**variables, COLLECTION: nested}
-
-

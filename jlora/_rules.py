@@ -1,0 +1,480 @@
+"""How each primitive is evaluated where an operand is an adapted leaf.
+
+A jaxpr is evaluated equation by equation.  An equation without adapted operands is
+bound as it stands; with one, the rule for its primitive computes with (w, a, b).
+Control flow is rebuilt with JAX's own functions, through which adapted leaves travel as
+the pytrees that they are.  A use without a rule materialises the weight, and says so.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jlora import _compat, _ops
+from jlora._leaf import Full, LoRA
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["leaf"], meta_fields=["path"]
+)
+@dataclasses.dataclass(frozen=True)
+class Tracked:
+    """An adapted leaf on its way through the jaxpr, with its path for messages."""
+
+    leaf: Any
+    path: str
+
+
+class Evaluation:
+    """One evaluation of a jaxpr: the policy and what has been seen so far."""
+
+    def __init__(self, strict: bool):
+        self.strict = strict
+        self.seen: dict[str, list[tuple[str, bool]]] = {}
+        self.uses: collections.Counter[str] = collections.Counter()
+
+    def run(self, jaxpr: Any, args: Sequence[Any], consts: Sequence[Any] = ()) -> list:
+        """Evaluates a jaxpr on arrays and `Tracked` leaves."""
+        jaxpr, own = _compat.jaxpr_and_consts(jaxpr)
+        env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts or own, strict=True))
+        env.update(zip(jaxpr.invars, args, strict=True))
+        formed: dict[int, jax.Array] = {}
+
+        def read(v: Any) -> Any:
+            return v.val if isinstance(v, _compat.Literal) else env[v]
+
+        for eqn in jaxpr.eqns:
+            values = [read(v) for v in eqn.invars]
+            if any(isinstance(v, Tracked) for v in values):
+                outs = self.apply(eqn, values, formed)
+            else:
+                outs = _compat.bind(eqn, values)
+            env.update(zip(eqn.outvars, outs, strict=True))
+        return [read(v) for v in jaxpr.outvars]
+
+    def apply(self, eqn: Any, values: list[Any], formed: dict[int, Any]) -> list[Any]:
+        """Evaluates an equation that reads at least one adapted leaf."""
+        name = eqn.primitive.name
+        for i, v in enumerate(values):
+            if isinstance(v, Tracked) and isinstance(v.leaf, Full):
+                self.note(v, name)
+                values[i] = _ops.dense(v.leaf)
+        if any(isinstance(v, Tracked) for v in values) and name in _RULES:
+            try:
+                out = _RULES[name](self, eqn, *values)
+                return list(out) if isinstance(out, (list, tuple)) else [out]
+            except _ops.NotFactored:
+                pass
+        for i, v in enumerate(values):
+            if isinstance(v, Tracked):
+                if id(v) not in formed:
+                    formed[id(v)] = self.materialise(v, name)
+                else:
+                    self.note(v, name, formed=True)
+                values[i] = formed[id(v)]
+        return _compat.bind(eqn, values)
+
+    def note(self, x: Tracked, name: str, *, formed: bool = False) -> int:
+        """Records a use; returns how many uses of the path came before."""
+        self.seen.setdefault(x.path, []).append((name, formed))
+        self.uses[x.path] += 1
+        return self.uses[x.path] - 1
+
+    def materialise(self, x: Any, name: str) -> Any:
+        """The merged array of an adapted leaf, with the warning that it is formed."""
+        if not isinstance(x, Tracked):
+            return x
+        if isinstance(x.leaf, LoRA):
+            text = f"{x.path!r} is used by {name!r}, which has no low-rank form"
+            if self.strict:
+                raise ValueError(
+                    f"{text}, and strict=True: exclude this path from the plan, use "
+                    "the weight in a product, or lift without strict to have "
+                    "W + scale·a·b formed for it."
+                )
+            warnings.warn(
+                f"{text}: W + scale·a·b is formed for it, and its gradient with it. "
+                "Exclude the path, or pass strict=True to make this an error.",
+                stacklevel=2,
+            )
+        self.note(x, name, formed=isinstance(x.leaf, LoRA))
+        return _ops.dense(x.leaf)
+
+
+# ---------------------------------------------------------------------- the rule table
+
+_RULES: dict[str, Callable[..., Any]] = {}
+
+
+def _rule(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def register(fn: Callable[..., Any]) -> Callable[..., Any]:
+        _RULES.update(dict.fromkeys(names, fn))
+        return fn
+
+    return register
+
+
+def _compute(
+    fn: Callable[..., jax.Array],
+    ev: Evaluation,
+    x: Tracked,
+    name: str,
+    *args: Any,
+    **params: Any,
+) -> jax.Array:
+    """A use of a weight, with the path in the error where it contradicts its roles."""
+    try:
+        out = fn(x.leaf, *args, **params)
+    except _ops.RolesError as e:
+        raise ValueError(
+            f"{x.path!r} was planned otherwise than it is used: {name} {e}. Plan it "
+            "from the function that uses it, jlora.plan(fn, params, *args), or exclude "
+            "the path."
+        ) from None
+    ev.note(x, name)
+    return out
+
+
+@_rule("dot_general")
+def _dot_general(ev: Evaluation, eqn: Any, lhs: Any, rhs: Any) -> Any:
+    first = isinstance(lhs, Tracked)
+    if first and isinstance(rhs, Tracked):
+        rhs = ev.materialise(rhs, "dot_general (with another adapted weight)")
+    leaf, x = (lhs, rhs) if first else (rhs, lhs)
+    return _compute(
+        _ops.contract,
+        ev,
+        leaf,
+        "dot_general",
+        x,
+        weight_first=first,
+        use=ev.uses[leaf.path],
+        **eqn.params,
+    )
+
+
+@_rule("conv_general_dilated")
+def _conv(ev: Evaluation, eqn: Any, x: Any, kernel: Any) -> Any:
+    if isinstance(x, Tracked):
+        raise _ops.NotFactored
+    return _compute(
+        _ops.conv,
+        ev,
+        kernel,
+        "conv_general_dilated",
+        x,
+        use=ev.uses[kernel.path],
+        **eqn.params,
+    )
+
+
+@_rule("gather")
+def _gather(ev: Evaluation, eqn: Any, w: Any, indices: Any) -> Any:
+    return _compute(_ops.lookup, ev, w, "gather", indices, **eqn.params)
+
+
+# Structure: the leaf goes on as a leaf.
+
+
+def _structural(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A rule of the form fn(leaf, **params), for a weight that is the only operand."""
+
+    def register(fn: Callable[..., LoRA]) -> Callable[..., LoRA]:
+        def rule(ev: Evaluation, eqn: Any, x: Tracked) -> Tracked:
+            return Tracked(fn(x.leaf, **eqn.params), x.path)
+
+        _rule(*names)(rule)
+        return fn
+
+    return register
+
+
+@_rule(
+    "convert_element_type",
+    "reduce_precision",
+    "copy",
+    "copy_p",
+    "name",
+    "sharding_constraint",
+    "device_put",
+)
+def _base_only(ev: Evaluation, eqn: Any, x: Tracked) -> Any:
+    if not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.inexact):
+        raise _ops.NotFactored
+    leaf = _ops.cast(x.leaf, lambda w: _compat.bind(eqn, [w])[0])
+    return Tracked(leaf, x.path)
+
+
+@_rule("stop_gradient")
+def _stop_gradient(ev: Evaluation, eqn: Any, x: Tracked) -> Tracked:
+    return Tracked(jax.tree.map(lax.stop_gradient, x.leaf), x.path)
+
+
+@_structural("transpose")
+def _transpose(leaf: LoRA, permutation: Any) -> LoRA:
+    return _ops.transpose(leaf, permutation)
+
+
+@_rule("reshape", "squeeze", "expand_dims")
+def _reshape(ev: Evaluation, eqn: Any, x: Tracked) -> Tracked:
+    return Tracked(_ops.reshape(x.leaf, eqn.outvars[0].aval.shape), x.path)
+
+
+@_rule("broadcast_in_dim")
+def _broadcast(ev: Evaluation, eqn: Any, x: Tracked, *_: Any) -> Tracked:
+    shape = eqn.outvars[0].aval.shape
+    dims = eqn.params["broadcast_dimensions"]
+    return Tracked(_ops.broadcast(x.leaf, shape, dims), x.path)
+
+
+def _cut(leaf: LoRA, start: Any, limit: Any, strides: Any = None) -> LoRA:
+    def cut(x: jax.Array, labels: Sequence[int]) -> jax.Array:
+        at = [
+            (0, leaf.rank, 1)
+            if k == _ops.RANK
+            else (start[k], limit[k], strides[k] if strides else 1)
+            for k in labels
+        ]
+        return lax.slice(x, *zip(*at, strict=True)) if at else x
+
+    return _ops.per_axis(leaf, cut)
+
+
+@_structural("slice")
+def _slice(leaf: LoRA, start_indices: Any, limit_indices: Any, strides: Any) -> LoRA:
+    return _cut(leaf, start_indices, limit_indices, strides)
+
+
+@_rule("split")
+def _split(ev: Evaluation, eqn: Any, x: Tracked) -> list[Tracked]:
+    axis, outs, at = eqn.params["axis"], [], 0
+    for size in eqn.params["sizes"]:
+        start = [at if k == axis else 0 for k in range(x.leaf.ndim)]
+        limit = list(x.leaf.w.shape)
+        limit[axis] = at = at + size
+        outs.append(Tracked(_cut(x.leaf, start, limit), x.path))
+    return outs
+
+
+@_rule("dynamic_slice")
+def _dynamic_slice(ev: Evaluation, eqn: Any, x: Any, *starts: Any) -> Tracked:
+    sizes = eqn.params["slice_sizes"]
+
+    def cut(x: jax.Array, labels: Sequence[int]) -> jax.Array:
+        if not labels:
+            return x
+        at = [0 if k == _ops.RANK else starts[k] for k in labels]
+        size = [
+            x.shape[i] if k == _ops.RANK else sizes[k] for i, k in enumerate(labels)
+        ]
+        return lax.dynamic_slice(x, [jnp.asarray(s, jnp.int32) for s in at], size)
+
+    return Tracked(_ops.per_axis(x.leaf, cut), x.path)
+
+
+@_structural("rev")
+def _rev(leaf: LoRA, dimensions: Any) -> LoRA:
+    return _ops.per_axis(
+        leaf, lambda x, ls: lax.rev(x, [i for i, k in enumerate(ls) if k in dimensions])
+    )
+
+
+@_rule("concatenate")
+def _concatenate(ev: Evaluation, eqn: Any, *parts: Any) -> Tracked:
+    return _joined(parts, eqn.params["dimension"])
+
+
+@_rule("stack")
+def _stack(ev: Evaluation, eqn: Any, *parts: Any) -> Tracked:
+    axis = eqn.params.get("axis", 0)
+    shape = eqn.outvars[0].aval.shape
+    unit = (*shape[:axis], 1, *shape[axis + 1 :])
+    expanded = [
+        Tracked(_ops.reshape(p.leaf, unit), p.path)
+        if isinstance(p, Tracked)
+        else lax.reshape(p, unit)
+        for p in parts
+    ]
+    return _joined(expanded, axis)
+
+
+def _joined(parts: Sequence[Any], axis: int) -> Tracked:
+    paths = dict.fromkeys(p.path for p in parts if isinstance(p, Tracked))
+    leaf = _ops.concatenate(
+        [p.leaf if isinstance(p, Tracked) else p for p in parts], axis
+    )
+    return Tracked(leaf, " + ".join(paths))
+
+
+_SCALAR: dict[str, Callable[..., jax.Array]] = {
+    "mul": jnp.multiply,
+    "div": jnp.divide,
+    "neg": jnp.negative,
+}
+
+
+@_rule(*_SCALAR)
+def _times_scalar(ev: Evaluation, eqn: Any, *args: Any) -> Tracked:
+    """A weight times a number; anything larger is the fallback's."""
+    x, rest = args[0], args[1:]
+    if eqn.primitive.name == "mul" and not isinstance(x, Tracked):
+        x, rest = args[1], args[:1]
+    if not isinstance(x, Tracked) or any(
+        isinstance(c, Tracked) or np.ndim(c) for c in rest
+    ):
+        raise _ops.NotFactored
+    w = _compat.bind(eqn, [v.leaf.w if v is x else v for v in args])[0]
+    scale = _SCALAR[eqn.primitive.name](
+        *(jnp.asarray(x.leaf.scale if v is x else v, jnp.float32) for v in args)
+    )
+    return Tracked(dataclasses.replace(x.leaf, w=w, scale=scale), x.path)
+
+
+# Higher order: rebuilt with JAX's own functions.
+
+
+@_rule("jit", "pjit")
+def _jit(ev: Evaluation, eqn: Any, *args: Any) -> list[Any]:
+    def fn(*args: Any) -> list[Any]:
+        return ev.run(eqn.params["jaxpr"], args)
+
+    fn.__name__ = eqn.params["name"]
+    return jax.jit(fn, inline=eqn.params["inline"])(*args)
+
+
+@_rule("closed_call", "core_call")
+def _call(ev: Evaluation, eqn: Any, *args: Any) -> list[Any]:
+    return ev.run(eqn.params["call_jaxpr"], args)
+
+
+@_rule("checkpoint", "remat2", "remat")
+def _remat(ev: Evaluation, eqn: Any, *args: Any) -> list[Any]:
+    def fn(*args: Any) -> list[Any]:
+        return ev.run(eqn.params["jaxpr"], args)
+
+    policy, prevent_cse = eqn.params["policy"], eqn.params["prevent_cse"]
+    return jax.checkpoint(fn, policy=policy, prevent_cse=prevent_cse)(*args)
+
+
+def _per_step(xs: Sequence[Any], step: Any) -> list[Any]:
+    """The leaves that every step of a loop shares, with dropout keys of their own."""
+
+    def fold(x: Any) -> Any:
+        if not isinstance(x, Tracked) or x.leaf.key is None:
+            return x
+        fold_in = jnp.vectorize(jax.random.fold_in, excluded={1})
+        key = fold_in(x.leaf.key, step)
+        return Tracked(dataclasses.replace(x.leaf, key=key), x.path)
+
+    return [fold(x) for x in xs]
+
+
+class _Carry:
+    """Splits a loop's carry: leaves that come back unchanged are constants of it."""
+
+    def __init__(
+        self, ev: Evaluation, name: str, init: Sequence[Any], same: list[bool]
+    ):
+        self.ev, self.name = ev, name
+        self.fixed = {
+            i: x for i, x in enumerate(init) if isinstance(x, Tracked) and same[i]
+        }
+        self.init = self.moving(init)
+
+    def moving(self, values: Sequence[Any]) -> list[Any]:
+        return [
+            self.ev.materialise(x, f"{self.name} (as a carry that changes)")
+            for i, x in enumerate(values)
+            if i not in self.fixed
+        ]
+
+    def whole(self, moving: Sequence[Any], fixed: Sequence[Any] | None = None) -> list:
+        values, kept = iter(moving), iter(fixed or self.fixed.values())
+        n = len(self.fixed) + len(moving)
+        return [next(kept) if i in self.fixed else next(values) for i in range(n)]
+
+
+@_rule("scan")
+def _scan(ev: Evaluation, eqn: Any, *args: Any) -> list[Any]:
+    jaxpr, _ = _compat.jaxpr_and_consts(eqn.params["jaxpr"])
+    n, m = _compat.scan_counts(eqn.params)
+    consts, init, xs = args[:n], args[n : n + m], args[n + m :]
+    ins = jaxpr.invars[n : n + m]
+    carry = _Carry(
+        ev, "scan", init, [i is o for i, o in zip(ins, jaxpr.outvars[:m], strict=True)]
+    )
+    xs = [
+        ev.materialise(x, "scan (over an axis that is not a batch axis)")
+        if isinstance(x, Tracked) and x.leaf.axes[0] != "b"
+        else x
+        for x in xs
+    ]
+
+    def body(moving: Any, x: Any) -> tuple[Any, Any]:
+        step, sliced = x
+        fixed = _per_step(list(carry.fixed.values()), step)
+        values = [*_per_step(consts, step), *carry.whole(moving, fixed), *sliced]
+        outs = ev.run(eqn.params["jaxpr"], values)
+        return carry.moving(outs[:m]), outs[m:]
+
+    length = eqn.params["length"]
+    moving, ys = lax.scan(
+        body,
+        carry.init,
+        (jnp.arange(length), xs),
+        length,
+        reverse=eqn.params["reverse"],
+        unroll=eqn.params["unroll"],
+    )
+    return [*carry.whole(moving), *ys]
+
+
+@_rule("while")
+def _while(ev: Evaluation, eqn: Any, *args: Any) -> list[Any]:
+    p = eqn.params
+    n, m = p["cond_nconsts"], p["body_nconsts"]
+    cond_consts, body_consts, init = args[:n], args[n : n + m], args[n + m :]
+    jaxpr, _ = _compat.jaxpr_and_consts(p["body_jaxpr"])
+    carry = _Carry(
+        ev,
+        "while",
+        init,
+        [i is o for i, o in zip(jaxpr.invars[m:], jaxpr.outvars, strict=True)],
+    )
+
+    def values(consts: Sequence[Any], state: Any) -> list[Any]:
+        step, moving = state
+        fixed = _per_step(list(carry.fixed.values()), step)
+        return [*_per_step(consts, step), *carry.whole(moving, fixed)]
+
+    def cond(state: Any) -> Any:
+        return ev.run(p["cond_jaxpr"], values(cond_consts, state))[0]
+
+    def body(state: Any) -> Any:
+        outs = ev.run(p["body_jaxpr"], values(body_consts, state))
+        return state[0] + 1, carry.moving(outs)
+
+    _, moving = lax.while_loop(cond, body, (0, carry.init))
+    return carry.whole(moving)
+
+
+@_rule("cond")
+def _cond(ev: Evaluation, eqn: Any, index: Any, *args: Any) -> list[Any]:
+    def branch(jaxpr: Any) -> Callable[..., list[Any]]:
+        def fn(*args: Any) -> list[Any]:
+            outs = ev.run(jaxpr, args)
+            return [ev.materialise(x, "cond (as an output)") for x in outs]
+
+        return fn
+
+    return lax.switch(index, [branch(j) for j in eqn.params["branches"]], *args)

@@ -1,0 +1,70 @@
+"""Tracing a function that is called with arrays among other things.
+
+JAX traces arrays; booleans, strings, None, callables and modules have to reach the
+function as they are.  `hide` wraps them as pytrees without leaves, `show` unwraps them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+
+@jax.tree_util.register_pytree_node_class
+class _Static:
+    """What is no array: a pytree without leaves, so JAX's trace cache compares it."""
+
+    def __init__(self, value: Any):
+        self.value = value
+        self._hash: int | None = None
+        with contextlib.suppress(TypeError):
+            self._hash = hash(value)
+
+    def tree_flatten(self) -> tuple[tuple[()], _Static]:
+        return (), self
+
+    @classmethod
+    def tree_unflatten(cls, aux: _Static, _: Any) -> _Static:
+        return aux
+
+    def __hash__(self) -> int:
+        return id(self.value) if self._hash is None else self._hash
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Static) or type(self.value) is not type(other.value):
+            return False
+        if self._hash is None or other._hash is None:
+            return self.value is other.value
+        return bool(self.value == other.value)
+
+
+def _is_array(x: Any) -> bool:
+    if isinstance(x, (np.ndarray, np.generic)):
+        return x.dtype.kind not in "OSUMm"
+    return isinstance(x, (jax.Array, jax.ShapeDtypeStruct))
+
+
+def hide(tree: Any) -> Any:
+    """The tree with everything but arrays made static."""
+    return jax.tree.map(lambda x: x if _is_array(x) else _Static(x), tree)
+
+
+def show(tree: Any) -> Any:
+    return jax.tree.map(
+        lambda x: x.value if isinstance(x, _Static) else x,
+        tree,
+        is_leaf=lambda x: isinstance(x, _Static),
+    )
+
+
+def trace(fn: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """The jaxpr of fn(*args, **kwargs) on hidden arguments, and its hidden output."""
+
+    def plain(args: Any, kwargs: Any) -> Any:
+        return hide(fn(*show(args), **show(kwargs)))
+
+    return jax.make_jaxpr(plain, return_shape=True)(args, kwargs)
