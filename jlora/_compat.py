@@ -45,4 +45,12 @@ def evaluate(jaxpr: Any, args: Sequence[Any]) -> list[Any]:
     return core.jaxpr_as_fun(jaxpr)(*args)
 
 
+def under_jit() -> bool:
+    """Whether a jit is being traced.  Only saves time: nothing else may ask it.
+
+    It stands in jax.extend, though not as something to build correctness on.
+    """
+    return getattr(core, "unsafe_am_i_under_a_jit_DO_NOT_USE", lambda: False)()
+
+
 Literal = core.Literal

@@ -51,7 +51,7 @@ _INITS: dict[str, Initialiser] = {"kaiming": kaiming}
 
 
 def make(
-    w: Any, path: str, spec: Spec, *, init: str, dtype: Any, key: jax.Array
+    w: Any, path: str, spec: Spec, *, init: str, dtype: Any, key: jax.Array | None
 ) -> LoRA:
     """The adapted leaf of a weight; an abstract base gets abstract factors."""
     if init not in _INITS:
@@ -65,10 +65,11 @@ def make(
     shape_a = (*size["b"], *size["i"], spec.rank)
     shape_b = (*size["b"], spec.rank, *size["o"])
 
-    def build() -> tuple[jax.Array, jax.Array, jax.Array]:
-        a, b = _INITS[init](path_key(key, path), spec, shape_a, shape_b, dtype)
-        return a, b, jnp.full(size["b"], spec.alpha / spec.rank, jnp.float32)
-
-    abstract = isinstance(w, jax.ShapeDtypeStruct)
-    a, b, scale = jax.eval_shape(build) if abstract else build()
-    return LoRA(w, a, b, scale, roles=spec.axes.lstrip("b"))
+    roles = spec.axes.lstrip("b")
+    if isinstance(w, jax.ShapeDtypeStruct):
+        a, b = (jax.ShapeDtypeStruct(shape, dtype) for shape in (shape_a, shape_b))
+        scale = jax.ShapeDtypeStruct(tuple(size["b"]), jnp.float32)
+        return LoRA(w, a, b, scale, roles=roles)
+    a, b = _INITS[init](path_key(typed(key), path), spec, shape_a, shape_b, dtype)
+    scale = jnp.full(size["b"], spec.alpha / spec.rank, jnp.float32)
+    return LoRA(w, a, b, scale, roles=roles)

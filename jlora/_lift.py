@@ -63,17 +63,17 @@ class Report:
         return "\n".join([*rows, ", ".join(f"{n} {s}" for s, n in counts.items())])
 
 
+def _stop(x: Any) -> Any:
+    return lax.stop_gradient(x) if jnp.issubdtype(x.dtype, jnp.inexact) else x
+
+
 def _frozen(x: Any) -> Any:
-    """stop_gradient on everything that does not train; see design invariant 4."""
-
-    def stop(v: Any) -> Any:
-        return lax.stop_gradient(v) if jnp.issubdtype(v.dtype, jnp.inexact) else v
-
+    """stop_gradient on everything that does not train, so that no step forms dW."""
     if isinstance(x, LoRA):
-        return dataclasses.replace(x, w=stop(x.w), scale=stop(x.scale))
+        return dataclasses.replace(x, w=_stop(x.w), scale=_stop(x.scale))
     if isinstance(x, Full):
-        return dataclasses.replace(x, w=stop(x.w))
-    return stop(x)
+        return dataclasses.replace(x, w=_stop(x.w))
+    return _stop(x)
 
 
 def _lifted(
@@ -159,6 +159,8 @@ def _lift(fn: Callable[..., Any], *, strict: bool = False, freeze: bool = True) 
         if not _check(args, kwargs):
             return fn(*args, **kwargs)
         args, kwargs = hide((args, kwargs))
+        if _compat.under_jit():  # that jit keeps the trace
+            return show(hidden(args, kwargs))
         jaxpr, out = stage(args, kwargs)
         outs = _compat.evaluate(jaxpr, jax.tree.leaves((args, kwargs)))
         return show(jax.tree.unflatten(jax.tree.structure(out), outs))

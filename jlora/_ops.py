@@ -12,12 +12,14 @@ ndim.  A field's labels say which axis of the weight each of its own axes is.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jlora._leaf import Full, LoRA
@@ -100,7 +102,7 @@ def dense(leaf: LoRA | Full) -> jax.Array:
     if isinstance(leaf, Full):
         return leaf.value.astype(leaf.w.dtype)
     d = delta(leaf)
-    wide = jnp.promote_types(leaf.w.dtype, d.dtype)
+    wide = max(leaf.w.dtype, d.dtype, key=lambda dtype: dtype.itemsize)
     return (leaf.w.astype(wide) + d.astype(wide)).astype(leaf.w.dtype)
 
 
@@ -116,15 +118,15 @@ def _drop(leaf: LoRA, x: jax.Array, use: int) -> jax.Array:
     return jnp.where(keep, x / (1 - leaf.rate), 0).astype(x.dtype)
 
 
+# A use is traced once for its shapes and inlined wherever it recurs, with its
+# derivatives, so a deep model costs one trace for each kind of layer.
+_inlined = functools.partial(jax.jit, inline=True)
+Params = tuple[tuple[str, Any], ...]  # a primitive's parameters as items: hashable
+
+
+@functools.partial(_inlined, static_argnames=("params", "weight_first", "use"))
 def contract(
-    leaf: LoRA,
-    x: jax.Array,
-    *,
-    weight_first: bool,
-    use: int,
-    dimension_numbers: Any,
-    out_sharding: Any = None,
-    **params: Any,
+    leaf: LoRA, x: jax.Array, params: Params, *, weight_first: bool, use: int = 0
 ) -> jax.Array:
     """dot_general of x and the weight, on either side.
 
@@ -135,7 +137,10 @@ def contract(
       RolesError: the contracted axes mix in and out axes, or hold a batch axis.
       NotFactored: nothing is contracted.
     """
-    n, axes = leaf.ndim, leaf.axes
+    n, axes, rest = leaf.ndim, leaf.axes, dict(params)
+    dimension_numbers = rest.pop("dimension_numbers")
+    # Only the base product has the shape that a requested sharding is for.
+    out_sharding = rest.pop("out_sharding", None)
     (lc, rc), (lb, rb) = dimension_numbers
     wc, wb, xc, xb = (lc, lb, rc, rb) if weight_first else (rc, rb, lc, lb)
     roles = {axes[k] for k in wc if leaf.w.shape[k] != 1}
@@ -154,12 +159,10 @@ def contract(
     new = [k for k in xl if k >= n]
     out = [*wb, *kept, *new] if weight_first else [*wb, *new, *kept]
 
-    # Only the base product has the shape that a requested sharding is for.
     left, right = (leaf.w, x) if weight_first else (x, leaf.w)
     base = lax.dot_general(
-        left, right, dimension_numbers, out_sharding=out_sharding, **params
+        left, right, dimension_numbers, out_sharding=out_sharding, **rest
     )
-
     la, lb, _ = _labels(axes)
     first, second = (leaf.a, la), (_scaled_b(leaf), lb)
     if "o" in roles:
@@ -168,22 +171,12 @@ def contract(
     for (factor, fl), keep in ((first, {*out, *second[1]}), (second, {*out})):
         h, factor = _cast(h, x), _cast(factor, x)
         pair = (factor, fl, h, hl) if weight_first else (h, hl, factor, fl)
-        h, hl = _dot(*pair, keep, **params)
+        h, hl = _dot(*pair, keep, **rest)
     return base + _order(h, hl, out).astype(base.dtype)
 
 
-def conv(
-    leaf: LoRA,
-    x: jax.Array,
-    *,
-    use: int,
-    dimension_numbers: Any,
-    feature_group_count: int,
-    batch_group_count: int,
-    precision: Any,
-    preferred_element_type: Any,
-    **params: Any,
-) -> jax.Array:
+@functools.partial(_inlined, static_argnames=("params", "use"))
+def conv(leaf: LoRA, x: jax.Array, params: Params, *, use: int = 0) -> jax.Array:
     """Convolution of x with the weight as its kernel.
 
     x is convolved with a to r features (the same strides, padding and dilations), and
@@ -195,9 +188,11 @@ def conv(
       RolesError: the convolved axes are not all in axes, or the outputs no out axis.
       NotFactored: a batch-grouped convolution (the gradient of a grouped one).
     """
-    if batch_group_count != 1:
+    rest = dict(params)
+    if rest["batch_group_count"] != 1:
         raise NotFactored
-    out_axis, *convolved = dimension_numbers.rhs_spec
+    spec, groups = rest["dimension_numbers"], rest["feature_group_count"]
+    out_axis, *convolved = spec.rhs_spec
     wanted = "".join("o" if k == out_axis else "i" for k in range(leaf.ndim))
     leaf = _with_units(leaf, wanted)
     if leaf.axes != wanted:
@@ -205,47 +200,40 @@ def conv(
             f"convolves axes {tuple(sorted(convolved))} of a weight of shape "
             f"{tuple(leaf.w.shape)} and roles {leaf.axes!r}: expected {wanted!r}"
         )
-    products = dict(precision=precision, preferred_element_type=preferred_element_type)
-
-    def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return lax.conv_general_dilated_p.bind(
-            x,
-            kernel,
-            dimension_numbers=dimension_numbers,
-            feature_group_count=feature_group_count,
-            batch_group_count=1,
-            **products,
-            **params,
-        )
-
-    base = convolve(x, leaf.w)
+    base = lax.conv_general_dilated_p.bind(x, leaf.w, **rest)
     kernel_axes = [k if k != out_axis else RANK for k in range(leaf.ndim)]
     a = _order(_cast(leaf.a, x), _labels(wanted)[0], kernel_axes)
-    groups, rank = feature_group_count, leaf.rank
-    h = convolve(_drop(leaf, x, use), jnp.concatenate([a] * groups, axis=out_axis))
+    a = jnp.concatenate([a] * groups, axis=out_axis)
+    h = lax.conv_general_dilated_p.bind(_drop(leaf, x, use), a, **rest)
 
     # Labels of what follows: GROUP and OUT split the output features.
     GROUP, OUT = -2, -3
-    k = dimension_numbers.out_spec[1]
+    k, rank = spec.out_spec[1], leaf.rank
     h = lax.reshape(_cast(h, x), (*h.shape[:k], groups, rank, *h.shape[k + 1 :]))
     b = _cast(_scaled_b(leaf), x).reshape(rank, groups, -1)
-    rest = list(range(x.ndim))
-    del rest[k]
-    hl = [*rest[:k], GROUP, RANK, *rest[k:]]
-    d, dl = _dot(h, hl, b, [RANK, GROUP, OUT], {*rest, GROUP}, **products)
-    d = _order(d, dl, [*rest[:k], GROUP, OUT, *rest[k:]])
+    free = list(range(x.ndim))
+    del free[k]
+    hl = [*free[:k], GROUP, RANK, *free[k:]]
+    products = {name: rest[name] for name in ("precision", "preferred_element_type")}
+    d, dl = _dot(h, hl, b, [RANK, GROUP, OUT], {*free, GROUP}, **products)
+    d = _order(d, dl, [*free[:k], GROUP, OUT, *free[k:]])
     return base + lax.reshape(d, base.shape).astype(base.dtype)
 
 
-def lookup(
-    leaf: LoRA,
-    indices: jax.Array,
-    *,
-    dimension_numbers: Any,
-    slice_sizes: Sequence[int],
-    fill_value: Any,
-    **params: Any,
-) -> jax.Array:
+def indexed_axes(
+    shape: Sequence[int], dimension_numbers: Any, slice_sizes: Sequence[int]
+) -> tuple[int, ...]:
+    """The axes that a gather really indexes: those that it does not take whole.
+
+    An index into an axis that is taken whole can only be zero; vmap of ``w[i]`` makes
+    such gathers.
+    """
+    axes = tuple(dimension_numbers.start_index_map)
+    return tuple(k for k in axes if slice_sizes[k] != shape[k]) or axes
+
+
+@functools.partial(_inlined, static_argnames=("params",))
+def lookup(leaf: LoRA, indices: jax.Array, params: Params) -> jax.Array:
     """gather of whole rows of the weight: rows of one factor times the other one.
 
     An index out of bounds reads what the base's mode gives, and a delta of zero.
@@ -253,37 +241,37 @@ def lookup(
     Raises:
       NotFactored: the gather indexes in and out axes at once, or cuts a row.
     """
-    n, axes, dn = leaf.ndim, leaf.axes, dimension_numbers
-    indexed, batched = dn.start_index_map, dn.operand_batching_dims
+    n, axes, rest = leaf.ndim, leaf.axes, dict(params)
+    dn, slice_sizes = rest.pop("dimension_numbers"), rest.pop("slice_sizes")
+    fill_value, batched = rest.pop("fill_value"), dn.operand_batching_dims
+    indexed = indexed_axes(leaf.w.shape, dn, slice_sizes)
     roles = {axes[k] for k in indexed}
-    cut = [k for k in range(n) if slice_sizes[k] != leaf.w.shape[k]]
+    cut = {k for k in range(n) if slice_sizes[k] != leaf.w.shape[k]}
+    fills = rest["mode"] == lax.GatherScatterMode.FILL_OR_DROP
     if (
         roles not in ({"i"}, {"o"})
-        or not set(cut) <= {*indexed, *batched}
+        or not cut <= {*indexed, *batched}
         or any(axes[k] != "b" for k in batched)
+        or (fills and len(indexed) != len(dn.start_index_map))
     ):
         raise NotFactored
 
-    def gather(x: jax.Array, dn: Any, sizes: Sequence[int], fill: Any) -> jax.Array:
-        return lax.gather_p.bind(
-            x,
-            indices,
-            dimension_numbers=dn,
-            slice_sizes=tuple(sizes),
-            fill_value=fill,
-            **params,
-        )
-
-    base = gather(leaf.w, dn, slice_sizes, fill_value)
+    base = lax.gather_p.bind(
+        leaf.w,
+        indices,
+        dimension_numbers=dn,
+        slice_sizes=slice_sizes,
+        fill_value=fill_value,
+        **rest,
+    )
     index = [n + k for k in range(indices.ndim - 1)]
     for k, at in zip(batched, dn.start_indices_batching_dims, strict=True):
         index[at] = k
     gone = {*dn.collapsed_slice_dims, *batched}
-    rows, index_axes = (
-        iter(ks) for ks in ([k for k in range(n) if k not in gone], index)
-    )
-    out = [next(rows if k in dn.offset_dims else index_axes) for k in range(base.ndim)]
+    rows, free = iter([k for k in range(n) if k not in gone]), iter(index)
+    out = [next(rows if k in dn.offset_dims else free) for k in range(base.ndim)]
 
+    # The same gather of the factor that has the indexed axes, its rank taken whole.
     la, lb, _ = _labels(axes)
     (f, fl), (g, gl) = (leaf.a, la), (_scaled_b(leaf), lb)
     if roles == {"o"}:
@@ -293,15 +281,23 @@ def lookup(
     def own(ks: Sequence[int]) -> tuple[int, ...]:
         return tuple(fl.index(k) for k in ks)
 
-    f_dn = lax.GatherDimensionNumbers(
-        offset_dims=tuple(range(len(index), len(index) + len(kept))),
-        collapsed_slice_dims=own(dn.collapsed_slice_dims),
-        start_index_map=own(indexed),
-        operand_batching_dims=own(batched),
-        start_indices_batching_dims=dn.start_indices_batching_dims,
+    if len(indexed) != len(dn.start_index_map):
+        columns = [dn.start_index_map.index(k) for k in indexed]
+        indices = indices[..., np.array(columns)]
+    h = lax.gather_p.bind(
+        f,
+        indices,
+        dimension_numbers=lax.GatherDimensionNumbers(
+            offset_dims=tuple(range(len(index), len(index) + len(kept))),
+            collapsed_slice_dims=own(dn.collapsed_slice_dims),
+            start_index_map=own(indexed),
+            operand_batching_dims=own(batched),
+            start_indices_batching_dims=dn.start_indices_batching_dims,
+        ),
+        slice_sizes=tuple(leaf.rank if k == RANK else slice_sizes[k] for k in fl),
+        fill_value=None if fill_value is None else 0,
+        **rest,
     )
-    sizes = [leaf.rank if k == RANK else slice_sizes[k] for k in fl]
-    h = gather(f, f_dn, sizes, None if fill_value is None else 0)
     h, hl = _dot(_cast(h, base), [*index, *kept], _cast(g, base), gl, {*out})
     return base + _order(h, hl, out).astype(base.dtype)
 

@@ -407,8 +407,8 @@ def _select(
             + (
                 f"; matched, but skipped:{why}"
                 if why
-                else f" (it has {_paths.near('kernel', leaves)}, …). Name targets or plan "
-                "from a function: jlora.plan(fn, params, *args)."
+                else f" (it has {_paths.near('kernel', leaves)}, …). Name targets or "
+                "plan from a function: jlora.plan(fn, params, *args)."
             )
         )
     shapes = {path: tuple(x.shape) for path, x in pairs}

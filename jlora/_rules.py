@@ -127,14 +127,17 @@ def _rule(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 def _compute(
     fn: Callable[..., jax.Array],
     ev: Evaluation,
+    eqn: Any,
     x: Tracked,
-    name: str,
-    *args: Any,
-    **params: Any,
+    other: jax.Array,
+    **options: Any,
 ) -> jax.Array:
     """A use of a weight, with the path in the error where it contradicts its roles."""
+    name = eqn.primitive.name
+    if x.leaf.rate and fn is not _ops.lookup:
+        options["use"] = ev.uses[x.path]  # a mask of its own
     try:
-        out = fn(x.leaf, *args, **params)
+        out = fn(x.leaf, other, tuple(eqn.params.items()), **options)
     except _ops.RolesError as e:
         raise ValueError(
             f"{x.path!r} was planned otherwise than it is used: {name} {e}. Plan it "
@@ -151,36 +154,19 @@ def _dot_general(ev: Evaluation, eqn: Any, lhs: Any, rhs: Any) -> Any:
     if first and isinstance(rhs, Tracked):
         rhs = ev.materialise(rhs, "dot_general (with another adapted weight)")
     leaf, x = (lhs, rhs) if first else (rhs, lhs)
-    return _compute(
-        _ops.contract,
-        ev,
-        leaf,
-        "dot_general",
-        x,
-        weight_first=first,
-        use=ev.uses[leaf.path],
-        **eqn.params,
-    )
+    return _compute(_ops.contract, ev, eqn, leaf, x, weight_first=first)
 
 
 @_rule("conv_general_dilated")
 def _conv(ev: Evaluation, eqn: Any, x: Any, kernel: Any) -> Any:
     if isinstance(x, Tracked):
         raise _ops.NotFactored
-    return _compute(
-        _ops.conv,
-        ev,
-        kernel,
-        "conv_general_dilated",
-        x,
-        use=ev.uses[kernel.path],
-        **eqn.params,
-    )
+    return _compute(_ops.conv, ev, eqn, kernel, x)
 
 
 @_rule("gather")
 def _gather(ev: Evaluation, eqn: Any, w: Any, indices: Any) -> Any:
-    return _compute(_ops.lookup, ev, w, "gather", indices, **eqn.params)
+    return _compute(_ops.lookup, ev, eqn, w, indices)
 
 
 # Structure: the leaf goes on as a leaf.
@@ -263,6 +249,17 @@ def _split(ev: Evaluation, eqn: Any, x: Tracked) -> list[Tracked]:
         limit = list(x.leaf.w.shape)
         limit[axis] = at = at + size
         outs.append(Tracked(_cut(x.leaf, start, limit), x.path))
+    return outs
+
+
+@_rule("unstack")
+def _unstack(ev: Evaluation, eqn: Any, x: Tracked) -> list[Tracked]:
+    axis, shape, outs = eqn.params["axis"], x.leaf.w.shape, []
+    for at in range(shape[axis]):
+        start = [at if k == axis else 0 for k in range(len(shape))]
+        limit = [at + 1 if k == axis else n for k, n in enumerate(shape)]
+        piece = _cut(x.leaf, start, limit)
+        outs.append(Tracked(_ops.reshape(piece, eqn.outvars[at].aval.shape), x.path))
     return outs
 
 

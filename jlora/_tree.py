@@ -95,7 +95,6 @@ def wrap(
     patterns = _paths.as_patterns(train)
     _paths.check_matched("train", patterns, _paths.flatten(params)[0])
     adapted_biases = {s.bias for s in plan.values()}
-    key = _init.typed(key)
 
     def trains(path: str, x: Any) -> bool:
         is_bias = path.rpartition("/")[2] in ("bias", "b") and path not in plan

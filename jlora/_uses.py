@@ -161,6 +161,8 @@ class _Walk:
             return _Weight(
                 tuple((path, (none,) * len(new) + axes) for path, axes in parts)
             )
+        if name == "unstack":
+            return weight.move(lambda axes: axes[: p["axis"]] + axes[p["axis"] + 1 :])
         if name in ("slice", "dynamic_slice", "split", "gather") or shape == old:
             # A gather that got here indexes a stack with data: it drops axes.
             return weight if len(shape) == len(old) else None
@@ -220,7 +222,8 @@ def _gather_roles(eqn: Any) -> dict[int, str]:
     dn = eqn.params["dimension_numbers"]
     roles = dict.fromkeys(range(eqn.invars[0].aval.ndim), "o")
     roles |= dict.fromkeys(dn.operand_batching_dims, "b")
-    return roles | dict.fromkeys(dn.start_index_map, "i")
+    shape, sizes = eqn.invars[0].aval.shape, eqn.params["slice_sizes"]
+    return roles | dict.fromkeys(_ops.indexed_axes(shape, dn, sizes), "i")
 
 
 def _ragged_roles(eqn: Any) -> dict[int, str]:

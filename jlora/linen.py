@@ -256,7 +256,7 @@ def adapter(variables: Any) -> Adapter:
     if COLLECTION not in variables:
         raise ValueError(
             f"linen.adapter: expected variables with a {COLLECTION!r} collection, "
-            f"found {sorted(variables)}: initialise a model built of jlora.linen layers."
+            f"found {sorted(variables)}: initialise a model of jlora.linen layers."
         )
     leaves = adapter_of(variables[COLLECTION])
     return {f"params/{path}": leaf for path, leaf in leaves.items()}
