@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora import _compat
-from jlora._leaf import Full, LoRA, is_adapted
+from jlora._leaf import is_adapted
 from jlora._paths import flatten
 from jlora._rules import Evaluation, Tracked
 from jlora._trace import hide, show, trace
@@ -68,12 +68,8 @@ def _stop(x: Any) -> Any:
 
 
 def _frozen(x: Any) -> Any:
-    """stop_gradient on everything that does not train, so that no step forms dW."""
-    if isinstance(x, LoRA):
-        return dataclasses.replace(x, w=_stop(x.w), scale=_stop(x.scale))
-    if isinstance(x, Full):
-        return dataclasses.replace(x, w=_stop(x.w))
-    return _stop(x)
+    """stop_gradient on what does not train; the algebra does it for scales."""
+    return dataclasses.replace(x, w=_stop(x.w)) if is_adapted(x) else _stop(x)
 
 
 def _lifted(

@@ -45,9 +45,12 @@ def _labels(axes: str) -> tuple[list[int], list[int], list[int]]:
 
 
 def _scaled_b(leaf: LoRA) -> jax.Array:
-    """scale * b.  Scaling the factor costs nothing per token and rounds once."""
+    """scale * b.  Scaling the factor costs nothing per token and rounds once.
+
+    The scale is data that does not train.
+    """
     missing = range(leaf.scale.ndim, leaf.b.ndim)
-    return leaf.b * lax.expand_dims(leaf.scale, missing)
+    return leaf.b * lax.expand_dims(lax.stop_gradient(leaf.scale), missing)
 
 
 def _dot(

@@ -331,10 +331,11 @@ def _times_scalar(ev: Evaluation, eqn: Any, *args: Any) -> Tracked:
     ):
         raise _ops.NotFactored
     w = _compat.bind(eqn, [v.leaf.w if v is x else v for v in args])[0]
-    scale = _SCALAR[eqn.primitive.name](
-        *(jnp.asarray(x.leaf.scale if v is x else v, jnp.float32) for v in args)
+    # The number goes into b and not into scale, which has no gradient: it may train.
+    b = _SCALAR[eqn.primitive.name](
+        *(jnp.asarray(x.leaf.b if v is x else v, x.leaf.b.dtype) for v in args)
     )
-    return Tracked(dataclasses.replace(x.leaf, w=w, scale=scale), x.path)
+    return Tracked(dataclasses.replace(x.leaf, w=w, b=b), x.path)
 
 
 # Higher order: rebuilt with JAX's own functions.
