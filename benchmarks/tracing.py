@@ -86,7 +86,7 @@ def compare(name, apply, params, *args):
             f"{name}, {what}: traced plain in {plain:.2f} s, lifted in {lifted:.2f} s,"
             f" {lifted / plain:.2f} times as long"
         )
-        # The claim is about the model; its gradient has an adapter's products to derive.
+        # The claim is about the model; its gradient derives the adapters too.
         assert what == "gradient" or lifted <= 2 * plain
 
 

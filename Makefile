@@ -1,0 +1,73 @@
+# Each command is complete on a fresh machine with Python 3.11 or newer: it makes its
+# own environment in .venv/, one per Python version, from the pins in requirements/.
+#
+#   make test                          all tests             ARGS="-k lift -n 0" some
+#   make demo                          fine-tune MiniLM      ARGS=--help lists the options
+#   make lint                          ruff and mypy
+#   make test PYTHON=python3.13        with another Python
+
+PYTHON ?= python3
+ARGS ?=
+UV := uv==0.13.9
+
+VERSION := $(shell "$(PYTHON)" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+ifeq ($(VERSION),)
+$(error "$(PYTHON)" does not run; name a Python 3.11 or newer with make PYTHON=...)
+endif
+ifneq ($(filter 2.% 3.0 3.1 3.2 3.3 3.4 3.5 3.6 3.7 3.8 3.9 3.10,$(VERSION)),)
+$(error jlora needs Python 3.11 or newer, "$(PYTHON)" is $(VERSION); name another with make PYTHON=...)
+endif
+
+# Python 3.11 tests the lower bounds of pyproject.toml, every other one the newest.
+LOCK := requirements/$(if $(filter 3.11,$(VERSION)),oldest,newest).txt
+VENV := .venv/$(VERSION)
+PY := $(VENV)/bin/python
+READY := $(VENV)/ready
+
+# Seconds; and the system's certificates, as pip does, so that proxies work.
+export UV_HTTP_TIMEOUT ?= 60
+export UV_SYSTEM_CERTS ?= true
+export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
+
+.PHONY: test demo lint format lock env clean
+
+test: $(READY)
+	@$(PY) -m pytest -n logical --maxprocesses 4 --dist worksteal $(ARGS)
+
+demo: $(READY)
+	@$(PY) examples/minilm/main.py $(ARGS)
+
+lint: $(READY)
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy
+
+format: $(READY)
+	@$(PY) -m ruff check --fix .
+	@$(PY) -m ruff format .
+
+env: $(READY)
+
+$(VENV)/bin/uv:
+	@echo "[1/3] $(VENV): a new environment"
+	@"$(PYTHON)" -m venv --clear $(VENV)
+	@$(PY) -m pip install --quiet --timeout 60 --retries 5 $(UV)
+
+$(READY): pyproject.toml $(LOCK) | $(VENV)/bin/uv
+	@echo "[2/3] $(VENV): the packages of $(LOCK) (230 MB on the first run)"
+	@$(PY) -m uv pip sync --quiet --python $(PY) $(LOCK)
+	@echo "[3/3] $(VENV): jlora itself"
+	@$(PY) -m uv pip install --quiet --python $(PY) --no-build-isolation --no-deps --editable .
+	@$(PY) -m uv pip check --quiet --python $(PY)
+	@touch $@
+
+# Rewrites the pins; "make lock ARGS=--upgrade" also moves them to newer releases.
+COMPILE = $(PY) -m uv pip compile pyproject.toml --quiet --no-header --no-annotate \
+	--extra test --extra examples $(ARGS)
+lock: $(VENV)/bin/uv
+	$(COMPILE) --python-version 3.11 --resolution lowest-direct -o requirements/oldest.txt
+	$(COMPILE) --python-version 3.12 --universal -o requirements/newest.txt
+
+clean:
+	rm -rf .venv dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,171 @@
+"""The port gives the pretrained model's numbers, and a stopped run loses nothing."""
+
+import dataclasses
+import os
+import signal
+
+import encoder
+import jax
+import numpy as np
+import pytest
+import training
+from sentences import Tokens, pretrained, read_tsv
+
+import jlora
+
+WIDTHS = [16, 64]
+
+
+@pytest.fixture(scope="module")
+def snapshot():
+    return pretrained()
+
+
+def test_sentence_embeddings_are_minilms(snapshot):
+    texts = [
+        "A man is eating food.",
+        "Someone is having a meal.",
+        "The stock market fell sharply.",
+    ]
+    model, params = encoder.load(snapshot, 2, jax.random.key(0))
+    ids, mask = Tokens.encode(texts, snapshot, WIDTHS).batch(np.arange(3))
+    x = model.apply({"params": params}, ids, mask, method="embed")
+    x /= np.linalg.norm(x, axis=-1, keepdims=True)
+    np.testing.assert_allclose(x[0] @ x[1:].T, [0.6888, -0.0044], atol=1e-3)
+
+
+def test_padding_changes_nothing(snapshot):
+    model, params = encoder.load(snapshot, 2, jax.random.key(0))
+    tokens = Tokens.encode(["Short.", "Rather longer. " * 9], snapshot, WIDTHS)
+    alone = model.apply({"params": params}, *tokens.batch(np.array([0])))
+    padded = model.apply({"params": params}, *tokens.batch(np.array([0, 1])))
+    np.testing.assert_allclose(padded[:1], alone, atol=1e-5)
+
+
+def test_batches_hold_every_row_and_an_epoch_none_twice():
+    lengths = np.random.default_rng(0).integers(1, 64, 101)
+    tokens = Tokens(np.zeros((101, 64), np.int32), lengths, tuple(WIDTHS))
+    rows = np.arange(1, 100)
+    assert set(tokens.batches(rows, 8).flat) == set(rows)
+    epoch = tokens.epoch(rows, 8, np.random.default_rng(1))
+    assert epoch.shape == (12, 8)
+    assert len(set(epoch.flat)) == 96 and set(epoch.flat) <= set(rows)
+
+
+def test_split_goes_by_the_sentence(tmp_path):
+    file = tmp_path / "mine.tsv"
+    lines = [f"{'ab'[i % 2]}\tsentence {i % 900}" for i in range(1800)]
+    file.write_text("\n".join(lines) + "\n\n")
+    data = read_tsv(file)
+    assert data.classes == ("a", "b") and len(data.texts) == 1800
+    parts = [{data.texts[i] for i in rows} for rows in data.split().values()]
+    assert sum(map(len, parts)) == len(set.union(*parts)) == 900
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        pytest.param("good\tfine\nno tab here\n", r"mine.tsv:2: expected", id="tab"),
+        pytest.param("good\tfine\n", "at least 2 labels and 32", id="few"),
+    ],
+)
+def test_bad_files_are_refused(tmp_path, content, message):
+    file = tmp_path / "mine.tsv"
+    file.write_text(content)
+    with pytest.raises(SystemExit, match=message):
+        read_tsv(file)
+
+
+TINY = encoder.Encoder(
+    vocabulary=50,
+    positions=8,
+    segments=1,
+    features=16,
+    layers=1,
+    heads=2,
+    ffn=32,
+    eps=1e-12,
+)
+CONFIG = training.Config(
+    seed=0,
+    rank=2,
+    alpha=4.0,
+    learning_rate=1e-2,
+    head_learning_rate=1e-2,
+    batch=8,
+    epochs=2,
+    widths=[8],
+    limit=None,
+    classes=["a", "b"],
+    weights="",
+    data="",
+)
+
+
+def tiny_run(folder, config=CONFIG):
+    """Trains for 12 steps on noise, in `folder`."""
+    rng = np.random.default_rng(0)
+    tokens = Tokens(rng.integers(1, 50, (80, 8)), np.full(80, 8), (8,))
+    model = encoder.Classifier(TINY, 2)
+    params = model.init(jax.random.key(0), *tokens.batch(np.arange(8)))["params"]
+    apply = jax.jit(jlora.lift(model.apply))
+    parts = {"train": np.arange(48), "validation": np.arange(48, 80)}
+    labels = rng.integers(0, 2, 80)
+    return training.train(apply, params, tokens, labels, parts, config, folder)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing stopped."""
+    return tiny_run(tmp_path_factory.mktemp("run") / "whole")
+
+
+def assert_same(run, other):
+    assert not np.isnan(run.history["loss"]).any()
+    for ours, theirs in ((run.tree, other.tree), (run.history, other.history)):
+        assert jax.tree.all(jax.tree.map(np.array_equal, ours, theirs))
+
+
+def interrupt(monkeypatch, step, action):
+    """Does `action` at the start of the training step number `step`."""
+    train_step, calls = training.train_step, []
+
+    def step_with_action(*args):
+        calls.append(1)
+        if len(calls) == step:
+            action()
+        return train_step(*args)
+
+    monkeypatch.setattr(training, "train_step", step_with_action)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_resumes_to_the_bit(tmp_path, monkeypatch, whole, number):
+    with monkeypatch.context() as patch:
+        interrupt(patch, 5, lambda: os.kill(os.getpid(), number))
+        with pytest.raises(training.Stopped, match="saved step 5 of 12"):
+            tiny_run(tmp_path)
+    assert_same(tiny_run(tmp_path), whole)
+
+
+def test_a_killed_run_resumes_from_the_last_checkpoint(tmp_path, monkeypatch, whole):
+    class Killed(BaseException):
+        pass
+
+    def kill():
+        raise Killed
+
+    monkeypatch.setattr(training, "SAVE_EVERY", 3)
+    with monkeypatch.context() as patch:
+        interrupt(patch, 8, kill)
+        with pytest.raises(Killed):
+            tiny_run(tmp_path)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["6"]
+    assert_same(tiny_run(tmp_path), whole)
+
+
+def test_a_run_with_other_settings_is_refused(tmp_path):
+    tiny_run(tmp_path)
+    other = dataclasses.replace(CONFIG, rank=3)
+    with pytest.raises(SystemExit, match="rank: 2 there, 3 asked for"):
+        tiny_run(tmp_path, other)

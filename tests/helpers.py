@@ -1,0 +1,321 @@
+"""Oracles that know nothing of the library's code, and what the tests share.
+
+The main oracle is the dense matrix: `by_hand` forms W + scale * a·b from the roles
+that a plan states, with one einsum, in float64 (numpy) or traced (jax.numpy, so that
+it can be differentiated).
+"""
+
+import collections
+import dataclasses
+import re
+import warnings
+
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+import numpy as np
+
+import jlora
+
+# Most of the tests' time is compilation; LLVM's optimisations change no HLO, so no
+# cost that is counted, and the tests of bits ask for them again (OPTIMISED).
+jax.config.update("jax_disable_most_optimizations", True)
+OPTIMISED = {
+    "xla_backend_optimization_level": 3,
+    "xla_llvm_disable_expensive_passes": False,
+}
+
+EVERYTHING = ("**",)
+
+
+def is_adapted(node):
+    return isinstance(node, (jlora.LoRA, jlora.Full))
+
+
+def paths(tree, is_leaf=None):
+    """The tree as a flat dict from `a/b/c` to leaf."""
+    flat = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in flat
+    }
+
+
+def adapted(tree):
+    """The adapted leaves of a tree, by path."""
+    found = paths(tree, is_leaf=is_adapted)
+    return {path: leaf for path, leaf in found.items() if is_adapted(leaf)}
+
+
+def randomise(tree, seed=7, scale=True):
+    """The tree with random factors, and scales in [0.5, 1.5), in its adapted leaves.
+
+    The delta gets about the size of the weight, so that no error hides behind the
+    zero that b starts from. One scale per slice, so that a mixed-up batch is seen.
+    """
+    rng = np.random.default_rng(seed)
+
+    def normal(like, fan):
+        draw = rng.normal(size=like.shape) / np.sqrt(max(fan, 1))
+        return jnp.asarray(draw.astype(like.dtype))
+
+    def one(leaf):
+        if isinstance(leaf, jlora.Full):
+            change = normal(leaf.value, leaf.value.size) * 3
+            return dataclasses.replace(leaf, value=leaf.value + change)
+        if not isinstance(leaf, jlora.LoRA):
+            return leaf
+        rank = leaf.a.shape[-1]
+        inner = int(np.prod(leaf.a.shape[len(leaf.scale.shape) : -1]))
+        new = dict(a=normal(leaf.a, inner), b=normal(leaf.b, rank))
+        if scale:
+            draw = rng.uniform(0.5, 1.5, leaf.scale.shape)
+            new["scale"] = jnp.asarray(np.asarray(draw, leaf.scale.dtype))
+        return dataclasses.replace(leaf, **new)
+
+    return jax.tree.map(one, tree, is_leaf=is_adapted)
+
+
+def axes_of(spec, ndim):
+    """The plan's roles as non-negative axes: batch, in, out."""
+    groups = spec.batch_axes, spec.in_axes, spec.out_axes
+    axes = [sorted(axis % ndim for axis in group) for group in groups]
+    assert sorted(sum(axes, [])) == list(range(ndim)), (spec, ndim)
+    return axes
+
+
+def delta(leaf, spec, xp=np):
+    """scale * a·b laid out as the weight is."""
+    ndim = len(leaf.w.shape) if leaf.w is not None else leaf.ndim
+    letters = "abcdefgh"[:ndim]
+    batch, inner, outer = (
+        "".join(letters[axis] for axis in group) for group in axes_of(spec, ndim)
+    )
+    wide = np.float64 if xp is np else None
+    a, b, scale = (xp.asarray(v, wide) for v in (leaf.a, leaf.b, leaf.scale))
+    form = f"{batch}{inner}z,{batch}z{outer},{batch}->{letters}"
+    return xp.einsum(form, a, b, scale)
+
+
+def by_hand(tree, plan, xp=jnp):
+    """Plain params in which every adapted leaf is W + scale * a·b, formed here."""
+    specs = dict(plan)
+
+    def one(path, leaf):
+        if isinstance(leaf, jlora.Full):
+            return xp.asarray(leaf.value).astype(leaf.w.dtype)
+        if not isinstance(leaf, jlora.LoRA):
+            return leaf
+        path = jax.tree_util.keystr(path, simple=True, separator="/")
+        w = xp.asarray(leaf.w)
+        if xp is np:
+            return w.astype(np.float64) + delta(leaf, specs[path], np)
+        full = w.astype(jnp.promote_types(w.dtype, jnp.float32))
+        return (full + delta(leaf, specs[path], jnp)).astype(w.dtype)
+
+    return jax.tree_util.tree_map_with_path(one, tree, is_leaf=is_adapted)
+
+
+def adapt(fn, params, *args, rank=3, targets=EVERYTHING, seed=7, **kwargs):
+    """A tree planned from `fn` and wrapped, with random factors; and its plan.
+
+    Wrapped as shapes and filled here, which compiles no initialiser for every shape.
+    """
+    plan = jlora.plan(fn, params, *args, rank=rank, targets=list(targets), **kwargs)
+    shapes = jax.eval_shape(lambda: params)
+    tree = jlora.wrap(shapes, plan=plan)
+
+    def fill(leaf, base):
+        return dataclasses.replace(leaf, w=base) if is_adapted(leaf) else base
+
+    tree = jax.tree.map(fill, tree, params, is_leaf=is_adapted)
+    return randomise(tree, seed), plan
+
+
+def close(got, want, tol=1e-5, what=""):
+    """Every leaf within `tol` of its oracle's largest magnitude, and of its dtype."""
+    got_leaves, got_def = jax.tree.flatten(got)
+    want_leaves, want_def = jax.tree.flatten(want)
+    assert got_def == want_def, f"{what}: {got_def} is not {want_def}"
+    for i, (x, y) in enumerate(zip(got_leaves, want_leaves, strict=True)):
+        assert x.dtype == y.dtype, f"{what}[{i}]: {x.dtype}, expected {y.dtype}"
+        assert x.shape == y.shape, f"{what}[{i}]: {x.shape}, expected {y.shape}"
+        x, y = (np.asarray(v, np.float64) for v in (x, y))
+        np.testing.assert_array_equal(np.isnan(x), np.isnan(y), err_msg=what)
+        gap, size = np.nanmax(abs(x - y), initial=0), np.nanmax(abs(y), initial=0)
+        assert gap <= tol * size, f"{what}[{i}]: off by {gap:.3g} of {size:.3g}"
+
+
+def same(got, want):
+    """The same structure, dtypes and bits."""
+    got_leaves, got_def = jax.tree.flatten(got)
+    want_leaves, want_def = jax.tree.flatten(want)
+    assert got_def == want_def
+    for x, y in zip(got_leaves, want_leaves, strict=True):
+        x, y = bits(x), bits(y)
+        assert x.dtype == y.dtype and x.shape == y.shape
+        assert x.tobytes() == y.tobytes()
+
+
+def bits(array):
+    """An array's data as numpy, random keys by their words."""
+    if jax.dtypes.issubdtype(getattr(array, "dtype", None), jax.dtypes.prng_key):
+        array = jax.random.key_data(array)
+    return np.asarray(array)
+
+
+def equations(jaxpr):
+    """All equations of a jaxpr, those of its sub-jaxprs included."""
+    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        yield eqn
+        for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=is_jaxpr):
+            if is_jaxpr(value):
+                yield from equations(value)
+
+
+def is_jaxpr(value):
+    kinds = jax.extend.core.Jaxpr, jax.extend.core.ClosedJaxpr
+    return isinstance(value, kinds)
+
+
+def primitives(fn, *args):
+    return [eqn.primitive.name for eqn in equations(jax.make_jaxpr(fn)(*args))]
+
+
+# What W+BA, or a dense gradient of W, is made with.
+DENSE = "dot_general conv_general_dilated add add_any sub mul".split()
+
+
+def base_sized(jaxpr, sizes, names=DENSE):
+    """How many equations of these primitives have a result of a base weight's size."""
+    return sum(
+        eqn.primitive.name in names and out.aval.size in sizes
+        for eqn in equations(jaxpr)
+        for out in eqn.outvars
+        if hasattr(out.aval, "size")
+    )
+
+
+def hlo_results(text):
+    """(opcode, number of elements) of every instruction in HLO text."""
+    pattern = re.compile(r"= \w+\[([\d,]*)\](?:\{[^}]*\})? ([a-z][\w-]*)\(")
+    for shape, opcode in pattern.findall(text):
+        yield opcode, int(np.prod([int(n) for n in shape.split(",") if n], dtype=int))
+
+
+def hlo_count(text, opcodes, sizes):
+    """How many of these instructions have a result of one of these sizes."""
+    tally = collections.Counter(hlo_results(text))
+    return sum(tally[opcode, size] for opcode in opcodes for size in set(sizes))
+
+
+def says(error, *parts):
+    """The error's text holds every part: plain text, or a compiled pattern."""
+    text = str(error.value if hasattr(error, "value") else error)
+    for part in parts:
+        found = part.search(text) if isinstance(part, re.Pattern) else part in text
+        assert found, f"{part!r} is not in:\n{text}"
+
+
+def quiet(fn, *args, **kwargs):
+    """Call `fn`; any warning is an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return fn(*args, **kwargs)
+
+
+def cotangents(out, seed=3):
+    """One random array per floating leaf of `out`; others have no gradient."""
+    rng = np.random.default_rng(seed)
+    return [
+        jnp.asarray(np.asarray(rng.normal(size=leaf.shape), leaf.dtype))
+        for leaf in jax.tree.leaves(out)
+        if jnp.issubdtype(leaf.dtype, jnp.floating)
+    ]
+
+
+def dot_with(weights, out):
+    leaves = [
+        leaf
+        for leaf in jax.tree.leaves(out)
+        if jnp.issubdtype(leaf.dtype, jnp.floating)
+    ]
+    terms = zip(weights, leaves, strict=True)
+    return sum(jnp.sum(w * leaf.astype(w.dtype)) for w, leaf in terms)
+
+
+def check_lift(fn, tree, plan, *args, tol=1e-5, factored=True, modes=True, eager=False):
+    """lift(fn)(tree) equals fn(W + scale * a·b) in value and in gradient.
+
+    Under jit and grad; with `modes` under vmap over the arguments and inside a scan;
+    with `eager` op by op. With `factored`, no warning comes, and the traced function
+    forms no more arrays of a weight's size than the plain one does.
+    """
+    lifted = jlora.lift(fn)
+    trainable, frozen = jlora.partition(tree)
+
+    def theirs(trainable, *args):
+        return fn(by_hand(jlora.combine(trainable, frozen), plan), *args)
+
+    def ours(trainable, *args):
+        return lifted(jlora.combine(trainable, frozen), *args)
+
+    weights = cotangents(jax.eval_shape(theirs, trainable, *args))
+
+    def found(call, trainable, *args):
+        def loss(trainable, *args):
+            out = call(trainable, *args)
+            return dot_with(weights, out), out
+
+        out = {"grad": jax.grad(loss, has_aux=True)(trainable, *args)}
+        if modes:
+            out["vmap"] = jax.vmap(lambda *xs: call(trainable, *xs))(*two(args))
+            out["scan"] = jax.lax.scan(
+                lambda c, xs: (c, call(trainable, *xs)), 0, two(args)
+            )[1]
+        return out
+
+    def both(trainable, *args):
+        return found(ours, trainable, *args), found(theirs, trainable, *args)
+
+    run = quiet if factored else silent
+    got, want = run(jax.jit(both), trainable, *args)
+    for mode in want:
+        close(got[mode], want[mode], tol, f"jit, {mode}")
+    if eager:
+        close(run(lifted, tree, *args), want["grad"][1], tol, "eager")
+    if factored:
+        sizes = {leaf.w.size for leaf in adapted(tree).values()}
+        plain = jax.make_jaxpr(fn)(jlora.unwrap(tree), *args)
+        extra = base_sized(quiet(jax.make_jaxpr(lifted), tree, *args), sizes)
+        assert extra <= base_sized(plain, sizes), "W+BA was formed"
+
+
+def silent(fn, *args, **kwargs):
+    """Call `fn` with the library's own warnings, which are expected, dropped."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return fn(*args, **kwargs)
+
+
+def two(args):
+    """Every array twice, stacked, the second one different: for vmap and scan."""
+
+    def stack(x):
+        other = x[::-1] if x.ndim and jnp.issubdtype(x.dtype, jnp.integer) else x
+        if jnp.issubdtype(x.dtype, jnp.floating):
+            other = x * 0.5 + 0.25
+        return jnp.stack([x, other])
+
+    return jax.tree.map(stack, args)
+
+
+def normal(*shape, seed=0, dtype=jnp.float32, scale=1.0):
+    """A random array that differs by shape and seed."""
+    draw = np.random.default_rng([seed, *shape]).normal(size=shape) * scale
+    return jnp.asarray(np.asarray(draw, dtype))
+
+
+def integers(*shape, below, seed=0):
+    draw = np.random.default_rng([seed, *shape]).integers(0, below, shape)
+    return jnp.asarray(draw.astype(np.int32))

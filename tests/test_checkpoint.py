@@ -1,0 +1,460 @@
+"""Adapter checkpoints: bit-identical elsewhere, atomic, refused where they misfit."""
+
+import gc
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import models
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from helpers import adapt, adapted, normal, paths, randomise, same, says
+
+import jlora
+import jlora.checkpoint as checkpoint
+
+
+def params():
+    return {
+        "up": {"kernel": normal(5, 7), "bias": normal(7)},
+        "half": {"kernel": normal(7, 6, dtype=jnp.bfloat16)},
+        "table": {"embedding": normal(13, 5)},
+    }
+
+
+def tree(seed=7):
+    targets = ["**/kernel", "**/embedding"]
+    wrapped = jlora.wrap(params(), rank=2, alpha=3, targets=targets, train=["up/bias"])
+    return randomise(wrapped, seed)
+
+
+def environment():
+    root = pathlib.Path(jlora.__file__).parent.parent
+    return {
+        **os.environ,
+        "PYTHONPATH": f"{root}{os.pathsep}{pathlib.Path(__file__).parent}",
+    }
+
+
+def python(code, *args):
+    """Runs code in another process; returns what it printed."""
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, args)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+# ----------------------------------------------------------------- round trips
+
+
+def test_round_trip_is_bit_identical(tmp_path):
+    saved = tree()
+    checkpoint.save(tmp_path / "adapter", saved)
+    base = params()
+    restored = checkpoint.restore(tmp_path / "adapter", base)
+    same(restored, saved)
+    for path, leaf in paths(jlora.unwrap(restored)).items():
+        assert leaf is paths(base)[path]
+
+
+def test_round_trip_of_stacks_and_static_parts(tmp_path):
+    def fn(p, x):
+        h = jax.lax.scan(lambda c, w: (c @ w, None), x, p["stack"])[0]
+        return jnp.einsum("be,hed->bhd", h, p["middle"])
+
+    p = {"stack": normal(3, 5, 5), "middle": normal(2, 5, 7)}
+    saved = randomise(jlora.wrap(p, plan=jlora.plan(fn, p, normal(11, 5), rank=2)))
+    checkpoint.save(tmp_path / "adapter", saved)
+    restored = checkpoint.restore(tmp_path / "adapter", p)
+    same(restored, saved)  # same structure: the roles are part of it
+    assert restored["stack"].scale.shape == (3,)
+
+
+def test_string_paths_and_parents_that_do_not_exist(tmp_path):
+    where = str(tmp_path / "runs" / "one" / "adapter")
+    checkpoint.save(where, tree())
+    same(checkpoint.restore(where, params()), tree())
+
+
+LLAMA = models.Llama(d=24, ffn=40, vocab=61, heads=4, kv_heads=2, head_dim=6, layers=1)
+
+
+def test_outputs_in_another_process_are_bit_identical(tmp_path):
+    """Invariant 7: the adapter, its optimizer's state and the step, restored by a
+    fresh process that makes its own base."""
+    base, ids = LLAMA.init(), jnp.arange(18).reshape(2, 9)
+    saved, _ = adapt(LLAMA, base, ids, rank=8)
+    state = optax.adam(1e-2).init(jlora.partition(saved)[0])
+    state = jax.tree.map(lambda v: v + 1, state)
+    key = jax.random.key(5)
+    extra = {"opt": state, "step": 7, "note": "text", "key": key, "loss": 0.1}
+    checkpoint.save(tmp_path / "adapter", saved, extra=extra)
+    np.save(tmp_path / "logits.npy", jax.jit(jlora.lift(LLAMA))(saved, ids))
+    np.savez(tmp_path / "state.npz", *map(np.asarray, jax.tree.leaves(state)))
+    out = python(
+        """
+        import pathlib, sys
+        import jax, jax.numpy as jnp, numpy as np, optax
+        import jlora, jlora.checkpoint
+        from test_checkpoint import LLAMA
+
+        here = pathlib.Path(sys.argv[1])
+        base, ids = LLAMA.init(), jnp.arange(18).reshape(2, 9)
+        plan = jlora.plan(LLAMA, base, ids, targets=["**"])
+        shapes = jlora.wrap(LLAMA.shapes(), plan=plan)
+        state = jax.eval_shape(optax.adam(1e-2).init, jlora.partition(shapes)[0])
+        key = jax.random.key(0)
+        like = {"opt": state, "step": 0, "note": "", "key": key, "loss": 0.0}
+        tree, extra = jlora.checkpoint.restore(here / "adapter", base, extra=like)
+        logits = jax.jit(jlora.lift(LLAMA))(tree, ids)
+        assert np.asarray(logits).tobytes() == np.load(here / "logits.npy").tobytes()
+        stored, leaves = np.load(here / "state.npz"), jax.tree.leaves(extra["opt"])
+        assert len(leaves) == len(stored.files) > 3
+        for mine, name in zip(leaves, stored.files):
+            assert np.asarray(mine).tobytes() == stored[name].tobytes()
+        assert (extra["step"], extra["note"], extra["loss"]) == (7, "text", 0.1)
+        assert type(extra["step"]) is int
+        words = [jax.random.key_data(k) for k in (extra["key"], jax.random.key(5))]
+        assert (words[0] == words[1]).all()
+        print("the same")
+        """,
+        tmp_path,
+    )
+    assert out.strip() == "the same"
+
+
+def test_extra_is_optional_when_restoring(tmp_path):
+    checkpoint.save(tmp_path / "a", tree(), extra={"step": 3})
+    same(checkpoint.restore(tmp_path / "a", params()), tree())
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        pytest.param({"mean": normal(7)}, id="array"),
+        pytest.param({"b": [normal(7), {"c": jnp.int32(3)}], "a": 2}, id="nested"),
+        pytest.param({"half": normal(7, dtype=jnp.bfloat16)}, id="bfloat16"),
+        pytest.param({"flag": True, "lr": 1e-3, "name": "x/y"}, id="python"),
+        pytest.param(np.arange(5, dtype=np.int64), id="numpy-64-bit"),
+        pytest.param(
+            {"key": jax.random.key(3), "old": jax.random.PRNGKey(3)}, id="keys"
+        ),
+        pytest.param((normal(3), None), id="none"),
+        pytest.param({"a/b": normal(3), "a": {"b": normal(4)}}, id="slashes"),
+        pytest.param(7, id="number"),
+    ],
+)
+def test_extra_of_every_kind_comes_back(tmp_path, extra):
+    checkpoint.save(tmp_path / "a", tree(), extra=extra)
+    restored, found = checkpoint.restore(tmp_path / "a", params(), extra=extra)
+    same(restored, tree())
+    assert jax.tree.structure(found) == jax.tree.structure(extra)
+    for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(extra), strict=True):
+        assert type(got) is type(want) or isinstance(got, jax.Array)
+        if hasattr(want, "dtype"):
+            assert got.dtype == want.dtype
+            same(got, want)
+        else:
+            assert type(got) is type(want) and got == want
+
+
+def test_asynchronous_save(tmp_path):
+    """What is saved is the tree as it was, even if its buffers are given away."""
+    saved = jax.tree.map(jnp.copy, tree())
+    handle = checkpoint.save(tmp_path / "a", saved, extra={"step": 1}, block=False)
+    consume = jax.jit(lambda t: jax.tree.map(lambda v: v * 0, t), donate_argnums=0)
+    consume(jlora.partition(saved)[0])
+    handle.wait()
+    same(checkpoint.restore(tmp_path / "a", params()), tree())
+
+
+def test_composition_with_the_users_own_checkpoint_manager(tmp_path):
+    """Adapter, optimizer state and step by Orbax's CheckpointManager."""
+    t = tree()
+    tx = jlora.optimizer(optax.adam(1e-3), t)
+    state = jax.tree.map(lambda v: v + 1, tx.init(t))
+    options = ocp.CheckpointManagerOptions(max_to_keep=2)
+    with ocp.CheckpointManager(tmp_path / "run", options=options) as manager:
+        for step in (1, 2, 3):
+            manager.save(
+                step,
+                args=ocp.args.Composite(
+                    adapter=ocp.args.StandardSave(jlora.adapter(t)),
+                    opt=ocp.args.StandardSave(state),
+                ),
+            )
+        manager.wait_until_finished()
+        assert manager.all_steps() == [2, 3]
+        like = jax.eval_shape(lambda: (jlora.adapter(tree(1)), tx.init(tree(1))))
+        found = manager.restore(
+            manager.latest_step(),
+            args=ocp.args.Composite(
+                adapter=ocp.args.StandardRestore(like[0]),
+                opt=ocp.args.StandardRestore(like[1]),
+            ),
+        )
+    same(jlora.attach(params(), found["adapter"]), t)
+    same(found["opt"], state)
+
+
+def test_an_adapter_checkpoint_is_less_than_a_hundredth_of_the_base(tmp_path):
+    base = {f"layer_{i}": {"kernel": jnp.ones((1024, 1024))} for i in range(8)}
+    checkpoint.save(tmp_path / "a", jlora.wrap(base, rank=2))
+    files = [f for f in (tmp_path / "a").rglob("*") if f.is_file()]
+    size = sum(f.stat().st_size for f in files)
+    assert 8 * 2 * 2048 * 4 * 0.5 < size < 0.01 * 8 * 1024 * 1024 * 4
+
+
+# ------------------------------------------------------------------- bad input
+
+
+@pytest.fixture
+def saved(tmp_path):
+    checkpoint.save(tmp_path / "adapter", tree(), extra={"step": 1, "mean": normal(7)})
+    return tmp_path / "adapter"
+
+
+def test_saving_over_an_existing_adapter_is_refused_and_nothing_is_lost(saved):
+    for block in (True, False):
+        with pytest.raises((FileExistsError, ValueError)) as error:
+            checkpoint.save(saved, tree(8), block=block)
+        says(error, str(saved), "exists")
+    same(checkpoint.restore(saved, params()), tree())
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        pytest.param(
+            lambda p: p["up"].update(kernel=normal(5, 8)),
+            ["up/kernel", "[5,7]", "[5,8]"],
+            id="shape",
+        ),
+        pytest.param(
+            lambda p: p["up"].update(kernel=normal(5, 7, dtype=jnp.bfloat16)),
+            ["up/kernel", "float32", "bfloat16"],
+            id="dtype",
+        ),
+        pytest.param(lambda p: p.pop("table"), ["table/embedding"], id="missing"),
+        pytest.param(
+            lambda p: p.update(more={"kernel": normal(3, 3)}),
+            ["more/kernel"],
+            id="more",
+        ),
+        pytest.param(
+            lambda p: p.update(tabel=p.pop("table")),
+            ["table/embedding", "tabel/embedding"],
+            id="renamed",
+        ),
+    ],
+)
+def test_restoring_onto_another_base(saved, change, words):
+    other = params()
+    change(other)
+    with pytest.raises(ValueError, match="base") as error:
+        checkpoint.restore(saved, other)
+    says(error, *words, "expected", "found", str(saved))
+
+
+def test_restoring_another_extra(saved):
+    for extra, words in [
+        ({"step": 1}, ["mean"]),
+        ({"step": 1, "mean": normal(8)}, ["mean", "[7]", "[8]"]),
+        ({"step": 1, "mean": normal(7), "more": 1}, ["more"]),
+        ({"step": 1.0, "mean": normal(7)}, ["step", "int", "float"]),
+    ]:
+        with pytest.raises(ValueError, match="extra") as error:
+            checkpoint.restore(saved, params(), extra=extra)
+        says(error, *words, "expected", "found")
+
+
+def test_restoring_from_a_directory_that_is_not_there(tmp_path):
+    with pytest.raises((FileNotFoundError, ValueError)) as error:
+        checkpoint.restore(tmp_path / "nothing", params())
+    says(error, str(tmp_path / "nothing"), "jlora.checkpoint.save")
+
+
+def test_restoring_from_what_is_no_checkpoint(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("text")
+    ocp.StandardCheckpointer().save(tmp_path / "other", {"x": jnp.ones(3)})
+    for name in ("empty", "file"):
+        with pytest.raises((ValueError, OSError)) as error:
+            checkpoint.restore(tmp_path / name, params())
+        says(error, str(tmp_path / name), "jlora.checkpoint.save")
+
+
+# Orbax leaves coroutines behind when a read fails, which complain when collected.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_restoring_from_a_truncated_directory(saved):
+    """Every file in turn cut to half, and removed: either it plays no part in what is
+    restored, which is then right, or the error names the directory. Never anything
+    else, and never wrong numbers."""
+    files = sorted(f.relative_to(saved) for f in saved.rglob("*") if f.is_file())
+    assert len(files) > 3
+    refused = 0
+    for harm in ("cut", "removed"):
+        for name in files:
+            file = saved / name
+            whole = file.read_bytes()
+            if harm == "cut":
+                file.write_bytes(whole[: len(whole) // 2])
+            else:
+                file.unlink()
+            try:
+                same(checkpoint.restore(saved, params()), tree())
+            except ValueError as error:
+                says(error, str(saved), "jlora.checkpoint.save")
+                refused += 1
+            file.write_bytes(whole)
+    # At the least: the arrays and their manifest and the document, in either way.
+    assert refused >= 6
+    same(checkpoint.restore(saved, params()), tree())
+    gc.collect()
+
+
+def documents(directory):
+    """The JSON files that say which format it is."""
+    for file in directory.rglob("*"):
+        if not file.is_file():
+            continue
+        try:
+            found = json.loads(file.read_text())
+        except (UnicodeDecodeError, json.JSONDecodeError):
+            continue
+        if isinstance(found, dict) and "version" in found and "format" in found:
+            yield file, found
+
+
+def test_restoring_from_a_newer_format_version(saved):
+    ((file, document),) = documents(saved)
+    version = document["version"]
+    file.write_text(json.dumps({**document, "version": version + 1}))
+    with pytest.raises(ValueError) as error:
+        checkpoint.restore(saved, params())
+    says(error, str(saved), f"version {version + 1}", str(version), "pdate")
+    file.write_text(json.dumps({**document, "format": "something else"}))
+    with pytest.raises(ValueError, match="something else"):
+        checkpoint.restore(saved, params())
+
+
+def test_plan_and_base_are_stored_beside_the_arrays(saved):
+    """Readable without the library: one JSON document."""
+    ((_, document),) = documents(saved)
+    text = json.dumps(document)
+    for path, leaf in adapted(tree()).items():
+        assert path in text
+        assert leaf.w is None or json.dumps(list(leaf.w.shape)) in text
+    assert document["plan"]["up/kernel"]["rank"] == 2
+
+
+def test_saving_what_has_no_adapter_or_no_base(tmp_path):
+    with pytest.raises(ValueError, match="adapted"):
+        checkpoint.save(tmp_path / "a", params())
+    with pytest.raises(ValueError) as error:
+        checkpoint.save(tmp_path / "a", jlora.adapter(tree()))
+    says(error, "jlora.attach", "/kernel")
+    with pytest.raises((TypeError, ValueError)) as error:
+        checkpoint.save(tmp_path / "a", tree(), extra={"model": object()})
+    says(error, "model", "object")
+    assert not (tmp_path / "a").exists()
+
+
+# ------------------------------------------------------------------ killed saves
+
+# The parent has imported everything and started no thread, so that each child is a
+# fork that begins to save at once; it writes a line after each save that returned.
+KILLER = """
+import os, random, signal, sys, time
+import jax, jax.numpy as jnp
+import jlora, jlora.checkpoint
+
+directory, rounds = sys.argv[1], int(sys.argv[2])
+
+
+def tree(step):
+    base = {"kernel": jnp.ones((64, 64))}
+    leaf = jlora.LoRA(
+        base["kernel"], jnp.full((64, 4), 1.0 + step), jnp.full((4, 64), 2.0 + step),
+        jnp.ones(()),
+    )
+    return {"kernel": leaf}
+
+
+def save_forever(first, pipe):
+    step = first
+    while True:
+        jlora.checkpoint.save(f"{directory}/{step}", tree(step), extra={"step": step})
+        os.write(pipe, b"%d\\n" % step)
+        step += 1
+
+
+def check(last):
+    for step in range(last + 1):
+        found, extra = jlora.checkpoint.restore(
+            f"{directory}/{step}", {"kernel": jnp.ones((64, 64))}, extra={"step": 0}
+        )
+        leaf = found["kernel"]
+        assert extra["step"] == step and (leaf.a == 1.0 + step).all(), step
+        assert (leaf.b == 2.0 + step).all(), step
+
+
+draw = random.Random(0)
+saved, halves = -1, 0
+for attempt in range(rounds):
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            save_forever(saved + 1, write)
+        finally:
+            os._exit(1)
+    os.close(write)
+    lines = b""
+    while not lines.endswith(b"\\n"):  # one save is done; the next one has begun
+        part = os.read(read, 4096)
+        assert part, "the child ended by itself"
+        lines += part
+    time.sleep(draw.uniform(0, 0.25))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    while part := os.read(read, 4096):
+        lines += part
+    os.close(read)
+    saved = int(lines.split()[-1])
+    # The save that was killed has left nothing, or all of itself.
+    if os.path.exists(f"{directory}/{saved + 1}"):
+        saved += 1
+    # What it had written until then has another name, as long as it is not whole.
+    halves += any(not name.isdigit() for name in os.listdir(directory))
+check(saved)
+print("good", saved, "halves", halves)
+"""
+
+
+def test_a_save_killed_at_any_moment_leaves_the_previous_ones(tmp_path):
+    """kill -9 of 20 processes that do nothing but save, at random moments of a save;
+    each goes on where the last one was killed, over what that one left."""
+    run = subprocess.run(
+        [sys.executable, "-c", KILLER, str(tmp_path / "run"), "20"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    words = run.stdout.split()
+    good, halves = (int(word) for word in words[1::2])
+    assert good >= 19  # each of the 20 made at least one
+    assert halves >= 5  # and enough of them were killed while they wrote
