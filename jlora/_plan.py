@@ -228,7 +228,7 @@ def plan(
     """
     hidden = hide(((params, *args), kwargs))
 
-    leaves = _leaves(params)
+    leaves = leaves_of(params)
     jaxpr, _ = trace(fn, *hidden)
     paths: list[str | None] = [p for p, _ in _paths.flatten(hidden[0][0])[0]]
     paths += [None] * (len(jaxpr.jaxpr.invars) - len(paths))
@@ -256,7 +256,7 @@ def plan_from_names(
     rules: Iterable[Rule],
 ) -> Plan:
     """The plan that Flax's naming conventions give where they leave no doubt."""
-    leaves = _leaves(params)
+    leaves = leaves_of(params)
     rules = list(rules)
     # Only what would be adapted has to be clear.
     named = [*_paths.as_patterns(targets), *(r.pattern for r in rules)]
@@ -289,7 +289,7 @@ def plan_from_names(
     return _select(leaves, candidate, rank, alpha, targets, exclude, rules)
 
 
-def _leaves(params: Any) -> dict[str, Any]:
+def leaves_of(params: Any) -> dict[str, Any]:
     """Path to array, without what is no array; refuses adapted trees."""
     pairs, _ = _paths.flatten(params)
     out: dict[str, Any] = {}

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jlora import _init, _ops, _paths
 from jlora._leaf import Adapted, Full, LoRA, is_adapted
 from jlora._paths import Pattern
-from jlora._plan import Plan, Rule, check_rank, plan_from_names, table
+from jlora._plan import Plan, Rule, check_rank, leaves_of, plan_from_names, table
 
 Adapter = dict[str, Adapted]
 
@@ -75,6 +75,7 @@ def wrap(
       (3, 2)
     """
     check_rank(rank, "wrap")
+    leaves = leaves_of(params)
     if plan is None:
         plan = (
             plan_from_names(
@@ -89,7 +90,7 @@ def wrap(
             else Plan({}, {})
         )
     else:
-        plan = _checked_plan(plan, params, rank, alpha, targets, exclude, rules)
+        plan = _checked_plan(plan, leaves, rank, alpha, targets, exclude, rules)
     if bias not in ("none", "all", "lora_only"):
         raise ValueError(f"bias {bias!r}: expected 'none', 'all' or 'lora_only'.")
     patterns = _paths.as_patterns(train)
@@ -134,7 +135,7 @@ def _full(path: str, x: Any, dtype: Any) -> Full:
 
 def _checked_plan(
     plan: Plan,
-    params: Any,
+    leaves: dict[str, Any],
     rank: int,
     alpha: Any,
     targets: Any,
@@ -147,25 +148,19 @@ def _checked_plan(
             "targets, exclude and rules are said to jlora.plan(...), which decides "
             "them: expected none beside plan=."
         )
-    shapes = {
-        path: tuple(x.shape)
-        for path, x in _paths.flatten(params)[0]
-        if hasattr(x, "shape")
-    }
     for path in plan:
-        if is_adapted_path := shapes.get(path):
-            if is_adapted_path == plan.shapes[path]:
-                continue
+        if path not in leaves:
+            raise ValueError(
+                f"the plan is of another tree: it has {path!r}, params has "
+                f"{_paths.near(path, leaves)}. Pass wrap the same tree as plan "
+                "(model.apply takes {'params': params}: wrap that too)."
+            )
+        if (found := tuple(leaves[path].shape)) != plan.shapes[path]:
             raise ValueError(
                 f"the plan is of another tree: {path!r} has shape "
-                f"{plan.shapes[path]} in the plan and {is_adapted_path} in params. "
-                "Plan the tree that is wrapped."
+                f"{plan.shapes[path]} in the plan and {found} in params. Plan the tree "
+                "that is wrapped."
             )
-        raise ValueError(
-            f"the plan is of another tree: it has {path!r}, params has "
-            f"{_paths.near(path, shapes)}. Pass wrap the same tree as plan "
-            "(model.apply takes {'params': params}: wrap that too)."
-        )
     changes: dict[str, Any] = {}
     for name, value, default in (("rank", rank, 8), ("alpha", alpha, None)):
         planned = {getattr(s, name) for s in plan.values()}
