@@ -41,9 +41,10 @@ class _NotAnArray:
             f"{type(self).__name__} has no attribute {name!r}; it {_ADVICE}.", name=name
         )
 
-    __jax_array__ = __array__ = __getitem__ = __len__ = __iter__ = _refuse
+    __array__ = __array_ufunc__ = __getitem__ = __len__ = __iter__ = _refuse
     __float__ = __int__ = __index__ = __complex__ = _refuse
-    __array_ufunc__ = None  # so that `numpy_array * leaf` reaches our __rmul__
+    # JAX asks for this attribute, and sometimes does not call it.
+    __jax_array__ = property(_refuse)
 
 
 _OPERATORS = "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift"
@@ -162,6 +163,17 @@ jax.tree_util.register_dataclass(
     LoRA, data_fields=["w", "a", "b", "scale", "key"], meta_fields=["roles", "rate"]
 )
 jax.tree_util.register_dataclass(Full, data_fields=["w", "value"], meta_fields=[])
+
+
+def missing(leaf: Adapted) -> list[str]:
+    """The fields that an adapted leaf lacks, as an adapter or a partition's half does.
+
+    Example:
+      >>> missing(Full(None, 1.0))
+      ['w']
+    """
+    names = [f.name for f in dataclasses.fields(leaf) if f.name != "key"]
+    return [name for name in names if getattr(leaf, name) is None]
 
 
 def is_adapted(x: Any) -> bool:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora import _compat
-from jlora._leaf import is_adapted
+from jlora._leaf import is_adapted, missing
 from jlora._paths import flatten
 from jlora._rules import Evaluation, Tracked
 from jlora._trace import hide, show, trace
@@ -124,20 +124,16 @@ def _check(args: Any, kwargs: Any) -> bool:
             if not is_adapted(x):
                 continue
             found = True
-            missing = [
-                f.name
-                for f in dataclasses.fields(x)
-                if f.name != "key" and getattr(x, f.name) is None
-            ]
-            if missing == ["w"]:
+            lacks = missing(x)
+            if lacks == ["w"]:
                 raise ValueError(
                     f"{path!r} is an adapter without its base (w=None): put it back "
                     "with jlora.attach(params, adapter), or, if it is half of a "
                     "partition, with jlora.combine(trainable, frozen)."
                 )
-            if missing:
+            if lacks:
                 raise ValueError(
-                    f"{path!r} lacks {', '.join(missing)}: it is half of a partition; "
+                    f"{path!r} lacks {', '.join(lacks)}: it is half of a partition; "
                     "put the halves together with jlora.combine(trainable, frozen)."
                 )
     return found

@@ -82,9 +82,18 @@ def _order(x: jax.Array, labels: Sequence[int], wanted: Sequence[int]) -> jax.Ar
     return lax.transpose(x, [labels.index(k) for k in wanted])
 
 
-def _cast(x: jax.Array, like: jax.Array) -> jax.Array:
-    """x in the activation's dtype; as it is beside integer activations."""
-    return x.astype(like.dtype) if jnp.issubdtype(like.dtype, jnp.inexact) else x
+def _wider(x: Any, y: Any) -> Any:
+    """The dtype of x or y that has more bits."""
+    return max(x.dtype, y.dtype, key=lambda dtype: dtype.itemsize)
+
+
+def _compute_dtype(x: jax.Array, w: jax.Array) -> Any:
+    """What the factors are cast to: the activation's dtype.
+
+    Where a product mixes dtypes, the base is read in its own, so the wider one;
+    integers have no say.
+    """
+    return _wider(x, w) if jnp.issubdtype(x.dtype, jnp.inexact) else w.dtype
 
 
 # --------------------------------------------------------------------------- merging
@@ -105,7 +114,7 @@ def dense(leaf: LoRA | Full) -> jax.Array:
     if isinstance(leaf, Full):
         return leaf.value.astype(leaf.w.dtype)
     d = delta(leaf)
-    wide = max(leaf.w.dtype, d.dtype, key=lambda dtype: dtype.itemsize)
+    wide = _wider(leaf.w, d)
     return (leaf.w.astype(wide) + d.astype(wide)).astype(leaf.w.dtype)
 
 
@@ -170,11 +179,13 @@ def contract(
     first, second = (leaf.a, la), (_scaled_b(leaf), lb)
     if "o" in roles:
         first, second = second, first
-    h, hl = _drop(leaf, x, use), xl
+    h, hl, dtype = _drop(leaf, x, use), xl, _compute_dtype(x, leaf.w)
     for (factor, fl), keep in ((first, {*out, *second[1]}), (second, {*out})):
-        h, factor = _cast(h, x), _cast(factor, x)
-        pair = (factor, fl, h, hl) if weight_first else (h, hl, factor, fl)
-        h, hl = _dot(*pair, keep, **rest)
+        h, factor = h.astype(dtype), factor.astype(dtype)
+        if weight_first:
+            h, hl = _dot(factor, fl, h, hl, keep, **rest)
+        else:
+            h, hl = _dot(h, hl, factor, fl, keep, **rest)
     return base + _order(h, hl, out).astype(base.dtype)
 
 
@@ -205,15 +216,16 @@ def conv(leaf: LoRA, x: jax.Array, params: Params, *, use: int = 0) -> jax.Array
         )
     base = lax.conv_general_dilated_p.bind(x, leaf.w, **rest)
     kernel_axes = [k if k != out_axis else RANK for k in range(leaf.ndim)]
-    a = _order(_cast(leaf.a, x), _labels(wanted)[0], kernel_axes)
+    dtype = _compute_dtype(x, leaf.w)
+    a = _order(leaf.a.astype(dtype), _labels(wanted)[0], kernel_axes)
     a = jnp.concatenate([a] * groups, axis=out_axis)
     h = lax.conv_general_dilated_p.bind(_drop(leaf, x, use), a, **rest)
 
     # Labels of what follows: GROUP and OUT split the output features.
     GROUP, OUT = -2, -3
     k, rank = spec.out_spec[1], leaf.rank
-    h = lax.reshape(_cast(h, x), (*h.shape[:k], groups, rank, *h.shape[k + 1 :]))
-    b = _cast(_scaled_b(leaf), x).reshape(rank, groups, -1)
+    h = lax.reshape(h.astype(dtype), (*h.shape[:k], groups, rank, *h.shape[k + 1 :]))
+    b = _scaled_b(leaf).astype(dtype).reshape(rank, groups, -1)
     free = list(range(x.ndim))
     del free[k]
     hl = [*free[:k], GROUP, RANK, *free[k:]]
@@ -301,7 +313,8 @@ def lookup(leaf: LoRA, indices: jax.Array, params: Params) -> jax.Array:
         fill_value=None if fill_value is None else 0,
         **rest,
     )
-    h, hl = _dot(_cast(h, base), [*index, *kept], _cast(g, base), gl, {*out})
+    h, g = h.astype(base.dtype), g.astype(base.dtype)
+    h, hl = _dot(h, [*index, *kept], g, gl, {*out})
     return base + _order(h, hl, out).astype(base.dtype)
 
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora import _init, _ops, _paths
-from jlora._leaf import Adapted, Full, LoRA, is_adapted
+from jlora._leaf import Adapted, Full, LoRA, is_adapted, missing
 from jlora._paths import Pattern
 from jlora._plan import Plan, Rule, check_rank, leaves_of, plan_from_names, table
 
@@ -121,7 +121,7 @@ def _only_full(targets: Any) -> bool:
 
 
 def _full(path: str, x: Any, dtype: Any) -> Full:
-    if not jnp.issubdtype(x.dtype, jnp.inexact):
+    if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(
             f"{path!r} is to be trained, but its dtype is {x.dtype}: expected a "
             "floating-point array. Leave the path out of train."
@@ -217,11 +217,11 @@ def _map_adapted(fn: Any, tree: Any, what: str) -> Any:
     def leaf(path: str, x: Any) -> Any:
         if not is_adapted(x):
             return x
-        if x.w is None:
+        if lacks := missing(x):
             raise ValueError(
-                f"{what}: {path!r} has no base (w=None): expected a whole adapted "
-                "tree. Put the base back with jlora.attach(params, adapter) or "
-                "jlora.combine(trainable, frozen)."
+                f"{what}: {path!r} has {', '.join(f'{name}=None' for name in lacks)}: "
+                "expected a whole adapted tree. Put the base (w) back with jlora.attach(params, adapter), the "
+                "halves of a partition together with jlora.combine(trainable, frozen)."
             )
         return fn(x)
 
@@ -340,11 +340,9 @@ def _fitting(what: str, params: Any, adapter: Adapter) -> None:
                 f"{what}: {path!r} is adapted already: expected plain params. Merge or "
                 "unwrap the tree first (jlora.merge, jlora.unwrap)."
             )
-        needed = ("value",) if isinstance(x, Full) else ("a", "b", "scale")
-        missing = [name for name in needed if getattr(x, name) is None]
-        if missing:
+        if lacks := [name for name in missing(x) if name != "w"]:
             raise ValueError(
-                f"{what}: {path!r} of the adapter lacks {', '.join(missing)}: expected "
+                f"{what}: {path!r} of the adapter lacks {', '.join(lacks)}: expected "
                 "a whole adapter; if it is half of a partition, combine it first."
             )
         if x.shape != tuple(y.shape):

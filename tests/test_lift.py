@@ -288,6 +288,20 @@ def test_lookups_of_every_other_kind_are_right_whether_factored_or_not(fn):
     check_lift(shifted, tree, plan, ids, factored=False, modes=False)
 
 
+def test_linen_layer_with_boxed_params():
+    """nn.with_partitioning keeps each param in a box, before and after."""
+    init = nn.with_partitioning(nn.initializers.lecun_normal(), ("in", "out"))
+    model, x = nn.Dense(7, kernel_init=init), normal(11, 5)
+    variables = model.init(jax.random.key(0), x)
+    plan = jlora.plan(model.apply, variables, x, rank=3)
+    tree = randomise(jlora.wrap(variables, plan=plan))
+    assert isinstance(tree["params"]["kernel"], nn.Partitioned)
+    got = quiet(jlora.lift(model.apply), tree, x)
+    merged = jlora.merge(tree)
+    assert isinstance(merged["params"]["kernel"], nn.Partitioned)
+    close(got, model.apply(merged, x))
+
+
 def test_linen_embed_and_attend():
     class Tied(nn.Module):
         @nn.compact
@@ -1535,6 +1549,17 @@ def test_the_matmul_precision_context_is_part_of_the_trace():
     with jax.default_matmul_precision("highest"):
         assert precisions() == {(lax.Precision.HIGHEST, lax.Precision.HIGHEST)}
     assert precisions() == default == {None}
+
+
+def test_the_device_is_not_part_of_what_is_cached():
+    """The same eager call on one device, and then on another."""
+    params, x = {"w": normal(5, 7)}, normal(11, 5, seed=1)
+    tree, plan = adapt(dense, params, x)
+    lifted, want = jlora.lift(dense), dense(by_hand(tree, plan), x)
+    for device in jax.devices()[:2]:
+        got = lifted(*jax.device_put((tree, x), device))
+        assert got.devices() == {device}
+        close(got, want)
 
 
 def test_weak_types_are_part_of_the_trace():

@@ -2,8 +2,10 @@
 
 import re
 import time
+from typing import NamedTuple
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 import models
@@ -514,6 +516,43 @@ def test_matched_leaves_that_are_no_weights_are_skipped_and_listed():
     assert "up/bias" in tail and "deep/layer_0/mid/bias" in tail
     with pytest.raises(ValueError, match="up/bias"):
         jlora.plan(mlp, MLP, X, targets=["up/bias"])
+
+
+class Pair(NamedTuple):
+    first: dict
+    second: dict
+
+
+@flax.struct.dataclass
+class Tower:
+    inner: dict
+    depth: int = flax.struct.field(pytree_node=False, default=2)
+
+
+@pytest.mark.parametrize(
+    "nest, path",
+    [
+        pytest.param(lambda k: {"a": {"kernel": k}}, "a/kernel", id="dict"),
+        pytest.param(lambda k: [{}, {"kernel": k}], "1/kernel", id="list"),
+        pytest.param(lambda k: ({"kernel": k},), "0/kernel", id="tuple"),
+        pytest.param(lambda k: {7: {"kernel": k}}, "7/kernel", id="number"),
+        pytest.param(lambda k: Pair({}, {"kernel": k}), "second/kernel", id="named"),
+        pytest.param(lambda k: Tower({"kernel": k}), "inner/kernel", id="attribute"),
+        pytest.param(
+            lambda k: {"kernel": nn.Partitioned(k, ("x", None))}, "kernel", id="boxed"
+        ),
+    ],
+)
+def test_paths_are_what_a_user_would_write(nest, path):
+    """Keys, indices and attributes joined by `/`; no trailing `value` of a box."""
+    tree = jlora.wrap(nest(normal(5, 7)), rank=2, targets=[path])
+    (leaf,) = jax.tree.leaves(tree, is_leaf=jlora.is_adapted)
+    assert isinstance(leaf, jlora.LoRA)
+    assert list(jlora.adapter(tree)) == [path]
+    plan = jlora.plan(
+        lambda p, x: x @ jax.tree.leaves(p)[0], nest(normal(5, 7)), X, rank=2
+    )
+    assert list(plan) == [path]
 
 
 # ----------------------------------------------------------------------- table

@@ -106,10 +106,10 @@ def arguments() -> argparse.Namespace:
     add("--data", type=Path, help="your own sentences, a file of label<TAB>text")
     add("--rank", type=int, default=8)
     add("--alpha", type=float, default=16.0)
-    add("--learning-rate", type=float, default=2e-3)
-    add("--head-learning-rate", type=float, default=1e-2)
+    add("--learning-rate", type=float, default=3e-3)
+    add("--head-learning-rate", type=float, default=5e-2)
     add("--batch", type=int, default=32, help="sentences a step")
-    add("--epochs", type=int, default=2)
+    add("--epochs", type=int, default=1)
     args = parser.parse_args()
     args.widths, args.limit = WIDTHS, None
     if args.quick:
