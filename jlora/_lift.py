@@ -168,8 +168,11 @@ def lift(fn: Callable[..., Any], *, strict: bool = False) -> Callable[..., Any]:
 
     The result is called exactly as ``fn`` is.  Only arrays and adapted leaves are
     traced, so ``fn`` may not branch on their values; everything else reaches it as it
-    is.  In an argument that holds adapted leaves everything that does not train is
-    under stop_gradient.  Without an adapted leaf among the arguments it is ``fn``.
+    is.  As with jit a trace is kept: Python state that ``fn`` reads is read once, and a
+    Python number is part of what it was traced for.
+
+    In an argument that holds adapted leaves everything that does not train is under
+    stop_gradient.  Without an adapted leaf among the arguments it is ``fn``.
 
     Args:
       fn: any function of pytrees, such as a Flax module's ``apply``.

@@ -179,7 +179,8 @@ def contract(
     first, second = (leaf.a, la), (_scaled_b(leaf), lb)
     if "o" in roles:
         first, second = second, first
-    h, hl, dtype = _drop(leaf, x, use), xl, _compute_dtype(x, leaf.w)
+    dtype = _compute_dtype(x, leaf.w)
+    h, hl = _drop(leaf, x.astype(dtype), use), xl
     for (factor, fl), keep in ((first, {*out, *second[1]}), (second, {*out})):
         h, factor = h.astype(dtype), factor.astype(dtype)
         if weight_first:
@@ -382,11 +383,6 @@ def blocks(
     return out
 
 
-def cast(leaf: LoRA, fn: Callable[[jax.Array], jax.Array]) -> LoRA:
-    """fn on the base alone, where it changes no value of the delta (dtype, place)."""
-    return dataclasses.replace(leaf, w=fn(leaf.w))
-
-
 def transpose(leaf: LoRA, permutation: Sequence[int]) -> LoRA:
     """lax.transpose."""
     axes = "".join(leaf.axes[k] for k in permutation)
@@ -428,7 +424,8 @@ def broadcast(leaf: LoRA, shape: Sequence[int], dimensions: Sequence[int]) -> Lo
         sizes = [leaf.rank if k == RANK else shape[k] for k in labels]
         return lax.broadcast_in_dim(x, sizes, range(len(sizes)))
 
-    return _fields(leaf, grow(leaf.w, range(len(shape))), leaf.axes, grow)
+    leaf = _fields(leaf, grow(leaf.w, range(len(shape))), leaf.axes, grow)
+    return dataclasses.replace(leaf, key=_fold_in(leaf.key, None))
 
 
 def per_axis(leaf: LoRA, fn: Callable[..., Any]) -> LoRA:
@@ -437,6 +434,14 @@ def per_axis(leaf: LoRA, fn: Callable[..., Any]) -> LoRA:
     fn(field, labels) is called on every field, base included.
     """
     return _fields(leaf, fn(leaf.w, range(leaf.ndim)), leaf.axes, fn)
+
+
+def _fold_in(key: Any, data: int | None) -> Any:
+    """Every key of a leaf's stack folded with ``data``, or with its own position."""
+    if key is None:
+        return None
+    at = jnp.arange(key.size) if data is None else jnp.full(key.size, data)
+    return jax.vmap(jax.random.fold_in)(key.reshape(-1), at).reshape(key.shape)
 
 
 def concatenate(parts: Sequence[LoRA | jax.Array], axis: int) -> LoRA:
@@ -452,7 +457,12 @@ def concatenate(parts: Sequence[LoRA | jax.Array], axis: int) -> LoRA:
     if any(p.axes != axes for p in leaves) or len(dropouts) > 1:
         raise NotFactored
     w = lax.concatenate([p.w for p in leaves], axis)
-    keys = [p.key for p in leaves if p.key is not None]
+    # A mask of its own for each part of a stack, and for a product of several weights.
+    keys = [_fold_in(p.key, i) for i, p in enumerate(leaves) if p.key is not None]
+    dtype = max((p.a.dtype for p in leaves), key=lambda dtype: dtype.itemsize)
+    leaves = [
+        dataclasses.replace(p, a=p.a.astype(dtype), b=p.b.astype(dtype)) for p in leaves
+    ]
     la, lb, ls = _labels(axes)
     ranks = [p.rank for p in leaves]
 

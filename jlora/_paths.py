@@ -87,6 +87,13 @@ def as_patterns(patterns: Pattern | Iterable[Pattern] | None) -> list[Pattern]:
     return list(patterns)
 
 
+def are_patterns(x: Any) -> bool:
+    """Whether x can only be meant as patterns: strings or regular expressions."""
+    if isinstance(x, (list, tuple)):
+        return bool(x) and all(are_patterns(p) for p in x)
+    return isinstance(x, (str, re.Pattern))
+
+
 def near(path: str, paths: Iterable[str]) -> str:
     """The paths that are most like this one, for an error message."""
     paths = list(paths)

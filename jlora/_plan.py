@@ -219,6 +219,7 @@ def plan(
       ValueError: a bad rank; a pattern that matches no path (with the paths near it);
         a target that is integer or complex, or that is used in ways that contradict
         each other; or nothing left to adapt.
+      TypeError: train or bias patterns, which are said to `wrap`.
 
     Example:
       >>> import jax.numpy as jnp, jlora
@@ -228,6 +229,12 @@ def plan(
     """
     hidden = hide(((params, *args), kwargs))
 
+    for name in ("train", "bias"):
+        if _paths.are_patterns(kwargs.get(name)):
+            raise TypeError(
+                f"plan: {name}={kwargs[name]!r} would go to the function as an "
+                f"argument: expected it in jlora.wrap(params, plan=plan, {name}=...)."
+            )
     leaves = leaves_of(params)
     jaxpr, _ = trace(fn, *hidden)
     paths: list[str | None] = [p for p, _ in _paths.flatten(hidden[0][0])[0]]
@@ -241,7 +248,10 @@ def plan(
         kind, axes = _merged_roles(seen[path].uses, x.ndim)
         if kind is None:
             return axes
-        return kind, axes, seen[path].bias or bias_by_name[path]
+        # What is used as a weight itself is nobody's bias.
+        bias = seen[path].bias or bias_by_name[path]
+        used = bias in seen and bool(seen[bias].uses)
+        return kind, axes, None if used else bias
 
     return _select(leaves, candidate, rank, alpha, targets, exclude, rules)
 
@@ -264,16 +274,24 @@ def plan_from_names(
     def candidate(path: str, x: Any) -> Candidate:
         bias = _sibling_bias(path, leaves)
         *_, parent, name = ("", "", *path.split("/"))
+
+        def fits(out: int) -> bool:
+            """The bias, if there is one, has the last ``out`` axes: no stack."""
+            return bias is None or tuple(leaves[bias].shape) == tuple(x.shape[-out:])
+
         if name == "embedding" and x.ndim == 2:
             return "embed", "io", bias
         if name in ("kernel", "w") and x.ndim == 2:
             return "dense", "io", bias
         if name == "kernel" and x.ndim == 3 and parent in ("query", "key", "value"):
-            return "dense", "ioo", bias
-        if name == "kernel" and x.ndim == 3 and parent == "out":
-            return "dense", "iio", bias
-        if name == "kernel" and parent.startswith("Conv_") and 3 <= x.ndim <= 5:
-            return "conv", "i" * (x.ndim - 1) + "o", bias
+            if fits(2):
+                return "dense", "ioo", bias
+        elif name == "kernel" and x.ndim == 3 and parent == "out":
+            if fits(1):
+                return "dense", "iio", bias
+        elif name == "kernel" and parent.startswith("Conv_") and 3 <= x.ndim <= 5:
+            if fits(1):
+                return "conv", "i" * (x.ndim - 1) + "o", bias
         explicit = any(_paths.matches(p, path, x) for p in named)
         if (name == "kernel" and x.ndim > 2) or (explicit and x.ndim > 1):
             if explicit and x.ndim == 2 and name not in ("bias", "scale"):

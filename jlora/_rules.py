@@ -194,11 +194,17 @@ def _structural(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any
     "sharding_constraint",
     "device_put",
 )
-def _base_only(ev: Evaluation, eqn: Any, x: Tracked) -> Any:
-    if not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.inexact):
+def _base_only(ev: Evaluation, eqn: Any, *args: Any) -> list[Any]:
+    """One output an operand, of the same value: it is the base that changes."""
+    outs = _compat.bind(eqn, [v.leaf.w if isinstance(v, Tracked) else v for v in args])
+    if not all(jnp.issubdtype(w.dtype, jnp.inexact) for w in outs):
         raise _ops.NotFactored
-    leaf = _ops.cast(x.leaf, lambda w: _compat.bind(eqn, [w])[0])
-    return Tracked(leaf, x.path)
+    return [
+        Tracked(dataclasses.replace(x.leaf, w=w), x.path)
+        if isinstance(x, Tracked)
+        else w
+        for x, w in zip(args, outs, strict=True)
+    ]
 
 
 @_rule("stop_gradient")
@@ -213,7 +219,10 @@ def _transpose(leaf: LoRA, permutation: Any) -> LoRA:
 
 @_rule("reshape", "squeeze", "expand_dims")
 def _reshape(ev: Evaluation, eqn: Any, x: Tracked) -> Tracked:
-    return Tracked(_ops.reshape(x.leaf, eqn.outvars[0].aval.shape), x.path)
+    leaf, order = x.leaf, eqn.params.get("dimensions")
+    if eqn.primitive.name == "reshape" and order is not None:
+        leaf = _ops.transpose(leaf, order)
+    return Tracked(_ops.reshape(leaf, eqn.outvars[0].aval.shape), x.path)
 
 
 @_rule("broadcast_in_dim")
@@ -270,11 +279,13 @@ def _dynamic_slice(ev: Evaluation, eqn: Any, x: Any, *starts: Any) -> Tracked:
     def cut(x: jax.Array, labels: Sequence[int]) -> jax.Array:
         if not labels:
             return x
-        at = [0 if k == _ops.RANK else starts[k] for k in labels]
+        zero = jnp.zeros_like(starts[0])
+        at = [zero if k == _ops.RANK else starts[k] for k in labels]
         size = [
             x.shape[i] if k == _ops.RANK else sizes[k] for i, k in enumerate(labels)
         ]
-        return lax.dynamic_slice(x, [jnp.asarray(s, jnp.int32) for s in at], size)
+        # The primitive clamps; lax.dynamic_slice would wrap a negative start again.
+        return eqn.primitive.bind(x, *at, slice_sizes=tuple(size))
 
     return Tracked(_ops.per_axis(x.leaf, cut), x.path)
 
@@ -332,8 +343,11 @@ def _times_scalar(ev: Evaluation, eqn: Any, *args: Any) -> Tracked:
         raise _ops.NotFactored
     w = _compat.bind(eqn, [v.leaf.w if v is x else v for v in args])[0]
     # The number goes into b and not into scale, which has no gradient: it may train.
+    if not jnp.issubdtype(w.dtype, jnp.floating):
+        raise _ops.NotFactored
+    wide = max(w.dtype, jnp.dtype(jnp.float32), key=lambda dtype: dtype.itemsize)
     b = _SCALAR[eqn.primitive.name](
-        *(jnp.asarray(x.leaf.b if v is x else v, x.leaf.b.dtype) for v in args)
+        *(jnp.asarray(x.leaf.b if v is x else v, wide) for v in args)
     )
     return Tracked(dataclasses.replace(x.leaf, w=w, b=b), x.path)
 

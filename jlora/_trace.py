@@ -20,9 +20,11 @@ class _Static:
 
     def __init__(self, value: Any):
         self.value = value
+        # Floats are compared by their bits: 0.0 is not -0.0, and NaN is itself.
+        self._key = value.hex() if isinstance(value, float) else value
         self._hash: int | None = None
         with contextlib.suppress(TypeError):
-            self._hash = hash(value)
+            self._hash = hash(self._key)
 
     def tree_flatten(self) -> tuple[tuple[()], _Static]:
         return (), self
@@ -39,7 +41,7 @@ class _Static:
             return False
         if self._hash is None or other._hash is None:
             return self.value is other.value
-        return bool(self.value == other.value)
+        return bool(self._key == other._key)
 
 
 def _is_array(x: Any) -> bool:

@@ -195,7 +195,13 @@ def merge(tree: Any) -> Any:
       >>> jlora.merge(lora)["kernel"].shape
       (3, 4)
     """
-    return _map_adapted(_ops.dense, tree, "merge")
+
+    def dense(leaf: Adapted) -> jax.Array:
+        # A Full value has a buffer of its own, which a later step may donate.
+        merged = _ops.dense(leaf)
+        return jnp.array(merged, copy=True) if isinstance(leaf, Full) else merged
+
+    return _map_adapted(dense, tree, "merge")
 
 
 def unwrap(tree: Any) -> Any:
@@ -220,8 +226,12 @@ def _map_adapted(fn: Any, tree: Any, what: str) -> Any:
         if lacks := missing(x):
             raise ValueError(
                 f"{what}: {path!r} has {', '.join(f'{name}=None' for name in lacks)}: "
-                "expected a whole adapted tree. Put the base (w) back with jlora.attach(params, adapter), the "
-                "halves of a partition together with jlora.combine(trainable, frozen)."
+                "expected a whole adapted tree. Put the base (w) back with "
+                "jlora.attach(params, adapter), the halves of a partition together "
+                "with jlora.combine(trainable, frozen); "
+                "the variables of jlora.linen layers keep it apart: "
+                "jlora.attach({'params': variables['params']}, "
+                "jlora.linen.adapter(variables))."
             )
         return fn(x)
 
@@ -328,6 +338,13 @@ def _fitting(what: str, params: Any, adapter: Adapter) -> None:
             f"jlora.adapter gives), found {type(adapter).__name__}."
         )
     leaves = dict(_paths.flatten(params)[0])
+    for path, y in leaves.items():
+        if is_adapted(y):
+            raise ValueError(
+                f"{what}: {path!r} is adapted already: expected plain params. Merge or "
+                "unwrap the tree first (jlora.merge, jlora.unwrap); of variables of "
+                "jlora.linen layers pass {'params': variables['params']}."
+            )
     for path, x in adapter.items():
         if path not in leaves:
             raise ValueError(
@@ -335,11 +352,6 @@ def _fitting(what: str, params: Any, adapter: Adapter) -> None:
                 f"paths: {_paths.near(path, leaves)}.{_renaming(adapter, leaves)}"
             )
         y = leaves[path]
-        if is_adapted(y):
-            raise ValueError(
-                f"{what}: {path!r} is adapted already: expected plain params. Merge or "
-                "unwrap the tree first (jlora.merge, jlora.unwrap)."
-            )
         if lacks := [name for name in missing(x) if name != "w"]:
             raise ValueError(
                 f"{what}: {path!r} of the adapter lacks {', '.join(lacks)}: expected "

@@ -8,6 +8,7 @@ of its axes is; that it is the product of a weight; or that it depends on data.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,6 +49,7 @@ class _Product:
     """What a weight's product became, until something is added to it."""
 
     paths: tuple[str, ...]
+    size: int  # of the weight's out axes, which are what a bias has
 
 
 class _Data:
@@ -86,13 +88,15 @@ class _Walk:
             return [self.dot(eqn, infos)]
         if name in _COMPUTE and isinstance(infos[_COMPUTE[name][0]], _Weight):
             at, roles_of = _COMPUTE[name]
-            return [self.use(infos[at], name, roles_of(eqn))]
-        if name == "add" and (out := self.bias(infos)) is not None:
+            shape = eqn.invars[at].aval.shape
+            return [self.use(infos[at], name, roles_of(eqn), shape)]
+        if name == "add" and (out := self.bias(eqn, infos)) is not None:
             return [out]
         if name == "dynamic_slice" and isinstance(infos[0], _Weight):
             return [self.structure(eqn, infos[:1], eqn.outvars[0].aval.shape)]
         products = [i for i in infos if isinstance(i, _Product)]
-        if products and name in _KEEPS_PRODUCT and n_out == 1:
+        mixed = len(products) > 1 or any(isinstance(i, _Data) for i in infos)
+        if products and name in _KEEPS_PRODUCT and n_out == 1 and not mixed:
             return [products[0]]
         if any(isinstance(i, (_Data, _Product)) for i in infos):
             return [_DATA] * n_out
@@ -100,13 +104,16 @@ class _Walk:
 
     # Uses.
 
-    def use(self, weight: _Weight, name: str, roles: dict[int, str]) -> _Product:
+    def use(
+        self, weight: _Weight, name: str, roles: dict[int, str], shape: tuple[int, ...]
+    ) -> _Product:
         for path, axes in weight.parts:
             original = {
                 o: roles[k] for k, ax in enumerate(axes) if k in roles for o in ax
             }
             self.seen.setdefault(path, Seen()).uses.append(Use(name, original))
-        return _Product(tuple(path for path, _ in weight.parts))
+        out = math.prod(n for k, n in enumerate(shape) if roles.get(k) == "o")
+        return _Product(tuple(path for path, _ in weight.parts), out)
 
     def dot(self, eqn: Any, infos: list[Any]) -> Any:
         out: Any = _DATA
@@ -115,13 +122,17 @@ class _Walk:
             if isinstance(info, _Weight):
                 roles = dict.fromkeys(range(v.aval.ndim), "o")
                 roles |= dict.fromkeys(c, "i") | dict.fromkeys(b, "b")
-                out = self.use(info, "dot_general", roles)
+                out = self.use(info, "dot_general", roles, v.aval.shape)
         return out
 
-    def bias(self, infos: list[Any]) -> Any:
-        """A parameter added to a product is its bias."""
-        for product, other in (infos, infos[::-1]):
+    def bias(self, eqn: Any, infos: list[Any]) -> Any:
+        """A parameter of the size of a product's out axes, added to it, is its bias."""
+        pairs = list(zip(infos, eqn.invars, strict=True))
+        for (product, _), (other, v) in (pairs, pairs[::-1]):
             if isinstance(product, _Product) and isinstance(other, _Weight):
+                own = zip(other.parts[0][1], v.aval.shape, strict=True)
+                if math.prod(n for origin, n in own if origin) != product.size:
+                    continue
                 for path in product.paths:
                     seen = self.seen[path]
                     seen.bias = seen.bias or other.parts[0][0]
@@ -142,6 +153,9 @@ class _Walk:
             return weight.move(lambda axes: [axes[k] for k in p["permutation"]])
         if name in ("reshape", "squeeze", "expand_dims", "broadcast_in_dim"):
             target = shape
+            if name == "reshape" and (order := p.get("dimensions")) is not None:
+                weight = weight.move(lambda axes: [axes[k] for k in order])
+                old = tuple(old[k] for k in order)
             if name == "broadcast_in_dim":
                 dims = p["broadcast_dimensions"]
                 target = tuple(

@@ -158,7 +158,8 @@ def restore(
         tree's (``jax.ShapeDtypeStruct``s will do).
       extra: a pytree of the structure of the saved ``extra``; its arrays (or
         ``jax.ShapeDtypeStruct``s, such as ``jax.eval_shape(tx.init, tree)`` gives)
-        need only have the right shapes and dtypes.
+        need only have the right shapes and dtypes.  A Python number stands for a
+        scalar array, such as a TrainState's step, and gets a Python number back.
 
     Returns:
       The tree; with ``extra``, the pair (tree, extra).
@@ -185,12 +186,7 @@ def restore(
         stored = document["arrays"]["extra"]
         want = {p: s[:2] for p, s in stored.items()}
         want |= {p: type(v).__name__ for p, v in document["values"].items()}
-        have = {
-            p: _signature(_shape_of_data(x))
-            if hasattr(x, "dtype")
-            else type(x).__name__
-            for p, x in templates.items()
-        }
+        have = {p: _template_signature(x, want.get(p)) for p, x in templates.items()}
         _same(
             f"checkpoint.restore: the extra of {path} has another structure",
             want,
@@ -252,6 +248,8 @@ def _shape_of_data(x: Any) -> Any:
 
 def _as_template(x: Any, template: Any) -> Any:
     """A stored array as the kind of thing that the template is."""
+    if not hasattr(template, "dtype"):
+        return type(template)(x)
     if _is_key(template):
         impl = jax.random.key_impl(template)
         return jax.random.wrap_key_data(x, impl=impl)
@@ -260,6 +258,15 @@ def _as_template(x: Any, template: Any) -> Any:
 
 def _signature(x: Any) -> list[Any]:
     return [list(x.shape), str(jnp.dtype(x.dtype))]
+
+
+def _template_signature(x: Any, stored: Any) -> Any:
+    """A template's signature; a Python number stands for any scalar array."""
+    if hasattr(x, "dtype"):
+        return _signature(_shape_of_data(x))
+    if isinstance(x, (int, float)) and isinstance(stored, list) and stored[0] == []:
+        return stored
+    return type(x).__name__
 
 
 def _crc(x: Any) -> int:

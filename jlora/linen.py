@@ -9,9 +9,10 @@ code through the lift, so there is no second implementation of anything.
     variables = model.init(key, x)         # {"params": …, "lora": …}
     tx = jlora.optimizer(optax.adamw(1e-4), variables)
 
-The variables are an adapted tree: `jlora.optimizer`, `jlora.partition`, `jlora.scaled`
-and `jlora.count` work on them.  `adapter` and `attach` carry the adapter to the plain
-Flax model and back.
+`jlora.optimizer`, `jlora.partition`, `jlora.scaled` and `jlora.count` work on the
+variables.  Pretrained params take the place of ``variables["params"]``.  `adapter` and
+`attach` of this module carry the adapter to the plain Flax model and back; that is also
+the way to merge, to save, and to train other leaves beside it.
 """
 
 from __future__ import annotations
@@ -79,7 +80,8 @@ class _Adapted(nn.Module, kw_only=True):
         deterministic: bool | None,
     ) -> jax.Array:
         """The twin's method with the adapted leaf in place of its weight."""
-        if self.dropout_rate and not nn.merge_param(
+        drops = self.dropout_rate and not (name == "embedding" and method == "__call__")
+        if drops and not nn.merge_param(
             "deterministic", self.deterministic, deterministic
         ):
             keys = jax.random.split(self.make_rng("dropout"), leaf.scale.shape)
@@ -231,7 +233,7 @@ class Embed(nn.Embed, _Adapted):
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Integer (...) to (..., features)."""
-        return self._method("__call__", inputs, True)
+        return self._method("__call__", inputs, None)
 
     def attend(self, query: jax.Array, deterministic: bool | None = None) -> jax.Array:
         """(..., features) to (..., num_embeddings) by the same, tied weight."""

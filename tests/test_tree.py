@@ -893,7 +893,7 @@ def test_property_scaled_composes_and_scales_the_delta(spec, rank, seed, s, t):
         assert gap <= (4 + 4 * abs(s)) * np.finfo(np.float32).eps * 4 * size
 
 
-@SETTINGS
+@settings(SETTINGS, max_examples=10)
 @given(st.integers(1, 3), SIZES, SIZES, RANKS, st.integers(0, 99))
 def test_property_slicing_a_stacked_tree_is_wrapping_the_slices(
     n, rows, columns, rank, seed

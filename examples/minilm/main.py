@@ -22,7 +22,7 @@ import encoder
 import figure
 import jax
 import numpy as np
-from sentences import Labelled, Tokens, movie_reviews, pretrained, read_tsv
+from sentences import Labelled, Tokens, movie_reviews, read_tsv, snapshot
 from training import Config, Run, Stopped, logits, train, wrap
 
 import jlora
@@ -34,13 +34,13 @@ WIDTHS = [16, 24, 32, 40, 48, 64]
 
 def main() -> None:
     args = arguments()
-    snapshot = args.model or pretrained()
+    base = snapshot(args.model)
     data = read_tsv(args.data) if args.data else movie_reviews()
     parts = data.split()
     if args.limit:
         rng = np.random.default_rng(0)
         parts = {k: rng.permutation(rows)[: args.limit] for k, rows in parts.items()}
-    tokens = Tokens.encode(data.texts, snapshot, args.widths)
+    tokens = Tokens.encode(data.texts, base, args.widths)
     sizes = ", ".join(f"{len(rows):,} {name}" for name, rows in parts.items())
     print(f"{len(data.texts):,} sentences, {len(data.classes)} classes: {sizes}")
 
@@ -57,19 +57,19 @@ def main() -> None:
             widths=args.widths,
             limit=args.limit,
             classes=list(data.classes),
-            weights=encoder.digest(snapshot),
+            weights=encoder.digest(base),
             data=data.digest(),
         )
         folder = args.out / f"seed{seed}"
         if args.fresh:
             shutil.rmtree(folder, ignore_errors=True)
-        model, params = encoder.load(snapshot, len(data.classes), jax.random.key(seed))
+        model, params = encoder.load(base, len(data.classes), jax.random.key(seed))
         apply = jax.jit(jlora.lift(model.apply))
         if i == 0:
             print(jlora.summary(wrap(params, config)), flush=True)
         run = train(apply, params, tokens, data.labels, parts, config, folder)
         scores = logits(apply, run.tree, tokens, parts["test"])
-        check_saved(run, scores, data, parts["test"], folder, snapshot)
+        check_saved(run, scores, data, parts["test"], folder, base)
         check_merged(model, run, scores, tokens, parts["test"])
         accuracies.append(accuracy(scores, data.labels[parts["test"]]))
         print(f"seed {seed}: test accuracy {accuracies[-1]:.3f}", flush=True)
@@ -118,7 +118,7 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def check_saved(run: Run, scores, data, rows, folder: Path, snapshot: Path) -> None:
+def check_saved(run: Run, scores, data, rows, folder: Path, base: Path) -> None:
     """Saves the adapter; another process must find the same logits for `rows`."""
     saved = folder / "adapter"
     if not saved.exists():
@@ -126,7 +126,7 @@ def check_saved(run: Run, scores, data, rows, folder: Path, snapshot: Path) -> N
     with tempfile.TemporaryDirectory() as scratch:
         texts, output = Path(scratch) / "texts.txt", Path(scratch) / "logits.npy"
         texts.write_text("\n".join(data.texts[row] for row in rows), encoding="utf-8")
-        options = ["--file", texts, "--logits", output, "--model", snapshot]
+        options = ["--file", texts, "--logits", output, "--model", base]
         script = Path(__file__).with_name("predict.py")
         subprocess.run([sys.executable, script, folder, *options], check=True)
         restored = np.load(output)

@@ -12,7 +12,7 @@ from pathlib import Path
 import encoder
 import jax
 import numpy as np
-from sentences import Tokens, pretrained
+from sentences import Tokens, snapshot
 from training import logits
 
 import jlora
@@ -36,15 +36,15 @@ def main() -> None:
         parser.error("name at least one sentence, or a --file of them")
     config = json.loads((args.run / "config.json").read_text())
     classes = config["classes"]
-    snapshot = args.model or pretrained()
-    if encoder.digest(snapshot) != config["weights"]:
-        raise SystemExit(f"{snapshot}: not the weights that {args.run} was trained on")
+    base = snapshot(args.model)
+    if encoder.digest(base) != config["weights"]:
+        raise SystemExit(f"{base}: not the weights that {args.run} was trained on")
 
     key = jax.random.key(config["seed"])
-    model, params = encoder.load(snapshot, len(classes), key)
+    model, params = encoder.load(base, len(classes), key)
     tree = jlora.checkpoint.restore(args.run / "adapter", params)
     apply = jax.jit(jlora.lift(model.apply))
-    tokens = Tokens.encode(texts, snapshot, config["widths"])
+    tokens = Tokens.encode(texts, base, config["widths"])
     scores = logits(apply, tree, tokens, np.arange(len(texts)))
 
     if args.logits:

@@ -105,6 +105,16 @@ def pretrained() -> Path:
     return folder
 
 
+def snapshot(own: Path | None) -> Path:
+    """The user's own snapshot, once it is seen to be one, else the pretrained one."""
+    if own is None:
+        return pretrained()
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        if not (own / name).exists():
+            raise SystemExit(f"{own} has no {name}: expected a BERT snapshot")
+    return own
+
+
 @dataclass(frozen=True)
 class Labelled:
     """Sentences with their labels: `classes[labels[i]]` is the label of `texts[i]`."""
@@ -159,6 +169,8 @@ def movie_reviews() -> Labelled:
 
 def read_tsv(path: Path) -> Labelled:
     """Reads a user's own sentences: one a line, label<TAB>text, UTF-8."""
+    if not path.is_file():
+        raise SystemExit(f"{path}: no such file; expected lines of label<TAB>text")
     labels, texts = [], []
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():

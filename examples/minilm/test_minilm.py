@@ -8,6 +8,7 @@ import encoder
 import jax
 import numpy as np
 import pytest
+import sentences
 import training
 from sentences import Tokens, pretrained, read_tsv
 
@@ -74,6 +75,18 @@ def test_bad_files_are_refused(tmp_path, content, message):
     file.write_text(content)
     with pytest.raises(SystemExit, match=message):
         read_tsv(file)
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    with pytest.raises(SystemExit, match=r"has no config.json: expected a BERT"):
+        sentences.snapshot(tmp_path)
+
+
+def test_a_damaged_download_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("JLORA_CACHE", str(tmp_path))
+    (tmp_path / sentences.VADER.file).write_text("not the archive")
+    with pytest.raises(SystemExit, match=r"its sha256 is .* Delete the file"):
+        sentences.movie_reviews()
 
 
 TINY = encoder.Encoder(
