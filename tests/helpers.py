@@ -248,8 +248,9 @@ def check_lift(fn, tree, plan, *args, tol=1e-5, factored=True, modes=True, eager
     """lift(fn)(tree) equals fn(W + scale * a·b) in value and in gradient.
 
     Under jit and grad; with `modes` also under a vmap over the arguments, inside of a
-    scan over them (both in one, which halves the compilation); with `eager` op by op. With `factored`, no warning comes, and the traced function
-    forms no more arrays of a weight's size than the plain one does.
+    scan over them (both in one, which halves the compilation); with `eager` op by op.
+    With `factored`, no warning comes, and the traced function forms no more arrays of a
+    weight's size than the plain one does.
     """
     lifted = jlora.lift(fn)
     trainable, frozen = jlora.partition(tree)
