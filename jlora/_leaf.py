@@ -41,10 +41,9 @@ class _NotAnArray:
             f"{type(self).__name__} has no attribute {name!r}; it {_ADVICE}.", name=name
         )
 
-    __array__ = __array_ufunc__ = __getitem__ = __len__ = __iter__ = _refuse
+    __jax_array__ = __array__ = __array_ufunc__ = _refuse
+    __getitem__ = __len__ = __iter__ = _refuse
     __float__ = __int__ = __index__ = __complex__ = _refuse
-    # JAX asks for this attribute, and sometimes does not call it.
-    __jax_array__ = property(_refuse)
 
 
 _OPERATORS = "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift"

@@ -249,8 +249,8 @@ def check_lift(fn, tree, plan, *args, tol=1e-5, factored=True, modes=True, eager
 
     Under jit and grad; with `modes` also under a vmap over the arguments, inside of a
     scan over them (both in one, which halves the compilation); with `eager` op by op.
-    With `factored`, no warning comes, and the traced function forms no more arrays of a
-    weight's size than the plain one does.
+    With `factored`, no warning comes, and the traced function forms no more arrays of
+    a weight's size than the plain one does.
     """
     lifted = jlora.lift(fn)
     trainable, frozen = jlora.partition(tree)

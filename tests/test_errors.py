@@ -261,18 +261,17 @@ def test_adapted_leaf_used_outside_lift(use, kind):
 
 @pytest.mark.parametrize("kind", [jlora.LoRA, jlora.Full])
 def test_adapted_leaf_given_to_a_lax_primitive(kind):
-    """JAX words this error itself: it names the leaf, and up to JAX 0.10 ours is its
-    cause."""
+    """JAX refuses it without asking the leaf, in words of its own, which name the leaf
+    or the method that says what it is."""
     p = {"kernel": normal(5, 7), "other": {"kernel": normal(5, 7)}}
     tree = jlora.wrap(p, rank=2, targets=["other/kernel"], train=["kernel"])
     leaf = tree["kernel"] if kind is jlora.Full else tree["other"]["kernel"]
-    with pytest.raises(TypeError) as error:
+    with pytest.raises((TypeError, ValueError)) as error:
         lax.dot(X, leaf)
     chain, link = "", error.value
     while link is not None:
         chain, link = f"{chain}\n{link}", link.__cause__ or link.__context__
-    says(chain, kind.__name__)
-    assert "not a valid JAX type" in chain or "jlora.lift" in chain
+    assert kind.__name__ in chain or "__jax_array__" in chain
 
 
 def test_missing_attributes_say_the_same_and_hasattr_stays_honest():
