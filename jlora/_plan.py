@@ -177,7 +177,8 @@ def check_rank(rank: Any, where: str) -> None:
 
 
 # A candidate is a weight with known roles, or the words for why it is none.
-Candidate = tuple[str, str, str | None] | str  # (kind, roles, bias) or reason
+# None is for what is no weight at all, which is only told where it was named.
+Candidate = tuple[str, str, str | None] | str | None  # (kind, roles, bias) or reason
 
 
 def plan(
@@ -244,7 +245,7 @@ def plan(
 
     def candidate(path: str, x: Any) -> Candidate:
         if path not in seen:
-            return "not used as a weight (no product, convolution or lookup)"
+            return None
         kind, axes = _merged_roles(seen[path].uses, x.ndim)
         if kind is None:
             return axes
@@ -253,7 +254,8 @@ def plan(
         used = bias in seen and bool(seen[bias].uses)
         return kind, axes, None if used else bias
 
-    return _select(leaves, candidate, rank, alpha, targets, exclude, rules)
+    idle = "not used as a weight (no product, convolution or lookup)"
+    return _select(leaves, candidate, idle, rank, alpha, targets, exclude, rules)
 
 
 def plan_from_names(
@@ -302,9 +304,10 @@ def plan_from_names(
                 "told from its name and shape. Let jlora watch it being used: "
                 "jlora.wrap(params, plan=jlora.plan(fn, params, *args)); or exclude it."
             )
-        return "no dense, einsum or convolution kernel by Flax's names"
+        return None
 
-    return _select(leaves, candidate, rank, alpha, targets, exclude, rules)
+    idle = "no dense, einsum or convolution kernel by Flax's names"
+    return _select(leaves, candidate, idle, rank, alpha, targets, exclude, rules)
 
 
 def leaves_of(params: Any) -> dict[str, Any]:
@@ -368,6 +371,7 @@ def _merged_roles(uses: Sequence[_uses.Use], ndim: int) -> tuple[str | None, str
 def _select(
     leaves: Mapping[str, Any],
     candidate: Callable[[str, Any], Candidate],
+    idle: str,
     rank: int,
     alpha: float | None,
     targets: Any,
@@ -403,9 +407,9 @@ def _select(
                 )
             continue
         found = candidate(path, x)
-        if isinstance(found, str):
-            if named:
-                skipped[path] = found
+        if found is None or isinstance(found, str):
+            if named or found:
+                skipped[path] = found or idle
             continue
         kind, axes, bias = found
         if kind == "embed" and not named:

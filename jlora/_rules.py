@@ -103,7 +103,8 @@ class Evaluation:
                     "W + scale·a·b formed for it."
                 )
             warnings.warn(
-                f"{text}: W + scale·a·b is formed for it, and its gradient with it. "
+                f"{text}: W + scale·a·b is formed for it, and its gradient with it"
+                f"{', without dropout' if x.leaf.rate else ''}. "
                 "Exclude the path, or pass strict=True to make this an error.",
                 stacklevel=2,
             )

@@ -518,6 +518,17 @@ def test_matched_leaves_that_are_no_weights_are_skipped_and_listed():
         jlora.plan(mlp, MLP, X, targets=["up/bias"])
 
 
+def test_a_weight_whose_uses_contradict_each_other_is_skipped_and_listed():
+    def fn(p, x):
+        first = jnp.einsum("ab,abc->c", x, p["w"])
+        return first + jnp.einsum("bc,abc->a", x, p["w"]) @ p["v"]
+
+    params = {"v": normal(5, 5), "w": normal(5, 5, 5)}
+    plan = jlora.plan(fn, params, normal(5, 5))
+    assert list(plan) == ["v"] and "contradict" in plan.skipped["w"]
+    assert "contradict" in str(plan)
+
+
 class Pair(NamedTuple):
     first: dict
     second: dict

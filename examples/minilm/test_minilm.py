@@ -35,6 +35,55 @@ def test_sentence_embeddings_are_minilms(snapshot):
     np.testing.assert_allclose(x[0] @ x[1:].T, [0.6888, -0.0044], atol=1e-3)
 
 
+@pytest.fixture(scope="module")
+def wrapped(snapshot):
+    """The pretrained classifier, its params, the demo's adapted tree, and inputs."""
+    model, params = encoder.load(snapshot, 2, jax.random.key(0))
+    tokens = Tokens.encode(["A fine film.", "Not very good."], snapshot, WIDTHS)
+    return model, params, training.wrap(params, CONFIG), tokens.batch(np.arange(2))
+
+
+def test_wrapping_changes_no_bit_of_the_model(wrapped):
+    model, params, tree, inputs = wrapped
+    same = jax.tree.map(lambda x, y: x is y, jlora.unwrap(tree), params)
+    assert jax.tree.all(same)
+
+    def plain(params):
+        return model.apply({"params": params}, *inputs)
+
+    lifted = jlora.lift(plain)
+    with jax.disable_jit():
+        np.testing.assert_array_equal(lifted(tree), plain(params))
+    unfused = {"xla_disable_hlo_passes": "fusion"}
+    np.testing.assert_array_equal(
+        jax.jit(lifted, compiler_options=unfused)(tree),
+        jax.jit(plain, compiler_options=unfused)(params),
+    )
+    # Any added operation moves XLA's fusions, which round elsewhere.
+    fused = jax.jit(lifted)(tree)
+    np.testing.assert_allclose(fused, jax.jit(plain)(params), rtol=1e-5, atol=1e-6)
+
+
+def test_lifted_is_the_merged_model(wrapped):
+    model, _, tree, inputs = wrapped
+    rng = np.random.default_rng(0)
+
+    def learnt(x):  # a delta that is seen: b starts at zero
+        if not isinstance(x, jlora.LoRA):
+            return x
+        return dataclasses.replace(x, b=rng.normal(0, 0.05, x.b.shape).astype("f4"))
+
+    tree = jax.tree.map(learnt, tree, is_leaf=jlora.is_adapted)
+
+    @jax.jit
+    def apply(params):
+        return model.apply({"params": params}, *inputs)
+
+    got, want = jlora.lift(apply)(tree), apply(jlora.merge(tree))
+    assert abs(want - apply(jlora.unwrap(tree))).max() > 0.01
+    np.testing.assert_allclose(got, want, atol=1e-5 * abs(want).max())
+
+
 def test_padding_changes_nothing(snapshot):
     model, params = encoder.load(snapshot, 2, jax.random.key(0))
     tokens = Tokens.encode(["Short.", "Rather longer. " * 9], snapshot, WIDTHS)
