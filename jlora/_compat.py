@@ -30,6 +30,12 @@ def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
     return len(consts), len(carry)
 
 
+def manual_axes(params: dict[str, Any]) -> frozenset[Any]:
+    """The mesh axes that a shard_map makes manual; `manual_axes` before JAX 0.10.2."""
+    name = "newly_manual_axes"
+    return params[name] if name in params else params["manual_axes"]
+
+
 def bind(eqn: Any, args: Sequence[Any]) -> list[Any]:
     """Evaluates one equation as it stands, under its own context and name."""
     params = eqn.primitive.get_bind_params(eqn.params)

@@ -28,6 +28,11 @@ def typed(key: jax.Array | None) -> jax.Array:
     """The key as a typed one; None is ``jax.random.key(0)``."""
     if key is None:
         return jax.random.key(0)
+    if not hasattr(key, "dtype"):
+        raise TypeError(
+            f"key {key!r}: expected a PRNG key such as jax.random.key(0), found "
+            f"{type(key).__name__}."
+        )
     if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         return key
     return jax.random.wrap_key_data(key)

@@ -61,6 +61,37 @@ def _brief(x: Any) -> str:
     return repr(x)
 
 
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """The form of loralib's ``MergedLinear``: factors for each enabled slice.
+
+    The first out axis of the weight is n equal slices (a fused qkv has three), k of
+    them enabled.  ``a`` is (*batch, k, *in, r), ``b`` (*batch, k, r, *out) with the
+    first of out divided by n; the delta of a slice that is not enabled is zero.
+
+    Attributes:
+      enabled: one flag a slice.
+    """
+
+    enabled: tuple[bool, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """The form of loralib's ``ConvLoRA``: the delta is a reshaped product of matrices.
+
+    For a kernel (k, k, in/groups, out), ``a`` is (*batch, in·k, r·k) and ``b``
+    (*batch, r·k, out/groups·k).  Such a delta has no low-rank use, so it is formed.
+
+    Attributes:
+      shape: of the kernel, without batch axes; None until it is known.
+      groups: of the convolution.
+    """
+
+    shape: tuple[int, int, int, int] | None = None
+    groups: int = 1
+
+
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class LoRA(_NotAnArray):
     """A weight ``w`` with a low-rank delta: W + scale * a·b (arXiv:2106.09685, eq. 3).
@@ -74,6 +105,7 @@ class LoRA(_NotAnArray):
       key: (*batch) typed PRNG keys of the dropout on the activation, or None.
       roles: static; one letter an axis of the weight, from the end.
       rate: static; the dropout rate that belongs to ``key``.
+      form: static; None for a and b as above, or how else they make the delta.
 
     Example:
       >>> import jax.numpy as jnp
@@ -89,11 +121,15 @@ class LoRA(_NotAnArray):
     key: Any = None
     roles: str = "io"
     rate: float = 0.0
+    form: Blocks | Kernel | None = None
 
     @property
     def ndim(self) -> int:
         """Number of axes of the weight, known from the factors alone."""
-        return self.a.ndim - 1 + self.roles.count("o")
+        if isinstance(self.form, Kernel):
+            return self.a.ndim + 2
+        blocks = isinstance(self.form, Blocks)
+        return self.a.ndim - 1 - blocks + self.roles.count("o")
 
     @property
     def axes(self) -> str:
@@ -107,6 +143,11 @@ class LoRA(_NotAnArray):
             return tuple(self.w.shape)
         axes, a, b = self.axes, list(self.a.shape), list(self.b.shape)
         n = axes.count("b")
+        if isinstance(self.form, Kernel):
+            return (*a[:n], *(self.form.shape or ()))
+        if isinstance(self.form, Blocks):
+            del a[n], b[n]
+            b[n + 1] *= len(self.form.enabled)
         sizes = {"b": iter(a[:n]), "i": iter(a[n:-1]), "o": iter(b[n + 1 :])}
         return tuple(next(sizes[role]) for role in axes)
 
@@ -118,11 +159,15 @@ class LoRA(_NotAnArray):
     @property
     def rank(self) -> int:
         """r, the size of the axis that ``a`` and ``b`` share."""
-        return self.a.shape[-1]
+        shared = self.a.shape[-1]
+        if isinstance(self.form, Kernel) and self.form.shape:
+            return shared // self.form.shape[0]
+        return shared
 
     def __repr__(self) -> str:
         fields = ", ".join(f"{n}={_brief(getattr(self, n))}" for n in ("w", "a", "b"))
-        return f"LoRA({fields}, roles={self.roles!r})"
+        form = f", form={self.form}" if self.form else ""
+        return f"LoRA({fields}, roles={self.roles!r}{form})"
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -159,9 +204,21 @@ class Full(_NotAnArray):
 Adapted = LoRA | Full
 
 jax.tree_util.register_dataclass(
-    LoRA, data_fields=["w", "a", "b", "scale", "key"], meta_fields=["roles", "rate"]
+    LoRA,
+    data_fields=["w", "a", "b", "scale", "key"],
+    meta_fields=["roles", "rate", "form"],
 )
 jax.tree_util.register_dataclass(Full, data_fields=["w", "value"], meta_fields=[])
+
+
+def trained(leaf: Adapted) -> tuple[str, ...]:
+    """The fields of an adapted leaf that train; all others are frozen.
+
+    Example:
+      >>> trained(Full(None, 1.0))
+      ('value',)
+    """
+    return ("a", "b") if isinstance(leaf, LoRA) else ("value",)
 
 
 def missing(leaf: Adapted) -> list[str]:
@@ -171,7 +228,7 @@ def missing(leaf: Adapted) -> list[str]:
       >>> missing(Full(None, 1.0))
       ['w']
     """
-    names = [f.name for f in dataclasses.fields(leaf) if f.name != "key"]
+    names = ("w", "a", "b", "scale") if isinstance(leaf, LoRA) else ("w", "value")
     return [name for name in names if getattr(leaf, name) is None]
 
 

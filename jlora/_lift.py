@@ -22,7 +22,7 @@ from jlora import _compat
 from jlora._leaf import is_adapted, missing
 from jlora._paths import flatten
 from jlora._rules import Evaluation, Tracked
-from jlora._trace import hide, show, trace
+from jlora._trace import hide, show, trace, variables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +60,8 @@ class Report:
             for e in self
         ]
         counts = collections.Counter(e.status for e in self)
+        if not rows:
+            return "no adapted leaves"
         return "\n".join([*rows, ", ".join(f"{n} {s}" for s, n in counts.items())])
 
 
@@ -81,7 +83,7 @@ def _lifted(
     freeze: bool = True,
     must_use: bool = True,
 ) -> Any:
-    """fn(*args, **kwargs) on hidden arguments, evaluated with the low-rank rules."""
+    """What `trace` gives of fn on hidden arguments, evaluated by the low-rank rules."""
     values: list[Any] = []
 
     def swap(tree: Any) -> Any:
@@ -150,12 +152,18 @@ def _lift(fn: Callable[..., Any], *, strict: bool = False, freeze: bool = True) 
     def lifted(*args: Any, **kwargs: Any) -> Any:
         if not _check(args, kwargs):
             return fn(*args, **kwargs)
+        held = variables((args, kwargs))
         args, kwargs = hide((args, kwargs))
         if _compat.under_jit():  # that jit keeps the trace
-            return show(hidden(args, kwargs))
-        jaxpr, out = stage(args, kwargs)
-        outs = _compat.evaluate(jaxpr, jax.tree.leaves((args, kwargs)))
-        return show(jax.tree.unflatten(jax.tree.structure(out), outs))
+            hidden_out = hidden(args, kwargs)
+        else:
+            jaxpr, out = stage(args, kwargs)
+            outs = _compat.evaluate(jaxpr, jax.tree.leaves((args, kwargs)))
+            hidden_out = jax.tree.unflatten(jax.tree.structure(out), outs)
+        out, written = show(hidden_out)
+        for i, value in written.items():
+            held[i].set_raw_value(value)
+        return out
 
     return lifted
 

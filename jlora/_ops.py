@@ -7,6 +7,9 @@ have no other implementation.
 Everything is written on labels: axis k of the weight is the label k, the axis that a
 and b share is RANK, and axes that an activation brings count on from the weight's
 ndim.  A field's labels say which axis of the weight each of its own axes is.
+
+The other forms of a leaf (loralib's) have their own `delta`; what else has no code for
+them uses `low_rank`.
 """
 
 from __future__ import annotations
@@ -15,16 +18,18 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jlora._leaf import Full, LoRA
+from jlora._leaf import Blocks, Full, Kernel, LoRA
 
-RANK = -1
+# Besides the weight's axes: what a and b share, the blocks of a fused weight, and the
+# input features, groups and output features of a group of a convolution.
+RANK, BLOCK, IN, GROUP, OUT = -1, -2, -3, -4, -5
 
 
 class NotFactored(Exception):
@@ -101,12 +106,78 @@ def _compute_dtype(x: jax.Array, w: jax.Array) -> Any:
 
 def delta(leaf: LoRA) -> jax.Array:
     """scale * a·b in the weight's shape and the factors' dtype, at full precision."""
-    la, lb, _ = _labels(leaf.axes)
+    la, lb, batch = _labels(leaf.axes)
     weight = range(leaf.ndim)
+    if isinstance(leaf.form, Kernel):
+        sizes, n = leaf.w.shape[-4:], len(batch)
+        product = jnp.matmul(leaf.a, _scaled_b(leaf), precision="highest")
+        oihw = product.mT.reshape(*product.shape[:n], sizes[3], sizes[2], *sizes[:2])
+        return jnp.moveaxis(oihw, (n, n + 1), (n + 3, n + 2))
+    if isinstance(leaf.form, Blocks):
+        la, lb = _block_labels(la, batch), _block_labels(lb, batch)
     out, labels = _dot(
-        leaf.a, la, _scaled_b(leaf), lb, set(weight), precision="highest"
+        leaf.a, la, _scaled_b(leaf), lb, {*weight, BLOCK}, precision="highest"
     )
+    if isinstance(leaf.form, Blocks):
+        return _placed(leaf, out, labels, weight)
     return _order(out, labels, weight)
+
+
+def _block_labels(labels: list[int], batch: list[int]) -> list[int]:
+    return [*labels[: len(batch)], BLOCK, *labels[len(batch) :]]
+
+
+def _placed(
+    leaf: LoRA, d: jax.Array, labels: Sequence[int], out: Sequence[int]
+) -> jax.Array:
+    """The products of the blocks in their slices of the first out axis, else zeros."""
+    assert isinstance(leaf.form, Blocks)
+    first = leaf.axes.index("o")
+    at = list(out).index(first)
+    d = _order(d, labels, [*out[:at], BLOCK, *out[at:]])
+    blocks = iter(jnp.split(d, d.shape[at], axis=at))
+    zeros = jnp.zeros_like(d[(slice(None),) * at + (slice(1),)])
+    flags = leaf.form.enabled
+    d = lax.concatenate([next(blocks) if f else zeros for f in flags], at)
+    return d.reshape(*d.shape[:at], -1, *d.shape[at + 2 :])
+
+
+def low_rank(leaf: LoRA) -> LoRA:
+    """The leaf in the form that everything here is written for: a is (*batch, *in, r).
+
+    Blocks become one pair of factors, the second of them block-diagonal.
+
+    Raises:
+      NotFactored: the form has none.
+    """
+    if leaf.form is None:
+        return leaf
+    if isinstance(leaf.form, Kernel):
+        raise NotFactored
+    la, lb, batch = _labels(leaf.axes)
+    n, flags, rank = len(batch), leaf.form.enabled, leaf.rank
+    slots = [slot for slot, flag in enumerate(flags) if flag]
+    a = jnp.moveaxis(leaf.a, n, -2)
+    a = a.reshape(*a.shape[:-2], len(slots) * rank)
+    columns = n + 1  # where b has the first out axis, once a block is taken out
+    size = leaf.b.shape[columns + 1]
+    padded = []
+    for i, slot in enumerate(slots):
+        block = lax.index_in_dim(leaf.b, i, n, keepdims=False)
+        pads = [(0, 0, 0)] * block.ndim
+        pads[columns] = (slot * size, (len(flags) - 1 - slot) * size, 0)
+        padded.append(lax.pad(block, jnp.zeros((), block.dtype), pads))
+    return dataclasses.replace(leaf, a=a, b=jnp.concatenate(padded, n), form=None)
+
+
+def _in_low_rank(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Calls fn with its leaf in the plain form."""
+
+    @functools.wraps(fn)
+    def call(leaf: LoRA, *args: Any, **kwargs: Any) -> Any:
+        return fn(low_rank(leaf), *args, **kwargs)
+
+    return call
 
 
 def dense(leaf: LoRA | Full) -> jax.Array:
@@ -175,18 +246,97 @@ def contract(
     base = lax.dot_general(
         left, right, dimension_numbers, out_sharding=out_sharding, **rest
     )
-    la, lb, _ = _labels(axes)
+    if "o" in roles:
+        leaf = low_rank(leaf)
+    elif isinstance(leaf.form, Kernel):
+        raise NotFactored
+    la, lb, batch = _labels(axes)
+    if isinstance(leaf.form, Blocks):
+        la, lb = _block_labels(la, batch), _block_labels(lb, batch)
+    first, second = (leaf.a, la), (_scaled_b(leaf), lb)
+    if "o" in roles:
+        first, second = second, first
+    dtype = _compute_dtype(x, leaf.w)
+    h, hl = _drop(leaf, x.astype(dtype), use), xl
+    for (factor, fl), keep in ((first, {*out, *second[1]}), (second, {*out, BLOCK})):
+        h, factor = h.astype(dtype), factor.astype(dtype)
+        if weight_first:
+            h, hl = _dot(factor, fl, h, hl, keep, **rest)
+        else:
+            h, hl = _dot(h, hl, factor, fl, keep, **rest)
+    h = (
+        _placed(leaf, h, hl, out)
+        if isinstance(leaf.form, Blocks)
+        else _order(h, hl, out)
+    )
+    return base + h.astype(base.dtype)
+
+
+@functools.partial(_inlined, static_argnames=("params", "use"))
+@_in_low_rank
+def ragged(
+    leaf: LoRA, x: jax.Array, sizes: jax.Array, params: Params, *, use: int = 0
+) -> jax.Array:
+    """ragged_dot_general of x and the weight: a stack of experts, each on its rows.
+
+    Args:
+      leaf: its group axis is a batch axis.
+      x: the activation, of which ``sizes`` says how many rows belong to each expert.
+      sizes: as ragged_dot_general takes them.
+      params: of the primitive.
+      use: how many uses came before, for the dropout.
+
+    Raises:
+      RolesError: the contracted axes mix in and out axes, or the groups are no batch.
+      NotFactored: no group axis in the weight (the gradient of a ragged product).
+    """
+    n, axes, rest = leaf.ndim, leaf.axes, dict(params)
+    numbers = rest.pop("ragged_dot_dimension_numbers")
+    sharding, offset = rest.pop("out_sharding", None), rest.get("group_offset")
+    (xc, wc), (xb, wb) = numbers.dot_dimension_numbers
+    groups = numbers.rhs_group_dimensions
+    if not groups or offset is not None or sharding is not None:
+        raise NotFactored
+    roles = {axes[k] for k in wc if leaf.w.shape[k] != 1}
+    stacked = {axes[k] for k in (*wb, *groups) if leaf.w.shape[k] != 1}
+    if not stacked <= {"b"} or "b" in roles or len(roles) > 1:
+        raise RolesError(
+            f"groups axes {tuple(map(int, groups))} and contracts axes "
+            f"{tuple(map(int, wc))} of a weight of shape {tuple(leaf.w.shape)} and "
+            f"roles {axes!r}: expected batch axes (b), and in axes (i) or out axes (o)"
+        )
+    wanted = "".join("b" if k in (*wb, *groups) else c for k, c in enumerate(axes))
+    leaf = _with_units(leaf, wanted)
+    xl = list(range(n, n + x.ndim))
+    for kw, kx in zip((*wc, *wb), (*xc, *xb), strict=True):
+        xl[kx] = kw
+    (row,) = (xl[k] for k in numbers.lhs_ragged_dimensions)
+    kept = [k for k in range(n) if k not in (*wc, *wb, *groups)]
+    out = [*wb, *(k for k in xl if k >= n), *kept]
+
+    base = lax.ragged_dot_general(x, leaf.w, sizes, numbers, **rest)
+    la, lb, _ = _labels(leaf.axes)
     first, second = (leaf.a, la), (_scaled_b(leaf), lb)
     if "o" in roles:
         first, second = second, first
     dtype = _compute_dtype(x, leaf.w)
     h, hl = _drop(leaf, x.astype(dtype), use), xl
     for (factor, fl), keep in ((first, {*out, *second[1]}), (second, {*out})):
-        h, factor = h.astype(dtype), factor.astype(dtype)
-        if weight_first:
-            h, hl = _dot(factor, fl, h, hl, keep, **rest)
-        else:
-            h, hl = _dot(h, hl, factor, fl, keep, **rest)
+        batch = [k for k in hl if k in fl and k in keep]
+        summed = [k for k in hl if k in fl and k not in keep]
+        dims = (
+            ([hl.index(k) for k in summed], [fl.index(k) for k in summed]),
+            ([hl.index(k) for k in batch], [fl.index(k) for k in batch]),
+        )
+        own = lax.RaggedDotDimensionNumbers(
+            dims, [hl.index(row)], [fl.index(k) for k in groups]
+        )
+        h = lax.ragged_dot_general(
+            h.astype(dtype), factor.astype(dtype), sizes, own, **rest
+        )
+        left = [k for k in hl if k not in batch and k not in summed]
+        right = [k for k in fl if k not in (*batch, *summed, *groups)]
+        hl = [*batch, *left, *right]
     return base + _order(h, hl, out).astype(base.dtype)
 
 
@@ -197,7 +347,8 @@ def conv(leaf: LoRA, x: jax.Array, params: Params, *, use: int = 0) -> jax.Array
     x is convolved with a to r features (the same strides, padding and dilations), and
     b takes these to the outputs as a 1x1 convolution.  With groups, a is shared: each
     group of inputs is convolved with it and reads its own columns of b, which is the
-    low-rank form of the kernel array itself.
+    low-rank form of the kernel array itself.  Where the kernel is used from its outputs
+    to its inputs, as in a gradient, b goes first.
 
     Raises:
       RolesError: the convolved axes are not all in axes, or the outputs no out axis.
@@ -207,30 +358,56 @@ def conv(leaf: LoRA, x: jax.Array, params: Params, *, use: int = 0) -> jax.Array
     if rest["batch_group_count"] != 1:
         raise NotFactored
     spec, groups = rest["dimension_numbers"], rest["feature_group_count"]
-    out_axis, *convolved = spec.rhs_spec
-    wanted = "".join("o" if k == out_axis else "i" for k in range(leaf.ndim))
-    leaf = _with_units(leaf, wanted)
-    if leaf.axes != wanted:
-        raise RolesError(
-            f"convolves axes {tuple(sorted(convolved))} of a weight of shape "
-            f"{tuple(leaf.w.shape)} and roles {leaf.axes!r}: expected {wanted!r}"
-        )
-    base = lax.conv_general_dilated_p.bind(x, leaf.w, **rest)
-    kernel_axes = [k if k != out_axis else RANK for k in range(leaf.ndim)]
+    out_axis, in_axis, *_ = spec.rhs_spec
+    forward, backward = (
+        "".join("o" if k == at else "i" for k in range(leaf.ndim))
+        for at in (out_axis, in_axis)
+    )
+    run: Callable[..., jax.Array] = functools.partial(
+        cast(Any, lax.conv_general_dilated), **rest
+    )
     dtype = _compute_dtype(x, leaf.w)
-    a = _order(leaf.a.astype(dtype), _labels(wanted)[0], kernel_axes)
-    a = jnp.concatenate([a] * groups, axis=out_axis)
-    h = lax.conv_general_dilated_p.bind(_drop(leaf, x, use), a, **rest)
+    if isinstance(leaf.form, Kernel):
+        if leaf.key is None or not leaf.rate:
+            return run(x, dense(leaf))
+        base, x = run(x, leaf.w), _drop(leaf, x, use).astype(dtype)
+        return base + run(x, delta(leaf).astype(dtype)).astype(base.dtype)
 
-    # Labels of what follows: GROUP and OUT split the output features.
-    GROUP, OUT = -2, -3
-    k, rank = spec.out_spec[1], leaf.rank
-    h = lax.reshape(h.astype(dtype), (*h.shape[:k], groups, rank, *h.shape[k + 1 :]))
-    b = _scaled_b(leaf).astype(dtype).reshape(rank, groups, -1)
-    free = list(range(x.ndim))
-    del free[k]
-    hl = [*free[:k], GROUP, RANK, *free[k:]]
+    leaf = low_rank(leaf)
+    units = (_with_units(leaf, wanted) for wanted in (forward, backward))
+    fitting = [u for u in units if u.axes in (forward, backward)]
+    if not fitting:
+        raise RolesError(
+            f"convolves axes {tuple(k for k, c in enumerate(forward) if c == 'i')} of "
+            f"a weight of shape {tuple(leaf.w.shape)} and roles {leaf.axes!r}: expected "
+            f"{forward!r}, or {backward!r} from its outputs to its inputs"
+        )
+    leaf = fitting[0]
+    transposed = leaf.axes != forward
+    if transposed and groups != 1:
+        raise NotFactored
+
+    base = run(x, leaf.w)
+    x = _drop(leaf, x, use).astype(dtype)
+    b = _scaled_b(leaf).astype(dtype)
+    at = leaf.axes.index("o")
+    kernel_axes = [RANK if k == at else k for k in range(leaf.ndim)]
+    a = _order(leaf.a.astype(dtype), _labels(leaf.axes)[0], kernel_axes)
     products = {name: rest[name] for name in ("precision", "preferred_element_type")}
+    free = list(range(x.ndim))
+    if transposed:
+        k = free.pop(spec.lhs_spec[1])
+        xl = [*free[:k], IN, *free[k:]]
+        h, hl = _dot(x, xl, b, [RANK, IN], {*free}, **products)
+        h = _order(h, hl, [*free[:k], RANK, *free[k:]])
+        return base + run(h.astype(dtype), a).astype(base.dtype)
+    h = run(x, jnp.concatenate([a] * groups, axis=at))
+    k = free.pop(spec.out_spec[1])
+    h = lax.reshape(
+        h.astype(dtype), (*h.shape[:k], groups, leaf.rank, *h.shape[k + 1 :])
+    )
+    b = b.reshape(leaf.rank, groups, -1)
+    hl = [*free[:k], GROUP, RANK, *free[k:]]
     d, dl = _dot(h, hl, b, [RANK, GROUP, OUT], {*free, GROUP}, **products)
     d = _order(d, dl, [*free[:k], GROUP, OUT, *free[k:]])
     return base + lax.reshape(d, base.shape).astype(base.dtype)
@@ -248,7 +425,76 @@ def indexed_axes(
     return tuple(k for k in axes if slice_sizes[k] != shape[k]) or axes
 
 
+class _Gather:
+    """A gather of whole rows, on labels; those of index axes go on from the weight's.
+
+    Attributes:
+      base: what the primitive gives on the weight.
+      out: its labels.
+      roles: of the axes that are indexed.
+
+    Raises:
+      NotFactored: it cuts a row, or its axes have several roles.
+    """
+
+    def __init__(self, leaf: LoRA, indices: jax.Array, params: Params):
+        rest = dict(params)
+        self.numbers = dn = rest["dimension_numbers"]
+        self.sizes, self.rank = rest["slice_sizes"], leaf.rank
+        self.indexed = indexed_axes(leaf.w.shape, dn, self.sizes)
+        self.roles = {leaf.axes[k] for k in self.indexed}
+        self.indices, self.rest = indices, rest
+        n, batched = leaf.ndim, dn.operand_batching_dims
+        cut = {k for k in range(n) if self.sizes[k] != leaf.w.shape[k]}
+        fills = rest["mode"] == lax.GatherScatterMode.FILL_OR_DROP
+        if (
+            len(self.roles) != 1
+            or not cut <= {*self.indexed, *batched}
+            or any(leaf.axes[k] != "b" for k in batched)
+            or (fills and len(self.indexed) != len(dn.start_index_map))
+        ):
+            raise NotFactored
+        self.base = lax.gather(leaf.w, indices, **rest)
+        self.index = [n + k for k in range(indices.ndim - 1)]
+        for k, at in zip(batched, dn.start_indices_batching_dims, strict=True):
+            self.index[at] = k
+        self.gone = {*dn.collapsed_slice_dims, *batched}
+        rows, free = iter([k for k in range(n) if k not in self.gone]), iter(self.index)
+        self.out = [
+            next(rows if k in dn.offset_dims else free) for k in range(self.base.ndim)
+        ]
+        if len(self.indexed) != len(dn.start_index_map):
+            columns = [dn.start_index_map.index(k) for k in self.indexed]
+            self.indices = indices[..., np.array(columns)]
+
+    def __call__(self, field: Any, labels: list[int]) -> tuple[Any, list[int]]:
+        """The same gather of a field with all of the indexed axes, its rank whole."""
+        dn, rest = self.numbers, dict(self.rest)
+        kept = [k for k in labels if k not in self.gone]
+
+        def own(ks: Sequence[int]) -> tuple[int, ...]:
+            return tuple(labels.index(k) for k in ks)
+
+        first = len(self.index)
+        rest["dimension_numbers"] = lax.GatherDimensionNumbers(
+            offset_dims=tuple(range(first, first + len(kept))),
+            collapsed_slice_dims=own(dn.collapsed_slice_dims),
+            start_index_map=own(self.indexed),
+            operand_batching_dims=own(dn.operand_batching_dims),
+            start_indices_batching_dims=dn.start_indices_batching_dims,
+        )
+        rest["slice_sizes"] = tuple(
+            self.rank if k == RANK else self.sizes[k] for k in labels
+        )
+        # Out of bounds is a delta of zero; a key has no zero, and any one will do.
+        rest["fill_value"] = None if rest["fill_value"] is None else 0
+        if not jnp.issubdtype(field.dtype, jnp.floating):
+            rest |= {"mode": "clip", "fill_value": None}
+        return lax.gather(field, self.indices, **rest), [*self.index, *kept]
+
+
 @functools.partial(_inlined, static_argnames=("params",))
+@_in_low_rank
 def lookup(leaf: LoRA, indices: jax.Array, params: Params) -> jax.Array:
     """gather of whole rows of the weight: rows of one factor times the other one.
 
@@ -257,65 +503,17 @@ def lookup(leaf: LoRA, indices: jax.Array, params: Params) -> jax.Array:
     Raises:
       NotFactored: the gather indexes in and out axes at once, or cuts a row.
     """
-    n, axes, rest = leaf.ndim, leaf.axes, dict(params)
-    dn, slice_sizes = rest.pop("dimension_numbers"), rest.pop("slice_sizes")
-    fill_value, batched = rest.pop("fill_value"), dn.operand_batching_dims
-    indexed = indexed_axes(leaf.w.shape, dn, slice_sizes)
-    roles = {axes[k] for k in indexed}
-    cut = {k for k in range(n) if slice_sizes[k] != leaf.w.shape[k]}
-    fills = rest["mode"] == lax.GatherScatterMode.FILL_OR_DROP
-    if (
-        roles not in ({"i"}, {"o"})
-        or not cut <= {*indexed, *batched}
-        or any(axes[k] != "b" for k in batched)
-        or (fills and len(indexed) != len(dn.start_index_map))
-    ):
+    gather = _Gather(leaf, indices, params)
+    base, out = gather.base, gather.out
+    la, lb, _ = _labels(leaf.axes)
+    first, second = (leaf.a, la), (_scaled_b(leaf), lb)
+    if gather.roles == {"o"}:
+        first, second = second, first
+    elif gather.roles != {"i"}:
         raise NotFactored
-
-    base = lax.gather_p.bind(
-        leaf.w,
-        indices,
-        dimension_numbers=dn,
-        slice_sizes=slice_sizes,
-        fill_value=fill_value,
-        **rest,
-    )
-    index = [n + k for k in range(indices.ndim - 1)]
-    for k, at in zip(batched, dn.start_indices_batching_dims, strict=True):
-        index[at] = k
-    gone = {*dn.collapsed_slice_dims, *batched}
-    rows, free = iter([k for k in range(n) if k not in gone]), iter(index)
-    out = [next(rows if k in dn.offset_dims else free) for k in range(base.ndim)]
-
-    # The same gather of the factor that has the indexed axes, its rank taken whole.
-    la, lb, _ = _labels(axes)
-    (f, fl), (g, gl) = (leaf.a, la), (_scaled_b(leaf), lb)
-    if roles == {"o"}:
-        (f, fl), (g, gl) = (g, gl), (f, fl)
-    kept = [k for k in fl if k not in gone]
-
-    def own(ks: Sequence[int]) -> tuple[int, ...]:
-        return tuple(fl.index(k) for k in ks)
-
-    if len(indexed) != len(dn.start_index_map):
-        columns = [dn.start_index_map.index(k) for k in indexed]
-        indices = indices[..., np.array(columns)]
-    h = lax.gather_p.bind(
-        f,
-        indices,
-        dimension_numbers=lax.GatherDimensionNumbers(
-            offset_dims=tuple(range(len(index), len(index) + len(kept))),
-            collapsed_slice_dims=own(dn.collapsed_slice_dims),
-            start_index_map=own(indexed),
-            operand_batching_dims=own(batched),
-            start_indices_batching_dims=dn.start_indices_batching_dims,
-        ),
-        slice_sizes=tuple(leaf.rank if k == RANK else slice_sizes[k] for k in fl),
-        fill_value=None if fill_value is None else 0,
-        **rest,
-    )
-    h, g = h.astype(base.dtype), g.astype(base.dtype)
-    h, hl = _dot(h, [*index, *kept], g, gl, {*out})
+    h, hl = gather(*first)
+    factor, fl = second
+    h, hl = _dot(h.astype(base.dtype), hl, factor.astype(base.dtype), fl, {*out})
     return base + _order(h, hl, out).astype(base.dtype)
 
 
@@ -383,6 +581,7 @@ def blocks(
     return out
 
 
+@_in_low_rank
 def transpose(leaf: LoRA, permutation: Sequence[int]) -> LoRA:
     """lax.transpose."""
     axes = "".join(leaf.axes[k] for k in permutation)
@@ -396,6 +595,7 @@ def transpose(leaf: LoRA, permutation: Sequence[int]) -> LoRA:
     return _fields(leaf, lax.transpose(leaf.w, permutation), axes, move)
 
 
+@_in_low_rank
 def reshape(leaf: LoRA, shape: Sequence[int]) -> LoRA:
     """lax.reshape, where it mixes no axes of different roles.
 
@@ -413,6 +613,7 @@ def reshape(leaf: LoRA, shape: Sequence[int]) -> LoRA:
     return _refit(leaf, lax.reshape(leaf.w, shape), "".join(axes))
 
 
+@_in_low_rank
 def broadcast(leaf: LoRA, shape: Sequence[int], dimensions: Sequence[int]) -> LoRA:
     """lax.broadcast_in_dim; an axis that grows is a batch axis."""
     units = [1] * len(shape)
@@ -428,12 +629,70 @@ def broadcast(leaf: LoRA, shape: Sequence[int], dimensions: Sequence[int]) -> Lo
     return dataclasses.replace(leaf, key=_fold_in(leaf.key, None))
 
 
+@_in_low_rank
+def take(leaf: LoRA, indices: jax.Array, params: Params) -> LoRA:
+    """gather along batch axes, as of each token's expert; index axes are batch axes.
+
+    Raises:
+      NotFactored: it indexes other axes.
+    """
+    gather = _Gather(leaf, indices, params)
+    if gather.roles != {"b"}:
+        raise NotFactored
+    axes = "".join("b" if k >= leaf.ndim else leaf.axes[k] for k in gather.out)
+    place = {k: at for at, k in enumerate(gather.out)} | {RANK: RANK}
+    la, lb, ls = _labels(axes)
+
+    def pick(field: Any, labels: list[int], wanted: list[int]) -> Any:
+        field, found = gather(field, labels)
+        return _order(field, [place[k] for k in found], wanted)
+
+    old = _labels(leaf.axes)
+    return dataclasses.replace(
+        leaf,
+        w=gather.base,
+        a=pick(leaf.a, old[0], la),
+        b=pick(leaf.b, old[1], lb),
+        scale=pick(leaf.scale, old[2], ls),
+        key=None if leaf.key is None else pick(leaf.key, old[2], ls),
+        roles=axes.lstrip("b"),
+    )
+
+
+@_in_low_rank
 def per_axis(leaf: LoRA, fn: Callable[..., Any]) -> LoRA:
     """An operation that acts on each axis by itself: slice, rev, dynamic_slice.
 
     fn(field, labels) is called on every field, base included.
     """
     return _fields(leaf, fn(leaf.w, range(leaf.ndim)), leaf.axes, fn)
+
+
+def specs(leaf: LoRA | Full, spec: Any) -> Any:
+    """The leaf with the PartitionSpec of each field, where its weight has ``spec``.
+
+    A field's axes are those of the weight, and are sharded alike; the rank is whole.
+    """
+    if isinstance(leaf, Full):
+        return dataclasses.replace(leaf, w=spec, value=spec)
+    names = dict(enumerate(spec))
+
+    def own(labels: Sequence[int]) -> Any:
+        return jax.sharding.PartitionSpec(*(names.get(k) for k in labels))
+
+    la, lb, ls = _labels(leaf.axes)
+    if leaf.form is not None:  # small, and whole on every device
+        if any(names.values()):
+            raise NotFactored
+        la = lb = []
+    return dataclasses.replace(
+        leaf,
+        w=spec,
+        a=own(la),
+        b=own(lb),
+        scale=own(ls),
+        key=None if leaf.key is None else own(ls),
+    )
 
 
 def _fold_in(key: Any, data: int | None) -> Any:
@@ -450,7 +709,7 @@ def concatenate(parts: Sequence[LoRA | jax.Array], axis: int) -> LoRA:
     Along a batch axis the factors are concatenated.  Along an in or out axis the ranks
     add up: one factor is concatenated along the rank, the other is block-diagonal.
     """
-    model = next(p for p in parts if isinstance(p, LoRA))
+    model = low_rank(next(p for p in parts if isinstance(p, LoRA)))
     axes = model.axes
     leaves = [_with_units(_as_leaf(p, model), axes) for p in parts]
     dropouts = {(p.rate, p.key is None) for p in leaves if p.rank}
@@ -510,7 +769,7 @@ def concatenate(parts: Sequence[LoRA | jax.Array], axis: int) -> LoRA:
 def _as_leaf(x: LoRA | jax.Array, model: LoRA) -> LoRA:
     """A plain array as a leaf of rank zero beside ``model``."""
     if isinstance(x, LoRA):
-        return x
+        return low_rank(x)
     size = dict(enumerate(x.shape)) | {RANK: 0}
     la, lb, ls = ([size[k] for k in labels] for labels in _labels(model.axes))
     zeros, one = jnp.zeros, jnp.ones(ls, jnp.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -9,8 +10,9 @@ import jax.numpy as jnp
 import optax
 
 from jlora import _paths
-from jlora._leaf import is_adapted
-from jlora._tree import _require_adapted, labels
+from jlora._leaf import is_adapted, trained
+from jlora._trace import variables
+from jlora._tree import _require_adapted, adapter
 
 
 def optimizer(
@@ -19,7 +21,10 @@ def optimizer(
     *,
     full: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformation:
-    """optax.multi_transform: ``tx`` for what trains, zero updates for what is frozen.
+    """``tx`` for what trains, zero updates for what is frozen.
+
+    Its state is of the adapters alone: that of ``optax.multi_transform`` over a flat
+    dict from path to what trains there.
 
     Put wrappers such as clipping and ``optax.MultiSteps`` inside ``tx``, so that they
     see the adapters only.  Donate the train state: without, the whole base is copied
@@ -28,7 +33,8 @@ def optimizer(
     Args:
       tx: for a and b, and for `Full` values where ``full`` is None (one transformation
         over both, so that a clipped global norm is theirs together).
-      tree: the adapted tree; only its structure is read.
+      tree: the adapted tree; only its structure is read.  Of NNX a wrapped module
+        or its state, for ``nnx.Optimizer(model, tx, wrt=nnx.Param)``.
       full: another transformation for `Full` values.
 
     Raises:
@@ -41,22 +47,53 @@ def optimizer(
       >>> state = jlora.optimizer(optax.adamw(1e-4), t).init(t)
     """
     _require_adapted(tree, "optimizer")
+    if not variables(tree):  # of NNX's, `wrt` says which are optimised
+        _require_floating(tree)
+
+    # The state is of what trains alone, a flat dict by path: nothing is kept of the
+    # base, and NNX, which strips its variables off, finds the same paths again.
+    def flat(tree: Any) -> dict[str, dict[str, Any]]:
+        found: dict[str, dict[str, Any]] = {}
+        for path, x in _paths.flatten(tree)[0]:
+            if is_adapted(x):
+                found[path] = {name: getattr(x, name) for name in trained(x)}
+        return found
+
+    def label(params: dict[str, dict[str, Any]]) -> dict[str, str]:
+        whole = "lora" if full is None else "full"
+        return {path: whole if "value" in x else "lora" for path, x in params.items()}
+
+    kinds = {"lora": tx} if full is None else {"lora": tx, "full": full}
+    inner = optax.multi_transform(kinds, label)
+
+    def init(params: Any) -> Any:
+        adapter(params)  # no adapted leaf, or two of one path, is an error
+        _require_floating(params)
+        return inner.init(flat(params))
+
+    def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        values = None if params is None else flat(params)
+        updates, state = inner.update(flat(grads), state, values, **extra)
+
+        def leaf(path: str, x: Any) -> Any:
+            zeros = jax.tree.map(jnp.zeros_like, x)
+            return (
+                dataclasses.replace(zeros, **updates[path]) if is_adapted(x) else zeros
+            )
+
+        return _paths.map_leaves(leaf, grads), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _require_floating(tree: Any) -> None:
     for path, x in _paths.flatten(tree)[0]:
         for y in jax.tree.leaves(x):
             if not jnp.issubdtype(y.dtype, jnp.floating):
+                advice = "Call jlora.dropout inside the loss." if is_adapted(x) else ""
                 raise ValueError(
                     f"optimizer: {path!r} holds {y.dtype}: expected floating-point "
                     "leaves only, since jax.grad differentiates the whole tree of a "
-                    "TrainState. Train the half that jlora.partition(tree) gives."
-                    + (
-                        " (Call jlora.dropout inside the loss.)"
-                        if is_adapted(x)
-                        else ""
-                    )
+                    "TrainState. Train the half that jlora.partition(tree) gives. "
+                    f"{advice}".rstrip()
                 )
-    kinds = {"frozen": optax.set_to_zero(), "lora": tx, "full": full or tx}
-    names = labels(tree)
-    if full is None:
-        names = jax.tree.map(lambda n: "lora" if n == "full" else n, names)
-        del kinds["full"]
-    return optax.multi_transform(kinds, names)

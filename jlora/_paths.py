@@ -67,7 +67,8 @@ def _compile(glob: str) -> re.Pattern[str]:
 def matches(pattern: Pattern, path: str, x: Any) -> bool:
     """Whether a glob, a compiled regular expression (full match) or a callable fits."""
     if isinstance(pattern, str):
-        return _compile(pattern).fullmatch(path + "/") is not None
+        # A tree that is one array has the empty path, of no keys.
+        return _compile(pattern).fullmatch(path + "/" if path else "") is not None
     if isinstance(pattern, re.Pattern):
         return pattern.fullmatch(path) is not None
     if callable(pattern):
@@ -84,6 +85,11 @@ def as_patterns(patterns: Pattern | Iterable[Pattern] | None) -> list[Pattern]:
         return []
     if isinstance(patterns, (str, re.Pattern)) or callable(patterns):
         return [patterns]
+    if not isinstance(patterns, Iterable):
+        raise TypeError(
+            f"patterns {patterns!r}: expected a pattern or several, found "
+            f"{type(patterns).__name__}."
+        )
     return list(patterns)
 
 
@@ -107,10 +113,23 @@ def check_matched(
     """Raises for each pattern that fits no path at all, with the paths near it."""
     for pattern in patterns:
         if not any(matches(pattern, path, x) for path, x in leaves):
-            text = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
-            guess = text.replace("*", "") if isinstance(text, str) else ""
-            raise ValueError(
-                f"{what} {text!r} matches no path of the tree; near paths: "
-                f"{near(guess, (p for p, _ in leaves))}. A glob covers the whole path: "
-                "'*' stands within one key, '**' for any number of keys."
-            )
+            raise ValueError(_no_match(what, pattern, leaves))
+
+
+def _no_match(what: str, pattern: Pattern, leaves: list[tuple[str, Any]]) -> str:
+    regex = isinstance(pattern, re.Pattern)
+    text = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
+    words = re.sub(r"[^\w/]+", "", text).strip("/") if isinstance(text, str) else ""
+    paths = [p for p, _ in leaves]
+    close = near(words, [p for p in paths if words and words in p] or paths)
+    rule = (
+        "A regular expression has to match the whole path."
+        if regex
+        else "A glob covers the whole path: '*' stands within one key, '**' for any "
+        "number of keys."
+    )
+    for guess in (f"**/{words}", f"{words}/**", f"**/{words}/**", f"**/*{words}*/**"):
+        if words and any(matches(guess, p, None) for p in paths):
+            rule += f" Did you mean {guess!r}?"
+            break
+    return f"{what} {text!r} matches no path of the tree; near paths: {close}. {rule}"

@@ -15,6 +15,13 @@ from jlora._paths import Pattern
 from jlora._trace import hide, trace
 
 
+class _Unsaid(int):
+    """A default rank, told apart from the same number said by the caller."""
+
+
+RANK = _Unsaid(8)
+
+
 @dataclasses.dataclass(frozen=True)
 class Rule:
     """What the paths of a pattern get instead of the defaults; the first match wins.
@@ -103,11 +110,13 @@ class Plan(Mapping[str, Spec]):
       specs: the specs, in the order of the tree.
       shapes: the shape of every array of the tree that it was planned for.
       skipped: path to reason, for what was matched and is no weight.
+      unsaid: the paths whose alpha is the rank because none was given.
     """
 
     specs: Mapping[str, Spec]
     shapes: Mapping[str, tuple[int, ...]]
     skipped: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    unsaid: frozenset[str] = frozenset()
 
     def __getitem__(self, path: str) -> Spec:
         return self.specs[path]
@@ -137,7 +146,8 @@ class Plan(Mapping[str, Spec]):
             table(
                 ("path", "shape", "kind", "roles", "rank", "alpha", "parameters"), rows
             ),
-            f"{len(self)} adapted leaves, {adapters:,} adapter parameters, "
+            f"{len(self)} adapted lea{'f' if len(self) == 1 else 'ves'}, "
+            f"{adapters:,} adapter parameters, "
             f"{100 * adapters / max(base, 1):.3g} % of the base's {base:,}",
         ]
         if self.skipped:
@@ -168,6 +178,10 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def check_rank(rank: Any, where: str) -> None:
     """Raises unless rank is a positive int."""
+    if isinstance(rank, Plan):
+        raise TypeError(
+            f"{where}: a plan goes in by keyword, plan=plan, found it as rank."
+        )
     if isinstance(rank, bool) or not hasattr(rank, "__index__") or rank < 1:
         raise ValueError(
             f"{where}: rank {rank!r}: expected a positive integer, found "
@@ -185,7 +199,7 @@ def plan(
     fn: Callable[..., Any],
     params: Any,
     *args: Any,
-    rank: int = 8,
+    rank: int = RANK,
     alpha: float | None = None,
     targets: Pattern | Iterable[Pattern] | None = None,
     exclude: Pattern | Iterable[Pattern] = (),
@@ -338,6 +352,13 @@ def _sibling_bias(path: str, leaves: Mapping[str, Any]) -> str | None:
 
 def _merged_roles(uses: Sequence[_uses.Use], ndim: int) -> tuple[str | None, str]:
     """(kind, roles) of a weight from all its uses, or (None, why there are none)."""
+    # Rows that are used as matrices are of a stack, a batch axis; else it is a lookup.
+    uses = [
+        _uses.Use("dot_general", dict.fromkeys(u.roles, "b") | u.rows)
+        if {"i", "o"} <= {*u.rows.values()}
+        else u
+        for u in uses
+    ]
     # A lookup or the first use decides which side is in; a later use may swap them.
     uses = sorted(uses, key=lambda u: u.primitive != "gather")
     swap = str.maketrans("io", "oi")
@@ -347,7 +368,9 @@ def _merged_roles(uses: Sequence[_uses.Use], ndim: int) -> tuple[str | None, str
         both = {
             k: r for k, r in roles.items() if merged.get(k, "b") + r in ("io", "oi")
         }
-        if both:
+        if both and use.primitive == "conv_general_dilated":
+            roles |= {k: merged[k] for k in both}  # from its outputs to its inputs
+        elif both:
             roles = {k: r.translate(swap) for k, r in roles.items()}
         for k, role in roles.items():
             known = merged.setdefault(k, role)
@@ -388,7 +411,7 @@ def _select(
     _paths.check_matched("exclude", exclude_patterns, pairs)
     _paths.check_matched("rule", [r.pattern for r in rules], pairs)
 
-    specs, skipped = {}, {}
+    specs, skipped, unsaid = {}, {}, set()
     for path, x in pairs:
         if any(_paths.matches(p, path, x) for p in exclude_patterns):
             continue
@@ -413,6 +436,7 @@ def _select(
             continue
         kind, axes, bias = found
         if kind == "embed" and not named:
+            skipped[path] = "an embedding: adapted when named"
             continue
         r = rule.rank if rule and rule.rank is not None else rank
         given = (
@@ -421,6 +445,8 @@ def _select(
             else (None if rule and rule.rank is not None else alpha)
         )
         specs[path] = Spec.of(kind, axes, r, given, bias)
+        if given is None:
+            unsaid.add(path)
     if not specs:
         why = "".join(f"\n  {path}: {reason}" for path, reason in skipped.items())
         raise ValueError(
@@ -434,4 +460,4 @@ def _select(
             )
         )
     shapes = {path: tuple(x.shape) for path, x in pairs}
-    return Plan(specs, shapes, skipped)
+    return Plan(specs, shapes, skipped, frozenset(unsaid))

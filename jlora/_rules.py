@@ -21,7 +21,7 @@ import numpy as np
 from jax import lax
 
 from jlora import _compat, _ops
-from jlora._leaf import Full, LoRA
+from jlora._leaf import Full, Kernel, LoRA
 
 
 @functools.partial(
@@ -130,7 +130,7 @@ def _compute(
     ev: Evaluation,
     eqn: Any,
     x: Tracked,
-    other: jax.Array,
+    *others: jax.Array,
     **options: Any,
 ) -> jax.Array:
     """A use of a weight, with the path in the error where it contradicts its roles."""
@@ -138,14 +138,15 @@ def _compute(
     if x.leaf.rate and fn is not _ops.lookup:
         options["use"] = ev.uses[x.path]  # a mask of its own
     try:
-        out = fn(x.leaf, other, tuple(eqn.params.items()), **options)
+        out = fn(x.leaf, *others, tuple(eqn.params.items()), **options)
     except _ops.RolesError as e:
         raise ValueError(
             f"{x.path!r} was planned otherwise than it is used: {name} {e}. Plan it "
             "from the function that uses it, jlora.plan(fn, params, *args), or exclude "
             "the path."
         ) from None
-    ev.note(x, name)
+    # A form without a low-rank use has its delta formed, as is its nature.
+    ev.note(x, name, formed=isinstance(x.leaf.form, Kernel))
     return out
 
 
@@ -165,8 +166,19 @@ def _conv(ev: Evaluation, eqn: Any, x: Any, kernel: Any) -> Any:
     return _compute(_ops.conv, ev, eqn, kernel, x)
 
 
+@_rule("ragged_dot_general")
+def _ragged_dot(ev: Evaluation, eqn: Any, x: Any, w: Any, sizes: Any) -> Any:
+    if isinstance(x, Tracked):
+        raise _ops.NotFactored
+    return _compute(_ops.ragged, ev, eqn, w, x, sizes)
+
+
 @_rule("gather")
 def _gather(ev: Evaluation, eqn: Any, w: Any, indices: Any) -> Any:
+    shape, sizes = eqn.invars[0].aval.shape, eqn.params["slice_sizes"]
+    at = _ops.indexed_axes(shape, eqn.params["dimension_numbers"], sizes)
+    if all(w.leaf.axes[k] == "b" for k in at):
+        return Tracked(_ops.take(w.leaf, indices, tuple(eqn.params.items())), w.path)
     return _compute(_ops.lookup, ev, eqn, w, indices)
 
 
@@ -193,7 +205,11 @@ def _structural(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any
     "copy_p",
     "name",
     "sharding_constraint",
+    "reshard",
     "device_put",
+    "optimization_barrier",
+    "pvary",
+    "pcast",
 )
 def _base_only(ev: Evaluation, eqn: Any, *args: Any) -> list[Any]:
     """One output an operand, of the same value: it is the base that changes."""
@@ -289,6 +305,22 @@ def _dynamic_slice(ev: Evaluation, eqn: Any, x: Any, *starts: Any) -> Tracked:
         return eqn.primitive.bind(x, *at, slice_sizes=tuple(size))
 
     return Tracked(_ops.per_axis(x.leaf, cut), x.path)
+
+
+@_rule("all_gather", "all_gather_invariant")
+def _all_gather(ev: Evaluation, eqn: Any, x: Tracked) -> Tracked:
+    """A sharded weight made whole (FSDP by hand): its factors are gathered instead."""
+    axis = eqn.params["all_gather_dimension"]
+    if not eqn.params["tiled"]:
+        raise _ops.NotFactored
+
+    def gather(field: jax.Array, labels: Sequence[int]) -> jax.Array:
+        if axis not in labels:
+            return field
+        at = {"all_gather_dimension": list(labels).index(axis)}
+        return eqn.primitive.bind(field, **{**eqn.params, **at})
+
+    return Tracked(_ops.per_axis(x.leaf, gather), x.path)
 
 
 @_structural("rev")
@@ -491,3 +523,28 @@ def _cond(ev: Evaluation, eqn: Any, index: Any, *args: Any) -> list[Any]:
         return fn
 
     return lax.switch(index, [branch(j) for j in eqn.params["branches"]], *args)
+
+
+@_rule("shard_map")
+def _shard_map(ev: Evaluation, eqn: Any, *args: Any) -> list[Any]:
+    """Every device evaluates the body on its own shard of the weight and factors."""
+    p = eqn.params
+
+    def spec(x: Any, own: Any) -> Any:
+        if not isinstance(x, Tracked):
+            return own
+        return Tracked(_ops.specs(x.leaf, own), x.path)
+
+    def body(*args: Any) -> tuple[Any, ...]:
+        outs = ev.run(p["jaxpr"], args)
+        return tuple(ev.materialise(x, "shard_map (as an output)") for x in outs)
+
+    mapped = jax.shard_map(
+        body,
+        mesh=p["mesh"],
+        in_specs=tuple(map(spec, args, p["in_specs"])),
+        out_specs=tuple(p["out_specs"]),
+        axis_names=_compat.manual_axes(p),
+        check_vma=p["check_vma"],
+    )
+    return list(mapped(*args))

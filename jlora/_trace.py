@@ -7,6 +7,8 @@ function as they are.  `hide` wraps them as pytrees without leaves, `show` unwra
 from __future__ import annotations
 
 import contextlib
+import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -63,10 +65,33 @@ def show(tree: Any) -> Any:
     )
 
 
-def trace(fn: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, Any]:
-    """The jaxpr of fn(*args, **kwargs) on hidden arguments, and its hidden output."""
+def variables(tree: Any) -> list[Any]:
+    """The mutable variables of NNX in a tree, in order; other frameworks have none."""
+    nnx = sys.modules.get("flax.nnx")  # without it there are none either
+    if nnx is None:
+        return []
 
+    def is_variable(x: Any) -> bool:
+        return isinstance(x, nnx.Variable)
+
+    return list(filter(is_variable, jax.tree.leaves(tree, is_leaf=is_variable)))
+
+
+def trace(fn: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """The jaxpr of fn(*args, **kwargs) on hidden arguments, and its hidden output.
+
+    The output is a pair: fn's, and what it wrote into `variables` by their number, as
+    NNX's modules count batches and random keys.
+    """
+
+    @functools.wraps(fn)  # for the names in JAX's errors
     def plain(args: Any, kwargs: Any) -> Any:
-        return hide(fn(*show(args), **show(kwargs)))
+        args, kwargs = show(args), show(kwargs)
+        held = variables((args, kwargs))
+        before = [v.get_raw_value() for v in held]
+        out = fn(*args, **kwargs)
+        after = [v.get_raw_value() for v in held]
+        changed = (x is not y for x, y in zip(before, after, strict=True))
+        return hide((out, {i: after[i] for i, c in enumerate(changed) if c}))
 
     return jax.make_jaxpr(plain, return_shape=True)(args, kwargs)

@@ -16,16 +16,16 @@ import jax
 import jax.numpy as jnp
 
 from jlora import _init, _ops, _paths
-from jlora._leaf import Adapted, Full, LoRA, is_adapted, missing
+from jlora._leaf import Adapted, Full, LoRA, is_adapted, missing, trained
 from jlora._paths import Pattern
-from jlora._plan import Plan, Rule, check_rank, leaves_of, plan_from_names, table
+from jlora._plan import RANK, Plan, Rule, check_rank, leaves_of, plan_from_names, table
 
 Adapter = dict[str, Adapted]
 
 
 def wrap(
     params: Any,
-    rank: int = 8,
+    rank: int = RANK,
     *,
     alpha: float | None = None,
     targets: Pattern | Iterable[Pattern] | None = None,
@@ -75,6 +75,8 @@ def wrap(
       (3, 2)
     """
     check_rank(rank, "wrap")
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"wrap: dtype {dtype!r}: expected a floating-point one.")
     leaves = leaves_of(params)
     if plan is None:
         plan = (
@@ -162,9 +164,9 @@ def _checked_plan(
                 "that is wrapped."
             )
     changes: dict[str, Any] = {}
-    for name, value, default in (("rank", rank, 8), ("alpha", alpha, None)):
+    for name, value, default in (("rank", rank, RANK), ("alpha", alpha, None)):
         planned = {getattr(s, name) for s in plan.values()}
-        if value == default or planned == {value}:
+        if value is default or planned == {value}:
             continue
         if len(planned) > 1:
             raise ValueError(
@@ -172,12 +174,14 @@ def _checked_plan(
                 "it in jlora.plan(...)."
             )
         changes[name] = value
-    if "rank" in changes and alpha is None:
-        # alpha = rank stays so; any other alpha was said to the plan and is kept.
-        follow = all(s.alpha == s.rank for s in plan.values())
-        changes |= {"alpha": float(rank)} if follow else {}
-    specs = {path: dataclasses.replace(s, **changes) for path, s in plan.items()}
-    return Plan(specs, plan.shapes, plan.skipped)
+    specs = {}
+    for path, spec in plan.items():
+        specs[path] = dataclasses.replace(spec, **changes)
+        if alpha is None and path in plan.unsaid:  # alpha = rank stays so
+            specs[path] = dataclasses.replace(
+                specs[path], alpha=float(specs[path].rank)
+            )
+    return dataclasses.replace(plan, specs=specs)
 
 
 def merge(tree: Any) -> Any:
@@ -333,9 +337,15 @@ def unmerge(params: Any, adapter: Adapter) -> Any:
 def _fitting(what: str, params: Any, adapter: Adapter) -> None:
     """Raises unless every leaf of the adapter fits an array of params."""
     if not isinstance(adapter, dict) or not all(map(is_adapted, adapter.values())):
+        found = type(adapter).__name__
+        if isinstance(adapter, dict):
+            other = next(x for x in adapter.values() if not is_adapted(x))
+            found += f" of {type(other).__name__}"
         raise ValueError(
             f"{what}: expected an adapter (a flat dict from path to adapted leaf, as "
-            f"jlora.adapter gives), found {type(adapter).__name__}."
+            f"jlora.adapter gives), found {found}. A checkpoint restored without a "
+            "template has plain dicts: give Orbax jax.eval_shape(lambda: "
+            "jlora.adapter(tree)), as in StandardRestore(template)."
         )
     leaves = dict(_paths.flatten(params)[0])
     for path, y in leaves.items():
@@ -463,11 +473,10 @@ def labels(tree: Any) -> Any:
 
     def leaf(_: str, x: Any) -> Any:
         all_frozen = jax.tree.map(lambda _: "frozen", x)
-        if isinstance(x, LoRA):
-            return dataclasses.replace(all_frozen, a="lora", b="lora")
-        if isinstance(x, Full):
-            return dataclasses.replace(all_frozen, value="full")
-        return all_frozen
+        if not is_adapted(x):
+            return all_frozen
+        label = "lora" if isinstance(x, LoRA) else "full"
+        return dataclasses.replace(all_frozen, **dict.fromkeys(trained(x), label))
 
     return _paths.map_leaves(leaf, tree)
 
@@ -543,11 +552,9 @@ def _size(x: Any) -> int:
 
 def _sizes(x: Any) -> tuple[int, int]:
     """(trainable, base) parameters of a leaf."""
-    if isinstance(x, LoRA):
-        return _size(x.a) + _size(x.b), _size(x.w)
-    if isinstance(x, Full):
-        return _size(x.value), _size(x.w)
-    return 0, _size(x)
+    if not is_adapted(x):
+        return 0, _size(x)
+    return sum(_size(getattr(x, name)) for name in trained(x)), _size(x.w)
 
 
 class Summary(str):

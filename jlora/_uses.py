@@ -18,12 +18,17 @@ from jlora import _compat, _ops
 Origin = frozenset[int]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Use:
-    """One use of a weight: the primitive, and the role of each axis that it names."""
+    """One use of a weight: the primitive, and the role of each axis that it names.
+
+    ``rows`` are the roles of the axes that a gather left, where what it gathered was
+    then a weight itself: a matrix for each token, out of a stack of them.
+    """
 
     primitive: str
     roles: dict[int, str]
+    rows: dict[int, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
@@ -36,12 +41,24 @@ class Seen:
 
 @dataclasses.dataclass(frozen=True)
 class _Weight:
-    """Parts of parameters: for each path, the origin of each of the value's axes."""
+    """Parts of parameters: for each path, the origin of each of the value's axes.
+
+    Rows that were gathered by data are a weight yet (experts), or a product (words):
+    what is done with them tells.  ``gathers`` are then the gathers, one a part.
+    """
 
     parts: tuple[tuple[str, tuple[Origin, ...]], ...]
+    gathers: tuple[Use, ...] = ()
 
     def move(self, fn: Any) -> _Weight:
-        return _Weight(tuple((path, tuple(fn(axes))) for path, axes in self.parts))
+        parts = tuple((path, tuple(fn(axes))) for path, axes in self.parts)
+        return dataclasses.replace(self, parts=parts)
+
+    def as_product(self, shape: tuple[int, ...]) -> _Product:
+        """What rows are where they meet data."""
+        _, axes = self.parts[0]
+        size = math.prod(n for n, origin in zip(shape, axes, strict=True) if origin)
+        return _Product(tuple(path for path, _ in self.parts), size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,10 +103,18 @@ class _Walk:
             return inner
         if name == "dot_general":
             return [self.dot(eqn, infos)]
-        if name in _COMPUTE and isinstance(infos[_COMPUTE[name][0]], _Weight):
-            at, roles_of = _COMPUTE[name]
-            shape = eqn.invars[at].aval.shape
-            return [self.use(infos[at], name, roles_of(eqn), shape)]
+        if name == "gather" and isinstance(infos[0], _Weight):
+            return [self.gather(eqn, infos[0])]
+        if len([i for i in infos if i is not None]) > 1:  # rows that meet something
+            infos = [
+                i.as_product(v.aval.shape)
+                if isinstance(i, _Weight) and i.gathers
+                else i
+                for i, v in zip(infos, eqn.invars, strict=True)
+            ]
+        if name in _COMPUTE and isinstance(infos[1], _Weight):
+            shape = eqn.invars[1].aval.shape
+            return [self.use(infos[1], name, _COMPUTE[name](eqn), shape)]
         if name == "add" and (out := self.bias(eqn, infos)) is not None:
             return [out]
         if name == "dynamic_slice" and isinstance(infos[0], _Weight):
@@ -108,21 +133,47 @@ class _Walk:
         self, weight: _Weight, name: str, roles: dict[int, str], shape: tuple[int, ...]
     ) -> _Product:
         for path, axes in weight.parts:
-            original = {
-                o: roles[k] for k, ax in enumerate(axes) if k in roles for o in ax
-            }
-            self.seen.setdefault(path, Seen()).uses.append(Use(name, original))
+            uses = self.seen.setdefault(path, Seen()).uses
+            uses.append(Use(name, _original(axes, roles)))
         out = math.prod(n for k, n in enumerate(shape) if roles.get(k) == "o")
         return _Product(tuple(path for path, _ in weight.parts), out)
+
+    def gather(self, eqn: Any, weight: _Weight) -> Any:
+        """Rows: a lookup's result, or the weights of each token's expert."""
+        if weight.gathers:  # rows of rows
+            return _DATA
+        dn = eqn.params["dimension_numbers"]
+        shape = eqn.invars[0].aval.shape
+        self.use(weight, "gather", _gather_roles(eqn), shape)
+        gone = {*dn.collapsed_slice_dims, *dn.operand_batching_dims}
+        kept = [k for k in range(len(shape)) if k not in gone]
+        none: Origin = frozenset()
+
+        def rows(axes: tuple[Origin, ...]) -> list[Origin]:
+            left = iter(kept)
+            ndim = eqn.outvars[0].aval.ndim
+            return [
+                axes[next(left)] if k in dn.offset_dims else none for k in range(ndim)
+            ]
+
+        uses = tuple(self.seen[path].uses[-1] for path, _ in weight.parts)
+        return dataclasses.replace(weight.move(rows), gathers=uses)
 
     def dot(self, eqn: Any, infos: list[Any]) -> Any:
         out: Any = _DATA
         ((lc, rc), (lb, rb)) = eqn.params["dimension_numbers"]
-        for info, v, c, b in zip(infos, eqn.invars, (lc, rc), (lb, rb), strict=True):
-            if isinstance(info, _Weight):
-                roles = dict.fromkeys(range(v.aval.ndim), "o")
-                roles |= dict.fromkeys(c, "i") | dict.fromkeys(b, "b")
+        others = infos[::-1]
+        dims = zip(infos, others, eqn.invars, (lc, rc), (lb, rb), strict=True)
+        for info, other, v, c, b in dims:
+            if not isinstance(info, _Weight):
+                continue
+            roles = dict.fromkeys(range(v.aval.ndim), "o")
+            roles |= dict.fromkeys(c, "i") | dict.fromkeys(b, "b")
+            if not info.gathers:
                 out = self.use(info, "dot_general", roles, v.aval.shape)
+            elif isinstance(other, (_Data, _Product)):
+                for use, (_, axes) in zip(info.gathers, info.parts, strict=True):
+                    use.rows |= _original(axes, roles)
         return out
 
     def bias(self, eqn: Any, infos: list[Any]) -> Any:
@@ -177,8 +228,7 @@ class _Walk:
             )
         if name == "unstack":
             return weight.move(lambda axes: axes[: p["axis"]] + axes[p["axis"] + 1 :])
-        if name in ("slice", "dynamic_slice", "split", "gather") or shape == old:
-            # A gather that got here indexes a stack with data: it drops axes.
+        if name in ("slice", "dynamic_slice", "split", "all_gather") or shape == old:
             return weight if len(shape) == len(old) else None
         return None
 
@@ -227,6 +277,11 @@ class _Walk:
         ]
 
 
+def _original(axes: Sequence[Origin], roles: dict[int, str]) -> dict[int, str]:
+    """The roles of a value's axes, as those of the original's."""
+    return {o: roles[k] for k, ax in enumerate(axes) if k in roles for o in ax}
+
+
 def _conv_roles(eqn: Any) -> dict[int, str]:
     out, *convolved = eqn.params["dimension_numbers"].rhs_spec
     return dict.fromkeys(convolved, "i") | {out: "o"}
@@ -248,12 +303,8 @@ def _ragged_roles(eqn: Any) -> dict[int, str]:
     return roles | dict.fromkeys(contracted, "i")
 
 
-# Primitive: (which operand is the weight, the roles that it gives to its axes).
-_COMPUTE = {
-    "conv_general_dilated": (1, _conv_roles),
-    "gather": (0, _gather_roles),
-    "ragged_dot_general": (1, _ragged_roles),
-}
+# The roles that a primitive gives to the axes of its second operand.
+_COMPUTE = {"conv_general_dilated": _conv_roles, "ragged_dot_general": _ragged_roles}
 
 
 def watch(jaxpr: Any, paths: Sequence[str | None]) -> dict[str, Seen]:

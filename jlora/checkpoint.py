@@ -174,6 +174,12 @@ def restore(
     """
     path = _path(directory)
     document = _document(path)
+    for p, x in _paths.flatten(params)[0]:
+        if is_adapted(x):
+            raise ValueError(
+                f"checkpoint.restore: {p!r} is adapted: expected the plain base params "
+                "(jlora.unwrap gives them)."
+            )
     _same(
         f"checkpoint.restore: {path} belongs to another base",
         document["base"],
@@ -280,6 +286,10 @@ def _same(what: str, want: dict[str, Any], have: dict[str, Any], do: str) -> Non
         if expected != found:
             near = _paths.near(p, have) if found == "nothing" else ""
             near = f" (near paths: {near})" if near else ""
+            if have == {q.removeprefix("params/"): v for q, v in want.items()}:
+                do = "It was saved from {'params': params}: pass that."
+            elif want == {q.removeprefix("params/"): v for q, v in have.items()}:
+                do = "It was saved from the tree under 'params': pass that."
             raise ValueError(
                 f"{what}: at {p!r} expected {_words(expected)}, found "
                 f"{_words(found)}{near}. {do}"

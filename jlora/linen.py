@@ -58,6 +58,11 @@ class _Adapted(nn.Module, kw_only=True):
     def _leaf(self, name: str, kind: str, axes: Callable[[int], str]) -> LoRA:
         """The factors of the parameter ``name``, made at init."""
         check_rank(self.rank, type(self).__name__)
+        if not 0 <= self.dropout_rate < 1:
+            raise ValueError(
+                f"{type(self).__name__}: dropout_rate {self.dropout_rate!r}: expected "
+                "a number in [0, 1)."
+            )
 
         def init() -> LoRA:
             w = nn.meta.unbox(self.get_variable("params", name))
@@ -68,7 +73,14 @@ class _Adapted(nn.Module, kw_only=True):
             leaf = _init.make(w, name, spec, init="kaiming", dtype=jnp.float32, key=key)
             return dataclasses.replace(leaf, w=None)
 
-        return self.variable(COLLECTION, name, init).value
+        leaf = self.variable(COLLECTION, name, init).value
+        if leaf.rank != self.rank:
+            raise ValueError(
+                f"{'/'.join(self.path)}: the variables hold factors of rank "
+                f"{leaf.rank}, expected {self.rank} as the layer has: initialise them "
+                "with this layer, or give it that rank."
+            )
+        return leaf
 
     def _run(
         self,
