@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora._leaf import LoRA
+from jlora._leaf import Blocks, Kernel, LoRA, factor_shapes
 from jlora._plan import Spec
 
 Initialiser = Callable[[jax.Array, Spec, tuple[int, ...], tuple[int, ...], Any], Any]
@@ -47,7 +47,10 @@ def kaiming(
     """
     if spec.kind == "embed":
         return jnp.zeros(a, dtype), jax.random.normal(key, b, dtype)
-    fan_in = math.prod(a[len(spec.batch_axes) : -1])
+    # Matrices and not axes for a kernel's; a block is initialised by itself.
+    blocks = isinstance(spec.form, Blocks)
+    skip = len(a) - 2 if isinstance(spec.form, Kernel) else len(spec.batch_axes)
+    fan_in = math.prod(a[skip + blocks : -1])
     bound = 1 / math.sqrt(max(fan_in, 1))
     return jax.random.uniform(key, a, dtype, -bound, bound), jnp.zeros(b, dtype)
 
@@ -61,20 +64,13 @@ def make(
     """The adapted leaf of a weight; an abstract base gets abstract factors."""
     if init not in _INITS:
         raise ValueError(f"init {init!r}: expected one of {', '.join(_INITS)}.")
-    size = {
-        role: [w.shape[k] for k in axes]
-        for role, axes in zip(
-            "bio", (spec.batch_axes, spec.in_axes, spec.out_axes), strict=True
-        )
-    }
-    shape_a = (*size["b"], *size["i"], spec.rank)
-    shape_b = (*size["b"], spec.rank, *size["o"])
-
+    shape_a, shape_b = factor_shapes(tuple(w.shape), spec.axes, spec.rank, spec.form)
+    stack = tuple(w.shape[k] for k in spec.batch_axes)
     roles = spec.axes.lstrip("b")
     if isinstance(w, jax.ShapeDtypeStruct):
         a, b = (jax.ShapeDtypeStruct(shape, dtype) for shape in (shape_a, shape_b))
-        scale = jax.ShapeDtypeStruct(tuple(size["b"]), jnp.float32)
-        return LoRA(w, a, b, scale, roles=roles)
+        scale = jax.ShapeDtypeStruct(stack, jnp.float32)
+        return LoRA(w, a, b, scale, roles=roles, form=spec.form)
     a, b = _INITS[init](path_key(typed(key), path), spec, shape_a, shape_b, dtype)
-    scale = jnp.full(size["b"], spec.alpha / spec.rank, jnp.float32)
-    return LoRA(w, a, b, scale, roles=roles)
+    scale = jnp.full(stack, spec.alpha / spec.rank, jnp.float32)
+    return LoRA(w, a, b, scale, roles=roles, form=spec.form)

@@ -92,6 +92,33 @@ class Kernel:
     groups: int = 1
 
 
+Form = Blocks | Kernel
+
+
+def factor_shapes(
+    shape: tuple[int, ...], axes: str, rank: int, form: Form | None = None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes of a and b for a weight of this shape and these roles.
+
+    Example:
+      >>> factor_shapes((5, 3, 4), "bio", 2)
+      ((5, 3, 2), (5, 2, 4))
+    """
+    size: dict[str, list[int]] = {role: [] for role in "bio"}
+    for n, role in zip(shape, axes, strict=True):
+        size[role].append(n)
+    batch, in_, out = size["b"], size["i"], size["o"]
+    if isinstance(form, Kernel):
+        k, _, channels, features = shape[-4:]
+        shared = rank * k
+        b = (*batch, shared, features // form.groups * k)
+        return (*batch, channels * form.groups * k, shared), b
+    if isinstance(form, Blocks):
+        batch = [*batch, sum(form.enabled)]
+        out = [out[0] // len(form.enabled), *out[1:]]
+    return (*batch, *in_, rank), (*batch, rank, *out)
+
+
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class LoRA(_NotAnArray):
     """A weight ``w`` with a low-rank delta: W + scale * a·b (arXiv:2106.09685, eq. 3).
@@ -121,7 +148,7 @@ class LoRA(_NotAnArray):
     key: Any = None
     roles: str = "io"
     rate: float = 0.0
-    form: Blocks | Kernel | None = None
+    form: Form | None = None
 
     @property
     def ndim(self) -> int:

@@ -671,7 +671,7 @@ def per_axis(leaf: LoRA, fn: Callable[..., Any]) -> LoRA:
 def specs(leaf: LoRA | Full, spec: Any) -> Any:
     """The leaf with the PartitionSpec of each field, where its weight has ``spec``.
 
-    A field's axes are those of the weight, and are sharded alike; the rank is whole.
+    A field's axes are those of the weight, sharded alike; the rank is whole.
     """
     if isinstance(leaf, Full):
         return dataclasses.replace(leaf, w=spec, value=spec)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax.numpy as jnp
 
 from jlora import _paths, _uses
-from jlora._leaf import is_adapted
+from jlora._leaf import Blocks, Form, Kernel, factor_shapes, is_adapted
 from jlora._paths import Pattern
 from jlora._trace import hide, trace
 
@@ -33,6 +33,7 @@ class Rule:
       rank: of these leaves; None for the default.
       alpha: of these leaves; None for the default, and for alpha = rank where only the
         rank is given.
+      form: of these leaves; None for a·b, or one of `jlora.loralib`'s.
 
     Example:
       >>> import jlora
@@ -43,6 +44,7 @@ class Rule:
     pattern: Pattern
     rank: int | None = None
     alpha: float | None = None
+    form: Form | None = None
 
     def __post_init__(self) -> None:
         if self.rank is not None:
@@ -59,6 +61,7 @@ class Spec:
       alpha: the delta is alpha / rank * a·b.
       batch_axes, in_axes, out_axes: the weight's axes by role, counted from the end.
       bias: path of the bias that belongs to the weight, or None.
+      form: of the adapted leaf, as in `Rule`.
     """
 
     kind: str
@@ -68,6 +71,7 @@ class Spec:
     in_axes: tuple[int, ...]
     out_axes: tuple[int, ...]
     bias: str | None = None
+    form: Form | None = None
 
     @classmethod
     def of(
@@ -77,6 +81,7 @@ class Spec:
         rank: int,
         alpha: float | None = None,
         bias: str | None = None,
+        form: Form | None = None,
     ) -> Spec:
         """A spec from one letter an axis, e.g. ``"bio"``; alpha=None for the rank."""
         batch, in_, out = (
@@ -84,7 +89,7 @@ class Spec:
             for role in "bio"
         )
         alpha = float(rank if alpha is None else alpha)
-        return cls(kind, int(rank), alpha, batch, in_, out, bias)
+        return cls(kind, int(rank), alpha, batch, in_, out, bias, form)
 
     @property
     def axes(self) -> str:
@@ -95,11 +100,8 @@ class Spec:
 
     def size(self, shape: Sequence[int]) -> int:
         """Parameters of the adapter of a weight of this shape."""
-        dims = {
-            r: math.prod(n for n, c in zip(shape, self.axes, strict=True) if c == r)
-            for r in "bio"
-        }
-        return dims["b"] * self.rank * (dims["i"] + dims["o"])
+        a, b = factor_shapes(tuple(shape), self.axes, self.rank, self.form)
+        return math.prod(a) + math.prod(b)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -132,7 +134,7 @@ class Plan(Mapping[str, Spec]):
             (
                 path,
                 "×".join(map(str, self.shapes[path])),
-                s.kind,
+                s.kind if s.form is None else f"{s.kind}, {s.form}",
                 s.axes,
                 str(s.rank),
                 f"{s.alpha:g}",
@@ -188,6 +190,32 @@ def check_rank(rank: Any, where: str) -> None:
             f"{type(rank).__name__} {rank!r}; to leave a weight as it is, exclude its "
             "path."
         )
+
+
+def fitted(
+    form: Form | None, where: str, shape: tuple[int, ...], axes: str, kind: str
+) -> Form | None:
+    """The form with all that it takes from the weight; raises where it does not fit."""
+
+    def refuse(expected: str) -> NoReturn:
+        raise ValueError(
+            f"{where}: {form} does not fit a {kind} weight of shape {shape} and roles "
+            f"{axes!r}: expected {expected}."
+        )
+
+    if isinstance(form, Blocks):
+        if not form.enabled or "o" not in axes:
+            refuse("one flag for each slice of the first out axis")
+        size = shape[axes.index("o")]
+        if size % len(form.enabled):
+            refuse(f"a number of flags that divides {size}, its first out axis")
+    if isinstance(form, Kernel):
+        if kind != "conv" or axes.lstrip("b") != "iiio" or shape[-4] != shape[-3]:
+            refuse("a 2-D convolution with a square kernel, (k, k, in/groups, out)")
+        if form.groups < 1 or shape[-1] % form.groups:
+            refuse(f"a number of groups that divides {shape[-1]}, its outputs")
+        return dataclasses.replace(form, shape=shape[-4:])
+    return form
 
 
 # A candidate is a weight with known roles, or the words for why it is none.
@@ -444,7 +472,11 @@ def _select(
             if rule and rule.alpha is not None
             else (None if rule and rule.rank is not None else alpha)
         )
-        specs[path] = Spec.of(kind, axes, r, given, bias)
+        form = fitted(rule.form, path, tuple(x.shape), axes, kind) if rule else None
+        if isinstance(form, Blocks) and not any(form.enabled):
+            skipped[path] = "no slice of it is enabled"
+            continue
+        specs[path] = Spec.of(kind, axes, r, given, bias, form)
         if given is None:
             unsaid.add(path)
     if not specs:

@@ -252,10 +252,10 @@ def _broadcast(ev: Evaluation, eqn: Any, x: Tracked, *_: Any) -> Tracked:
 def _cut(leaf: LoRA, start: Any, limit: Any, strides: Any = None) -> LoRA:
     def cut(x: jax.Array, labels: Sequence[int]) -> jax.Array:
         at = [
-            (0, leaf.rank, 1)
+            (0, x.shape[i], 1)
             if k == _ops.RANK
             else (start[k], limit[k], strides[k] if strides else 1)
-            for k in labels
+            for i, k in enumerate(labels)
         ]
         return lax.slice(x, *zip(*at, strict=True)) if at else x
 

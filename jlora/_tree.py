@@ -584,7 +584,7 @@ def summary(tree: Any) -> Summary:
                     path,
                     "×".join(map(str, x.shape)),
                     "" if x.w is None else str(x.dtype),
-                    x.axes if low else "full",
+                    (x.axes + (f", {x.form}" if x.form else "")) if low else "full",
                     str(x.rank) if low else "",
                     f"{_sizes(x)[0]:,}",
                 )

@@ -13,6 +13,7 @@ state, and ``jlora.attach`` puts it back.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import zlib
 from typing import Any
@@ -24,7 +25,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from jlora import _paths
-from jlora._leaf import Full, LoRA, is_adapted
+from jlora._leaf import Blocks, Form, Full, Kernel, LoRA, is_adapted
 from jlora._tree import adapter as adapter_of
 from jlora._tree import attach
 
@@ -105,6 +106,9 @@ def save(
         plan[leaf_path] = {"kind": kind}
         if isinstance(x, LoRA):
             plan[leaf_path] |= {"roles": x.roles, "rank": x.rank}
+            if x.form is not None:
+                form = {"name": type(x.form).__name__, **dataclasses.asdict(x.form)}
+                plan[leaf_path]["form"] = form
         for name in _FIELDS[kind]:
             arrays["adapter"][f"{leaf_path}:{name}"] = getattr(x, name)
     values: dict[str, Any] = {}
@@ -207,7 +211,8 @@ def restore(
         if spec["kind"] == "full":
             leaves[p] = Full(None, **fields)
         else:
-            leaves[p] = LoRA(None, **fields, roles=spec["roles"])
+            form = _form(spec.get("form"))
+            leaves[p] = LoRA(None, **fields, roles=spec["roles"], form=form)
     tree = attach(params, leaves)
     if extra is None:
         return tree
@@ -225,6 +230,14 @@ def restore(
 def _path(directory: str | os.PathLike[str]) -> epath.Path:
     path = epath.Path(directory)
     return path if "://" in os.fspath(directory) else path.expanduser().absolute()
+
+
+def _form(stored: dict[str, Any] | None) -> Form | None:
+    """A leaf's form from its fields in the document, where JSON made tuples lists."""
+    if stored is None:
+        return None
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
+    return {"Blocks": Blocks, "Kernel": Kernel}[fields.pop("name")](**fields)
 
 
 def _leaves(extra: Any) -> list[tuple[str, Any]]:
