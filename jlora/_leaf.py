@@ -88,7 +88,7 @@ class Kernel:
       groups: of the convolution.
     """
 
-    shape: tuple[int, int, int, int] | None = None
+    shape: tuple[int, ...] | None = None
     groups: int = 1
 
 

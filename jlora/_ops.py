@@ -379,8 +379,8 @@ def conv(leaf: LoRA, x: jax.Array, params: Params, *, use: int = 0) -> jax.Array
     if not fitting:
         raise RolesError(
             f"convolves axes {tuple(k for k, c in enumerate(forward) if c == 'i')} of "
-            f"a weight of shape {tuple(leaf.w.shape)} and roles {leaf.axes!r}: expected "
-            f"{forward!r}, or {backward!r} from its outputs to its inputs"
+            f"a weight of shape {tuple(leaf.w.shape)} and roles {leaf.axes!r}: "
+            f"expected {forward!r}, or {backward!r} from its outputs to its inputs"
         )
     leaf = fitting[0]
     transposed = leaf.axes != forward

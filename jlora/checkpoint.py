@@ -237,7 +237,8 @@ def _form(stored: dict[str, Any] | None) -> Form | None:
     if stored is None:
         return None
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
-    return {"Blocks": Blocks, "Kernel": Kernel}[fields.pop("name")](**fields)
+    forms: dict[Any, Any] = {"Blocks": Blocks, "Kernel": Kernel}
+    return forms[fields.pop("name")](**fields)
 
 
 def _leaves(extra: Any) -> list[tuple[str, Any]]:

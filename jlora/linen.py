@@ -13,13 +13,16 @@ code through the lift, so there is no second implementation of anything.
 variables.  Pretrained params take the place of ``variables["params"]``.  `adapter` and
 `attach` of this module carry the adapter to the plain Flax model and back; that is also
 the way to merge, to save, and to train other leaves beside it.
+
+Under ``nn.scan`` the factors are stacked like the parameters, with
+``variable_axes={"params": 0, "lora": 0}``; ``nn.vmap`` likewise.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import flax.linen as nn
@@ -29,9 +32,9 @@ from flax import traverse_util
 from jax import lax
 
 from jlora import _init
-from jlora._leaf import LoRA
+from jlora._leaf import Blocks, Form, LoRA
 from jlora._lift import lift_layer
-from jlora._plan import Spec, check_rank
+from jlora._plan import Spec, check_rank, fitted
 from jlora._tree import Adapter
 from jlora._tree import adapter as adapter_of
 from jlora._tree import attach as attach_leaves
@@ -55,7 +58,9 @@ class _Adapted(nn.Module, kw_only=True):
     dropout_rate: float = 0.0
     deterministic: bool | None = None
 
-    def _leaf(self, name: str, kind: str, axes: Callable[[int], str]) -> LoRA:
+    def _leaf(
+        self, name: str, kind: str, axes: Callable[[int], str], form: Form | None = None
+    ) -> LoRA:
         """The factors of the parameter ``name``, made at init."""
         check_rank(self.rank, type(self).__name__)
         if not 0 <= self.dropout_rate < 1:
@@ -66,7 +71,9 @@ class _Adapted(nn.Module, kw_only=True):
 
         def init() -> LoRA:
             w = nn.meta.unbox(self.get_variable("params", name))
-            spec = Spec.of(kind, axes(w.ndim), self.rank, self.alpha)
+            roles = axes(w.ndim)
+            fits = fitted(form, "/".join(self.path), w.shape, roles, kind)
+            spec = Spec.of(kind, roles, self.rank, self.alpha, form=fits)
             # The module's own key, folded by name: make_rng would advance the counter
             # from which the twin's parameters are made under nn.scan.
             key = cast(Any, self.scope).rngs["params"].as_jax_rng()
@@ -128,14 +135,15 @@ def _kernel_layer(
     axes: Callable[[int], str],
     args: tuple[Any, ...],
     deterministic: bool | None,
+    form: Form | None = None,
 ) -> jax.Array:
     """The call of a layer whose weight is its ``kernel``."""
     if layer.rank == 0 or layer.is_initializing():
         y = twin.__call__(layer, *args)
         if layer.rank != 0:
-            layer._leaf("kernel", kind, axes)
+            layer._leaf("kernel", kind, axes, form)
         return y
-    leaf = layer._leaf("kernel", kind, axes)
+    leaf = layer._leaf("kernel", kind, axes, form)
     return layer._run(twin, leaf, "kernel", "__call__", args, deterministic)
 
 
@@ -223,6 +231,57 @@ class Conv(nn.Conv, _Adapted):
             lambda n: "i" * (n - 1) + "o",
             (inputs,),
             deterministic,
+        )
+
+
+class ConvTranspose(nn.ConvTranspose, _Adapted):
+    """``flax.linen.ConvTranspose`` with an adapter."""
+
+    @nn.compact
+    def __call__(
+        self, inputs: jax.Array, deterministic: bool | None = None
+    ) -> jax.Array:
+        """(*batch, *spatial, in) to (*batch, *spatial, features)."""
+        last = "oi" if self.transpose_kernel else "io"
+        return _kernel_layer(
+            self,
+            nn.ConvTranspose,
+            "conv",
+            lambda n: "i" * (n - 2) + last,
+            (inputs,),
+            deterministic,
+        )
+
+
+class MergedDense(nn.Dense, _Adapted):
+    """``flax.linen.Dense`` of fused outputs, with an adapter for some of their slices.
+
+    loralib's ``MergedLinear``: factors of its own for each enabled slice, such as the
+    query and the value of a fused qkv.  With none enabled it is exactly the twin.
+
+    Attributes:
+      enable_lora: one flag for each equal slice of ``features``.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jlora.linen
+      >>> qkv = jlora.linen.MergedDense(12, rank=2, enable_lora=(True, False, True))
+      >>> variables = qkv.init(jax.random.key(0), jnp.ones((1, 3)))
+      >>> variables["lora"]["kernel"].b.shape
+      (2, 2, 4)
+    """
+
+    enable_lora: Sequence[bool] = (True,)
+
+    @nn.compact
+    def __call__(
+        self, inputs: jax.Array, deterministic: bool | None = None
+    ) -> jax.Array:
+        """(..., in) to (..., features)."""
+        form = Blocks(tuple(map(bool, self.enable_lora)))
+        if form.enabled and not any(form.enabled):
+            return nn.Dense.__call__(self, inputs)
+        return _kernel_layer(
+            self, nn.Dense, "dense", lambda n: "io", (inputs,), deterministic, form
         )
 
 

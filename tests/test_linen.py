@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import flax.linen as nn
 import jax
@@ -32,9 +33,11 @@ KEY = jax.random.key(0)
 class Case:
     """A layer by name and arguments, its twin, an input, and its factors' shapes."""
 
-    def __init__(self, name, args, x, a, b, **kwargs):
-        self.make = functools.partial(getattr(jlora.linen, name), *args, **kwargs)
-        self.twin = getattr(nn, name)(*args, **kwargs)
+    def __init__(self, name, args, x, a, b, own=(), **kwargs):
+        self.make = functools.partial(
+            getattr(jlora.linen, name), *args, **kwargs, **dict(own)
+        )
+        self.twin = getattr(nn, name.replace("Merged", ""))(*args, **kwargs)
         self.x = integers(*x, below=args[0]) if name == "Embed" else normal(*x)
         self.layer, self.a, self.b = self.make(rank=3), a, b
 
@@ -128,6 +131,44 @@ def cases():
         Case("Conv", (7, (2, 2, 2)), (2, 4, 4, 4, 3), (2, 2, 2, 3, 3), (3, 7)),
     )
 
+    yield (
+        "conv-causal",
+        Case("Conv", (7, (3,)), (2, 8, 5), (3, 5, 3), (3, 7), padding="CAUSAL"),
+    )
+    yield (
+        "transpose",
+        Case("ConvTranspose", (7, (3, 2)), (2, 5, 6, 5), (3, 2, 5, 3), (3, 7)),
+    )
+    yield (
+        "transpose-transposed-strided",
+        Case(
+            "ConvTranspose",
+            (7, (3,)),
+            (2, 8, 5),
+            (3, 5, 3),
+            (3, 7),
+            strides=(2,),
+            transpose_kernel=True,
+        ),
+    )
+    yield (
+        "transpose-circular-dilated",
+        Case(
+            "ConvTranspose",
+            (7, (3,)),
+            (2, 8, 5),
+            (3, 5, 3),
+            (3, 7),
+            padding="CIRCULAR",
+            kernel_dilation=(2,),
+        ),
+    )
+    for flags in itertools.product((False, True), repeat=3):
+        if any(flags):
+            k, own = sum(flags), {"enable_lora": flags}
+            case = Case("MergedDense", (21,), (11, 5), (k, 5, 3), (k, 3, 7), own)
+            yield f"merged-{''.join(str(int(f)) for f in flags)}", case
+
 
 LAYERS = pytest.mark.parametrize(
     "case", [pytest.param(case, id=name) for name, case in cases()]
@@ -155,7 +196,8 @@ def test_params_are_the_twins(case):
     (leaf,) = adapted(case.variables["lora"]).values()
     assert (leaf.a.shape, leaf.b.shape) == (case.a, case.b)
     assert leaf.a.dtype == leaf.b.dtype == leaf.scale.dtype == jnp.float32
-    assert leaf.scale.shape == case.a[: leaf.scale.ndim]
+    batch = case.a[: leaf.scale.ndim]
+    assert leaf.scale.shape == batch
     assert (leaf.scale == 1).all()
     assert leaf.b.any() != leaf.a.any()  # one of the two is zero: so is the delta
 
@@ -227,6 +269,46 @@ def test_gradients_are_those_of_the_lifted_twin(case):
     (got,), (want,) = adapted(got["lora"]).values(), adapted(want).values()
     close(got.a, want.a, tolerance(y))
     close(got.b, want.b, tolerance(y))
+
+
+def test_merged_dense_leaves_the_other_slices_alone():
+    x, flags = normal(11, 5), (True, False, True)
+    layer = jlora.linen.MergedDense(21, rank=3, enable_lora=flags)
+    variables = moved(layer.init(KEY, x))
+    change = layer.apply(variables, x) - nn.Dense(21).apply(
+        {"params": variables["params"]}, x
+    )
+    moves = np.abs(change).reshape(11, 3, 7).max((0, 2))
+    np.testing.assert_array_equal(moves > 0.1, flags)
+    np.testing.assert_array_equal(moves[1], 0)
+
+
+def test_merged_dense_with_nothing_enabled_is_the_twin():
+    x = normal(11, 6)
+    layer = jlora.linen.MergedDense(6, rank=3, enable_lora=(False, False, False))
+    variables = layer.init(KEY, x)
+    assert set(variables) == {"params"}
+    same(layer.apply(variables, x), nn.Dense(6).apply(variables, x))
+
+
+def test_merged_dense_with_a_wrong_number_of_flags():
+    layer = jlora.linen.MergedDense(21, rank=3, enable_lora=(True,) * 4)
+    with pytest.raises(ValueError, match=r"flags that divides 21.*first out axis"):
+        layer.init(KEY, normal(11, 5))
+
+
+def test_factors_of_another_rank():
+    layer = jlora.linen.Dense(7, rank=3)
+    variables = layer.init(KEY, normal(11, 5))
+    with pytest.raises(ValueError, match=r"rank 3, expected 2"):
+        jlora.linen.Dense(7, rank=2).apply(variables, normal(11, 5))
+
+
+@pytest.mark.parametrize("rate", [1.0, 1.5, -0.1])
+def test_a_dropout_rate_that_is_none(rate):
+    layer = jlora.linen.Dense(7, dropout_rate=rate, deterministic=True)
+    with pytest.raises(ValueError, match=r"dropout_rate .*expected a number in"):
+        layer.init(KEY, normal(11, 5))
 
 
 def test_alpha_is_divided_by_rank():
