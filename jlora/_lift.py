@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jlora import _compat
-from jlora._leaf import is_adapted, missing
+from jlora import _compat, _ops
+from jlora._leaf import is_adapted, missing, trained
 from jlora._paths import flatten
 from jlora._rules import Evaluation, Tracked
 from jlora._trace import hide, show, trace, variables
@@ -110,7 +110,9 @@ def _lifted(
             "found that it does not; it probably captured them by closure. Pass the "
             "tree to a function that takes the params as an argument."
         )
-    outs = [x.leaf if isinstance(x, Tracked) else x for x in outs]
+    # A layer gives arrays; anyone else gets back the leaf that the function returns.
+    leaf = (lambda x: x) if freeze else _ops.dense
+    outs = [leaf(x.leaf) if isinstance(x, Tracked) else x for x in outs]
     return jax.tree.unflatten(jax.tree.structure(out), outs)
 
 
@@ -132,6 +134,15 @@ def _check(args: Any, kwargs: Any) -> bool:
                     f"{path!r} is an adapter without its base (w=None): put it back "
                     "with jlora.attach(params, adapter), or, if it is half of a "
                     "partition, with jlora.combine(trainable, frozen)."
+                )
+            if no_arrays := [
+                f"{name}={y!r}"
+                for name in (*trained(x), *(["scale"] if hasattr(x, "scale") else []))
+                if not hasattr(y := getattr(x, name), "ndim") and y is not None
+            ]:
+                raise ValueError(
+                    f"{path!r} has {', '.join(no_arrays)}: expected arrays, such as "
+                    "jnp.float32(2.0)."
                 )
             if lacks:
                 raise ValueError(

@@ -55,7 +55,9 @@ def _scaled_b(leaf: LoRA) -> jax.Array:
     The scale is data that does not train.
     """
     missing = range(leaf.scale.ndim, leaf.b.ndim)
-    return leaf.b * lax.expand_dims(lax.stop_gradient(leaf.scale), missing)
+    scale = lax.expand_dims(lax.stop_gradient(leaf.scale), missing)
+    wide = _wider(leaf.b, scale)
+    return leaf.b.astype(wide) * scale.astype(wide)
 
 
 def _dot(
@@ -432,6 +434,7 @@ class _Gather:
       base: what the primitive gives on the weight.
       out: its labels.
       roles: of the axes that are indexed.
+      dropped: the axes of size one that are gone without being indexed.
 
     Raises:
       NotFactored: it cuts a row, or its axes have several roles.
@@ -459,6 +462,7 @@ class _Gather:
         for k, at in zip(batched, dn.start_indices_batching_dims, strict=True):
             self.index[at] = k
         self.gone = {*dn.collapsed_slice_dims, *batched}
+        self.dropped = self.gone - {*self.indexed, *batched}
         rows, free = iter([k for k in range(n) if k not in self.gone]), iter(self.index)
         self.out = [
             next(rows if k in dn.offset_dims else free) for k in range(self.base.ndim)
@@ -470,6 +474,7 @@ class _Gather:
     def __call__(self, field: Any, labels: list[int]) -> tuple[Any, list[int]]:
         """The same gather of a field with all of the indexed axes, its rank whole."""
         dn, rest = self.numbers, dict(self.rest)
+        field, labels = self.drop(field, labels)
         kept = [k for k in labels if k not in self.gone]
 
         def own(ks: Sequence[int]) -> tuple[int, ...]:
@@ -478,7 +483,9 @@ class _Gather:
         first = len(self.index)
         rest["dimension_numbers"] = lax.GatherDimensionNumbers(
             offset_dims=tuple(range(first, first + len(kept))),
-            collapsed_slice_dims=own(dn.collapsed_slice_dims),
+            collapsed_slice_dims=own(
+                sorted({*dn.collapsed_slice_dims} - self.dropped, key=labels.index)
+            ),
             start_index_map=own(self.indexed),
             operand_batching_dims=own(dn.operand_batching_dims),
             start_indices_batching_dims=dn.start_indices_batching_dims,
@@ -491,6 +498,12 @@ class _Gather:
         if not jnp.issubdtype(field.dtype, jnp.floating):
             rest |= {"mode": "clip", "fill_value": None}
         return lax.gather(field, self.indices, **rest), [*self.index, *kept]
+
+    def drop(self, field: Any, labels: list[int]) -> tuple[Any, list[int]]:
+        """The field without the axes of `dropped`."""
+        at = [i for i, k in enumerate(labels) if k in self.dropped]
+        field = lax.squeeze(field, at) if at else field
+        return field, [k for k in labels if k not in self.dropped]
 
 
 @functools.partial(_inlined, static_argnames=("params",))
@@ -512,7 +525,7 @@ def lookup(leaf: LoRA, indices: jax.Array, params: Params) -> jax.Array:
     elif gather.roles != {"i"}:
         raise NotFactored
     h, hl = gather(*first)
-    factor, fl = second
+    factor, fl = gather.drop(*second)
     h, hl = _dot(h.astype(base.dtype), hl, factor.astype(base.dtype), fl, {*out})
     return base + _order(h, hl, out).astype(base.dtype)
 

@@ -502,12 +502,25 @@ def _while(ev: Evaluation, eqn: Any, *args: Any) -> list[Any]:
         fixed = _per_step(list(carry.fixed.values()), step)
         return [*_per_step(consts, step), *carry.whole(moving, fixed)]
 
-    def cond(state: Any) -> Any:
+    def going(state: Any) -> Any:
         return ev.run(p["cond_jaxpr"], values(cond_consts, state))[0]
 
+    def cond(state: Any) -> Any:
+        return jnp.any(going(state))
+
     def body(state: Any) -> Any:
-        outs = ev.run(p["body_jaxpr"], values(body_consts, state))
-        return state[0] + 1, carry.moving(outs)
+        step, old = state
+        new = carry.moving(ev.run(p["body_jaxpr"], values(body_consts, state)))
+        # Under vmap there is a loop for each slice, and those that ended stay.
+        if batched:
+            on = going(state)
+            new = [
+                jnp.where(on.reshape(on.shape + (1,) * (x.ndim - on.ndim)), x, y)
+                for x, y in zip(new, old, strict=True)
+            ]
+        return step + 1, new
+
+    batched = _compat.jaxpr_and_consts(p["cond_jaxpr"])[0].outvars[0].aval.shape
 
     _, moving = lax.while_loop(cond, body, (0, carry.init))
     return carry.whole(moving)

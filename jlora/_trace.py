@@ -36,13 +36,13 @@ class _Static:
         return aux
 
     def __hash__(self) -> int:
-        return id(self.value) if self._hash is None else self._hash
+        return id(self) if self._hash is None else self._hash
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, _Static) or type(self.value) is not type(other.value):
             return False
         if self._hash is None or other._hash is None:
-            return self.value is other.value
+            return self is other  # it may have been changed in place since
         return bool(self._key == other._key)
 
 

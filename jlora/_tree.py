@@ -16,7 +16,15 @@ import jax
 import jax.numpy as jnp
 
 from jlora import _init, _ops, _paths
-from jlora._leaf import Adapted, Full, LoRA, is_adapted, missing, trained
+from jlora._leaf import (
+    Adapted,
+    Full,
+    LoRA,
+    factor_shapes,
+    is_adapted,
+    missing,
+    trained,
+)
 from jlora._paths import Pattern
 from jlora._plan import RANK, Plan, Rule, check_rank, leaves_of, plan_from_names, table
 
@@ -367,10 +375,30 @@ def _fitting(what: str, params: Any, adapter: Adapter) -> None:
                 f"{what}: {path!r} of the adapter lacks {', '.join(lacks)}: expected "
                 "a whole adapter; if it is half of a partition, combine it first."
             )
+        if not (hasattr(y, "dtype") and jnp.issubdtype(y.dtype, jnp.floating)):
+            found = getattr(y, "dtype", type(y).__name__)
+            raise ValueError(
+                f"{what}: {path!r} is {found} in the tree: expected a floating-point "
+                "weight, as an adapter is made for."
+            )
         if x.shape != tuple(y.shape):
             raise ValueError(
                 f"{what}: {path!r} is an adapter for a weight of shape {x.shape}, "
                 f"found {tuple(y.shape)}: it was made for another model."
+            )
+        if isinstance(x, LoRA):
+            _check_factors(what, path, x)
+
+
+def _check_factors(what: str, path: str, x: LoRA) -> None:
+    """Raises unless a, b and scale are of one rank and one stack."""
+    shapes = factor_shapes(x.shape, x.axes, x.rank, x.form)
+    batch = tuple(n for n, role in zip(x.shape, x.axes, strict=True) if role == "b")
+    for name, want in zip(("a", "b", "scale"), (*shapes, batch), strict=True):
+        if (found := tuple(getattr(x, name).shape)) != want:
+            raise ValueError(
+                f"{what}: {path!r} has {name} of shape {found}: expected {want}, by "
+                f"its roles {x.axes!r} and rank {x.rank}."
             )
 
 
@@ -498,7 +526,7 @@ def dropout(tree: Any, rate: float, key: jax.Array) -> Any:
 
     Args:
       tree: an adapted tree.
-      rate: the probability of a zero, a Python float in [0, 1); 0 gives the tree back.
+      rate: the probability of a zero, a Python float in [0, 1); 0 for none.
       key: a PRNG key; each leaf's is folded from its path.
 
     Raises:
@@ -516,13 +544,13 @@ def dropout(tree: Any, rate: float, key: jax.Array) -> Any:
             "part of the compiled function."
         )
     _require_adapted(tree, "dropout")
-    if rate == 0:
-        return tree
     key = _init.typed(key)
 
     def leaf(path: str, x: Any) -> Any:
         if not isinstance(x, LoRA):
             return x
+        if rate == 0:
+            return dataclasses.replace(x, key=None, rate=0.0)
         own = _init.path_key(key, path)
         keys = jax.random.split(own, x.scale.shape) if x.scale.shape else own
         return dataclasses.replace(x, key=keys, rate=float(rate))

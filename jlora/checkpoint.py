@@ -14,9 +14,10 @@ state, and ``jlora.attach`` puts it back.
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import zlib
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -32,21 +33,29 @@ from jlora._tree import attach
 FORMAT = "jlora adapter"
 VERSION = 1
 
+# Two saves that race for one directory would delete each other's.
+_SAVING: set[epath.Path] = set()
+
 _FIELDS = {"lora": ("a", "b", "scale"), "full": ("value",)}
 
 
 class Handle:
     """A save that goes on in the background; see `save`."""
 
-    def __init__(self, checkpointer: ocp.AsyncCheckpointer):
-        self._checkpointer = checkpointer
+    def __init__(self, checkpointer: ocp.AsyncCheckpointer, path: epath.Path):
+        self._checkpointer, self._path = checkpointer, path
 
     def wait(self) -> None:
         """Returns once the checkpoint is committed; raises what the save raised."""
         try:
             self._checkpointer.wait_until_finished()
         finally:
-            self._checkpointer.close()
+            self.close()
+
+    def close(self) -> None:
+        """Frees what the save held; `wait` does it too."""
+        self._checkpointer.close()
+        _SAVING.discard(self._path)
 
 
 def save(
@@ -112,16 +121,23 @@ def save(
         for name in _FIELDS[kind]:
             arrays["adapter"][f"{leaf_path}:{name}"] = getattr(x, name)
     values: dict[str, Any] = {}
+    keys: dict[str, Any] = {}
     for leaf_path, x in _leaves(extra):
-        if isinstance(x, (bool, int, float, str)):
-            values[leaf_path] = x
-        elif isinstance(x, (jax.Array, np.ndarray, np.generic)):
-            arrays["extra"][leaf_path] = x
-        else:
+        if (kind := _python(x)) is not None:
+            values[leaf_path] = kind(x)
+        elif not isinstance(x, (jax.Array, np.ndarray, np.generic)) or (
+            not _is_key(x) and np.dtype(x.dtype).kind in "OSUMm"
+        ):
+            found = getattr(x, "dtype", type(x).__name__)
             raise TypeError(
-                f"checkpoint.save: extra has a {type(x).__name__} at {leaf_path!r}: "
-                "expected arrays, PRNG keys, numbers, strings and booleans."
+                f"checkpoint.save: extra has a {found} at {leaf_path!r}: expected "
+                "arrays of numbers, PRNG keys, numbers, strings and booleans."
             )
+        else:
+            arrays["extra"][leaf_path] = x
+            if _is_key(x):
+                impl = jax.random.key_impl(cast(jax.Array, x))
+                keys[leaf_path] = [*_signature(x), str(impl)]
     arrays = {k: {p: _data(x) for p, x in v.items()} for k, v in arrays.items()}
     document = {
         "format": FORMAT,
@@ -133,17 +149,26 @@ def save(
             for k, v in arrays.items()
         },
         "values": values,
+        "keys": keys,
     }
-    items = {k: ocp.args.StandardSave(v) for k, v in arrays.items() if v}
+    document["crc"] = _document_crc(document)
+    stored = {k: {p: x for p, x in v.items() if x.size} for k, v in arrays.items()}
+    items = {k: ocp.args.StandardSave(v) for k, v in stored.items() if v}
+    if path in _SAVING:
+        raise FileExistsError(
+            f"checkpoint.save: {path} is being saved already: expected a directory of "
+            "its own for each save."
+        )
+    _SAVING.add(path)
     checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
-    handle = Handle(checkpointer)
+    handle = Handle(checkpointer, path)
     try:
         checkpointer.save(
             path,
             args=ocp.args.Composite(document=ocp.args.JsonSave(document), **items),
         )
     except BaseException:
-        checkpointer.close()
+        handle.close()
         raise
     if not block:
         return handle
@@ -196,6 +221,7 @@ def restore(
         stored = document["arrays"]["extra"]
         want = {p: s[:2] for p, s in stored.items()}
         want |= {p: type(v).__name__ for p, v in document["values"].items()}
+        want |= {p: s[:2] for p, s in document["keys"].items()}
         have = {p: _template_signature(x, want.get(p)) for p, x in templates.items()}
         _same(
             f"checkpoint.restore: the extra of {path} has another structure",
@@ -218,7 +244,8 @@ def restore(
         return tree
     found = {**document["values"]}
     for p, x in read.get("extra", {}).items():
-        found[p] = _as_template(x, templates[p])
+        *_, impl = document["keys"].get(p, [None])
+        found[p] = _as_template(x, templates[p], impl)
     flat, treedef = jax.tree_util.tree_flatten_with_path(extra)
     restored = [found[jax.tree_util.keystr(keys)] for keys, _ in flat]
     return tree, jax.tree.unflatten(treedef, restored)
@@ -255,38 +282,55 @@ def _is_key(x: Any) -> bool:
     return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
+def _python(x: Any) -> type | None:
+    """The JSON type of a Python number, string or boolean; None for all else."""
+    if isinstance(x, np.generic):
+        return str if isinstance(x, np.str_) else None
+    return next((t for t in (bool, int, float, str) if isinstance(x, t)), None)
+
+
 def _data(x: Any) -> Any:
     """What is stored of an array: the words of a PRNG key, the array itself else."""
     if _is_key(x):
         return jax.random.key_data(x)
-    return np.asarray(x) if isinstance(x, np.generic) else x
+    if isinstance(x, jax.Array):
+        return x
+    x = np.asarray(x)
+    return x.astype(x.dtype.newbyteorder("="))
 
 
-def _shape_of_data(x: Any) -> Any:
-    return jax.eval_shape(jax.random.key_data, x) if _is_key(x) else x
-
-
-def _as_template(x: Any, template: Any) -> Any:
+def _as_template(x: Any, template: Any, impl: str | None) -> Any:
     """A stored array as the kind of thing that the template is."""
+    if impl is not None:
+        return jax.random.wrap_key_data(x, impl=impl)
     if not hasattr(template, "dtype"):
         return type(template)(x)
-    if _is_key(template):
-        impl = jax.random.key_impl(template)
-        return jax.random.wrap_key_data(x, impl=impl)
     return x[()] if isinstance(template, np.generic) else x
 
 
 def _signature(x: Any) -> list[Any]:
-    return [list(x.shape), str(jnp.dtype(x.dtype))]
+    return [list(x.shape), str(x.dtype)]
 
 
 def _template_signature(x: Any, stored: Any) -> Any:
-    """A template's signature; a Python number stands for any scalar array."""
-    if hasattr(x, "dtype"):
-        return _signature(_shape_of_data(x))
-    if isinstance(x, (int, float)) and isinstance(stored, list) and stored[0] == []:
-        return stored
-    return type(x).__name__
+    """A template's signature; a Python number stands for a scalar array of its kind."""
+    kind = _python(x)
+    if kind is not None:
+        scalar = isinstance(stored, list) and stored[0] == []
+        kinds = {bool: jnp.bool_, int: jnp.integer, float: jnp.floating}
+        if scalar and kind in kinds and jnp.issubdtype(stored[1], kinds[kind]):
+            return stored
+        return kind.__name__
+    if not hasattr(x, "dtype"):
+        return type(x).__name__
+    if isinstance(x, (np.ndarray, np.generic)):
+        x = np.empty(x.shape, x.dtype.newbyteorder("="))
+    return _signature(x)
+
+
+def _document_crc(document: dict[str, Any]) -> int:
+    text = json.dumps({k: v for k, v in document.items() if k != "crc"}, sort_keys=True)
+    return zlib.crc32(text.encode())
 
 
 def _crc(x: Any) -> int:
@@ -329,7 +373,7 @@ def _document(path: epath.Path) -> dict[str, Any]:
             document = checkpointer.restore(
                 path, args=ocp.args.Composite(document=ocp.args.JsonRestore())
             )["document"]
-        fmt, version = document["format"], document["version"]
+        fmt, version, crc = (document[k] for k in ("format", "version", "crc"))
     except Exception as e:
         raise ValueError(_damaged(path, "its document cannot be read", e)) from e
     if fmt != FORMAT:
@@ -339,6 +383,8 @@ def _document(path: epath.Path) -> dict[str, Any]:
             f"checkpoint.restore: {path} has format version {version}: expected at "
             f"most {VERSION}, which is what this jlora reads. Update jlora."
         )
+    if crc != _document_crc(document):
+        raise ValueError(_damaged(path, "its document is damaged"))
     return document
 
 
@@ -350,28 +396,35 @@ def _read(
 
     def target(p: str, shape: list[int], dtype: str) -> Any:
         # NumPy's arrays stay NumPy's: JAX would narrow 64 bits.
-        if isinstance(templates.get(p), (np.ndarray, np.generic)):
+        template = templates.get(p)
+        if isinstance(template, (np.ndarray, np.generic)) or _python(template):
             return np.empty(shape, dtype)
         return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=place)
 
     signatures = {k: arrays[k] for k in items if arrays[k]}
-    targets = {
-        k: {p: target(p, shape, dtype) for p, (shape, dtype, _) in v.items()}
-        for k, v in signatures.items()
-    }
-    if not targets:
-        return {}
+    targets: dict[str, Any] = {}
+    read: dict[str, Any] = {k: {} for k in signatures}
+    for k, v in signatures.items():
+        for p, (shape, dtype, _) in v.items():
+            if 0 in shape:  # Orbax stores none of these
+                numpy = isinstance(templates.get(p), np.ndarray)
+                read[k][p] = (np if numpy else jnp).zeros(shape, dtype)
+            else:
+                targets.setdefault(k, {})[p] = target(p, shape, dtype)
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             args = {k: ocp.args.StandardRestore(v) for k, v in targets.items()}
-            read = checkpointer.restore(path, args=ocp.args.Composite(**args))
+            if args:
+                found = checkpointer.restore(path, args=ocp.args.Composite(**args))
+                for k in targets:
+                    read[k] |= found[k]
     except Exception as e:
         raise ValueError(_damaged(path, "its arrays cannot be read", e)) from e
     for k, v in signatures.items():
         for p, (_, _, crc) in v.items():
             if _crc(read[k][p]) != crc:
                 raise ValueError(_damaged(path, f"the array {p!r} is damaged"))
-    return {k: read[k] for k in targets}
+    return read
 
 
 def _damaged(path: epath.Path, why: str, error: Exception | None = None) -> str:

@@ -67,7 +67,8 @@ class _Adapted:
         rngs: nnx.Rngs,
         **kwargs: Any,
     ):
-        super().__init__(*args, rngs=rngs, **kwargs)
+        twin: Any = super()
+        twin.__init__(*args, rngs=rngs, **kwargs)
         name = type(self).__name__
         if not 0 <= dropout_rate < 1:
             raise ValueError(
@@ -88,7 +89,8 @@ class _Adapted:
         self.lora_a, self.lora_b = nnx.LoRAParam(leaf.a), nnx.LoRAParam(leaf.b)
         self.lora_scale = Scale(leaf.scale)
         self.lora_roles, self.lora_form = leaf.roles, leaf.form
-        self.dropout_rngs = nnx.data(rngs["dropout"].fork() if dropout_rate else None)
+        stream = rngs["dropout"].fork() if dropout_rate else None
+        self.dropout_rngs: Any = nnx.data(stream)
 
     def _roles(self, n: int) -> str:
         """One letter for each of the n axes of the weight."""
@@ -112,11 +114,10 @@ class _Adapted:
         *args: Any,
         deterministic: bool | None = None,
         drops: bool = True,
-        **kwargs: Any,
     ) -> Any:
         """The twin's method with the adapted leaf in place of its weight."""
         if self.rank == 0:
-            return method(self, *args, **kwargs)
+            return method(self, *args)
         leaf = self._leaf(getattr(self, self._weight)[...])
         off = self.deterministic if deterministic is None else deterministic
         if drops and self.dropout_rate and not off:
@@ -125,7 +126,7 @@ class _Adapted:
         module = _paths.map_leaves(
             lambda path, x: leaf if path == self._weight else x, self
         )
-        return _lifted(method)(module, *args, **kwargs)
+        return _lifted(method)(module, *args)
 
 
 class Linear(_Adapted, nnx.Linear):
@@ -140,11 +141,15 @@ class Linear(_Adapted, nnx.Linear):
     """
 
     def __call__(
-        self, inputs: jax.Array, *, deterministic: bool | None = None, **kwargs: Any
+        self,
+        inputs: jax.Array,
+        out_sharding: Any = None,
+        *,
+        deterministic: bool | None = None,
     ) -> jax.Array:
         """(..., in) to (..., out)."""
         return self._call(
-            nnx.Linear.__call__, inputs, deterministic=deterministic, **kwargs
+            nnx.Linear.__call__, inputs, out_sharding, deterministic=deterministic
         )
 
 
@@ -186,11 +191,18 @@ class LinearGeneral(_Adapted, nnx.LinearGeneral):
         return "b" * batch + "i" * in_ + "o" * (n - batch - in_)
 
     def __call__(
-        self, inputs: jax.Array, *, deterministic: bool | None = None, **kwargs: Any
+        self,
+        inputs: jax.Array,
+        out_sharding: Any = None,
+        *,
+        deterministic: bool | None = None,
     ) -> jax.Array:
         """Contracts ``axis`` of the inputs and puts the out features last."""
         return self._call(
-            nnx.LinearGeneral.__call__, inputs, deterministic=deterministic, **kwargs
+            nnx.LinearGeneral.__call__,
+            inputs,
+            out_sharding,
+            deterministic=deterministic,
         )
 
 
@@ -206,17 +218,17 @@ class Einsum(_Adapted, nnx.Einsum):
         self,
         inputs: jax.Array,
         einsum_str: str | None = None,
+        out_sharding: Any = None,
         *,
         deterministic: bool | None = None,
-        **kwargs: Any,
     ) -> jax.Array:
         """The einsum of the inputs and the kernel."""
         return self._call(
             nnx.Einsum.__call__,
             inputs,
             einsum_str,
+            out_sharding,
             deterministic=deterministic,
-            **kwargs,
         )
 
 
@@ -226,11 +238,15 @@ class Conv(_Adapted, nnx.Conv):
     _kind = "conv"
 
     def __call__(
-        self, inputs: jax.Array, *, deterministic: bool | None = None, **kwargs: Any
+        self,
+        inputs: jax.Array,
+        out_sharding: Any = None,
+        *,
+        deterministic: bool | None = None,
     ) -> jax.Array:
         """(*batch, *spatial, in) to (*batch, *spatial, out)."""
         return self._call(
-            nnx.Conv.__call__, inputs, deterministic=deterministic, **kwargs
+            nnx.Conv.__call__, inputs, out_sharding, deterministic=deterministic
         )
 
 
@@ -243,11 +259,11 @@ class ConvTranspose(_Adapted, nnx.ConvTranspose):
         return "i" * (n - 2) + ("oi" if self.transpose_kernel else "io")
 
     def __call__(
-        self, inputs: jax.Array, *, deterministic: bool | None = None, **kwargs: Any
+        self, inputs: jax.Array, *, deterministic: bool | None = None
     ) -> jax.Array:
         """(*batch, *spatial, in) to (*batch, *spatial, out)."""
         return self._call(
-            nnx.ConvTranspose.__call__, inputs, deterministic=deterministic, **kwargs
+            nnx.ConvTranspose.__call__, inputs, deterministic=deterministic
         )
 
 
@@ -260,16 +276,20 @@ class Embed(_Adapted, nnx.Embed):
     _weight = "embedding"
     _kind = "embed"
 
-    def __call__(self, inputs: jax.Array, **kwargs: Any) -> jax.Array:
+    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         """Integer (...) to (..., features)."""
-        return self._call(nnx.Embed.__call__, inputs, drops=False, **kwargs)
+        return self._call(nnx.Embed.__call__, inputs, out_sharding, drops=False)
 
     def attend(
-        self, query: jax.Array, *, deterministic: bool | None = None, **kwargs: Any
+        self,
+        query: jax.Array,
+        out_sharding: Any = None,
+        *,
+        deterministic: bool | None = None,
     ) -> jax.Array:
         """(..., features) to (..., num_embeddings) by the same, tied weight."""
         return self._call(
-            nnx.Embed.attend, query, deterministic=deterministic, **kwargs
+            nnx.Embed.attend, query, out_sharding, deterministic=deterministic
         )
 
 
@@ -294,7 +314,7 @@ def adapter(model: nnx.Module) -> Adapter:
       >>> list(jlora.nnx.adapter(jlora.nnx.Linear(3, 4, rngs=nnx.Rngs(0))))
       ['kernel']
     """
-    found = {path: module._leaf() for path, module in _layers(model)}
+    found: Adapter = {path: module._leaf() for path, module in _layers(model)}
     if not found:
         raise ValueError(
             f"nnx.adapter: {type(model).__name__} has no layer of jlora.nnx with an "

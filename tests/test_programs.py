@@ -1,0 +1,74 @@
+"""The lift on programs that hypothesis makes, against the dense matrix in float64.
+
+A weight is W + scale * a·b formed by hand from the roles that the plan states. Value
+and gradients agree to float64's rounding, or the lift raises; and it says "factored"
+unless the program was made to use a weight in a way that has no low-rank form.
+
+    JLORA_EXAMPLES=5000 make test ARGS="-k programs"      the long run
+"""
+
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import by_hand, cotangents, dot_with, randomise, silent
+from hypothesis import HealthCheck, given, settings
+from programs import FAMILIES, programs
+
+import jlora
+
+EXAMPLES = int(os.environ.get("JLORA_EXAMPLES", 300))
+
+
+def check(program, eager):
+    params = {k: jnp.asarray(v) for k, v in program.params.items()}
+    data = [jnp.asarray(v) for v in program.data]
+    fn = program.fn
+    plan = jlora.plan(fn, params, data, rank=2, targets="**")
+    tree = randomise(jlora.wrap(params, plan=plan, dtype=jnp.float64))
+    trainable, frozen = jlora.partition(tree)
+    weights = cotangents(jax.eval_shape(fn, params, data))
+
+    def ours(trainable):
+        out = jlora.lift(fn)(jlora.combine(trainable, frozen), data)
+        return dot_with(weights, out), out
+
+    def theirs(trainable):
+        out = fn(by_hand(jlora.combine(trainable, frozen), plan), data)
+        return dot_with(weights, out), out
+
+    both = [jax.grad(f, has_aux=True) for f in (ours, theirs)]
+
+    def run(trainable):
+        return [f(trainable) for f in both]
+
+    got, want = silent(run if eager else jax.jit(run), trainable)
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        size = 1 + np.abs(y).max(initial=0)
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-10 * size)
+    if not program.forms:
+        for entry in jlora.explain(fn, tree, data):
+            assert entry.status == "factored", entry
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_programs(family):
+    ran = []
+
+    @settings(
+        max_examples=max(1, EXAMPLES // len(FAMILIES)),
+        derandomize=True,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(program=programs(family))
+    def every(program):
+        ran.append(program)
+        check(program, eager=len(ran) % 10 == 0)
+
+    with jax.enable_x64(True):
+        every()
+    assert len(ran) >= EXAMPLES // len(FAMILIES) // 2
