@@ -373,7 +373,7 @@ def _document(path: epath.Path) -> dict[str, Any]:
             document = checkpointer.restore(
                 path, args=ocp.args.Composite(document=ocp.args.JsonRestore())
             )["document"]
-        fmt, version, crc = (document[k] for k in ("format", "version", "crc"))
+        fmt, version = document["format"], document["version"]
     except Exception as e:
         raise ValueError(_damaged(path, "its document cannot be read", e)) from e
     if fmt != FORMAT:
@@ -383,7 +383,7 @@ def _document(path: epath.Path) -> dict[str, Any]:
             f"checkpoint.restore: {path} has format version {version}: expected at "
             f"most {VERSION}, which is what this jlora reads. Update jlora."
         )
-    if crc != _document_crc(document):
+    if document.get("crc") != _document_crc(document):
         raise ValueError(_damaged(path, "its document is damaged"))
     return document
 

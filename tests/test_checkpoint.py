@@ -3,9 +3,11 @@
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import textwrap
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -152,6 +154,9 @@ def test_extra_is_optional_when_restoring(tmp_path):
         pytest.param((normal(3), None), id="none"),
         pytest.param({"a/b": normal(3), "a": {"b": normal(4)}}, id="slashes"),
         pytest.param(7, id="number"),
+        pytest.param({"best": np.float64(0.1), "n": np.int8(3)}, id="numpy-scalars"),
+        pytest.param({"none": jnp.zeros((0, 3)), "of": np.zeros(0)}, id="empty"),
+        pytest.param(jax.random.key(3, impl="rbg"), id="key-of-another-kind"),
     ],
 )
 def test_extra_of_every_kind_comes_back(tmp_path, extra):
@@ -166,6 +171,95 @@ def test_extra_of_every_kind_comes_back(tmp_path, extra):
             same(got, want)
         else:
             assert type(got) is type(want) and got == want
+
+
+@pytest.mark.parametrize(
+    "extra, like, want",
+    [
+        pytest.param(np.float64(0.1), 1.0, 0.1, id="numpy-to-python"),
+        pytest.param(jnp.int32(7), 0, 7, id="array-to-python"),
+        pytest.param(np.str_("x"), "", "x", id="string"),
+        pytest.param(signal.SIGINT, 0, int(signal.SIGINT), id="enum"),
+        pytest.param(np.arange(3, dtype=">f4"), np.zeros(3, "f4"), None, id="big-end"),
+    ],
+)
+def test_extra_as_the_template_has_it(tmp_path, extra, like, want):
+    checkpoint.save(tmp_path / "a", tree(), extra=extra)
+    _, found = checkpoint.restore(tmp_path / "a", params(), extra=like)
+    assert type(found) is type(like)
+    np.testing.assert_array_equal(found, extra if want is None else want)
+
+
+def test_keys_in_an_abstract_template(tmp_path):
+    tx = optax.add_noise(0.1, 0.1, jax.random.key(5))
+    state = tx.init(normal(3))
+    checkpoint.save(tmp_path / "a", tree(), extra=state)
+    like = jax.eval_shape(tx.init, normal(3))
+    same(checkpoint.restore(tmp_path / "a", params(), extra=like)[1], state)
+
+
+@pytest.mark.parametrize(
+    "extra, like, words",
+    [
+        pytest.param(jnp.float32(5.7), 0, "expected float32.*found int", id="float"),
+        pytest.param(jnp.int32(5), True, "expected int32.*found bool", id="int"),
+        pytest.param(
+            jax.random.key(1, impl="rbg"),
+            jax.random.key(1, impl="unsafe_rbg"),
+            "expected key<rbg>.*found key<urbg>",
+            id="key",
+        ),
+    ],
+)
+def test_nothing_is_cast_to_the_template_without_a_word(tmp_path, extra, like, words):
+    checkpoint.save(tmp_path / "a", tree(), extra=extra)
+    with pytest.raises(ValueError, match=words):
+        checkpoint.restore(tmp_path / "a", params(), extra=like)
+
+
+def test_saves_that_race_for_a_directory(tmp_path):
+    """One wins, the others are refused; nothing is half written."""
+    outcomes = []
+
+    def save(seed):
+        try:
+            checkpoint.save(tmp_path / "a", tree(seed))
+            outcomes.append(seed)
+        except FileExistsError as e:
+            says(e, str(tmp_path / "a"), "expected")
+
+    threads = [threading.Thread(target=save, args=(seed,)) for seed in (7, 8, 9)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (winner,) = outcomes
+    same(checkpoint.restore(tmp_path / "a", params()), tree(winner))
+
+
+@pytest.mark.parametrize("old, new", [('"io"', '"oi"'), ("']\": 1", "']\": 2")])
+def test_a_document_that_was_changed(saved, old, new):
+    ((file, _),) = documents(saved)
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new, 1))
+    with pytest.raises(ValueError, match="its document is damaged"):
+        checkpoint.restore(saved, params())
+
+
+def test_the_level_of_the_tree_is_told(tmp_path):
+    nested = {"params": params()}
+    whole = jlora.attach(
+        nested, {f"params/{p}": x for p, x in jlora.adapter(tree()).items()}
+    )
+    checkpoint.save(tmp_path / "a", whole)
+    checkpoint.save(tmp_path / "b", tree())
+    with pytest.raises(ValueError, match=r"saved from \{'params': params\}"):
+        checkpoint.restore(tmp_path / "a", params())
+    with pytest.raises(ValueError, match="from the tree under 'params'"):
+        checkpoint.restore(tmp_path / "b", nested)
+    with pytest.raises(ValueError, match="is adapted: expected the plain base"):
+        checkpoint.restore(tmp_path / "b", tree())
 
 
 def test_asynchronous_save(tmp_path):

@@ -1,6 +1,7 @@
 """Corners that an attack on the lift found; each gave a wrong number in silence."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +10,11 @@ from helpers import normal
 from jax import lax
 
 import jlora
+import jlora.linen
 
 X = normal(8, 4, seed=1)
 STACK, SQUARE = {"w": normal(3, 4, 4)}, {"w": normal(4, 4)}
+UNIT = {"w": normal(8, 1)}
 
 
 def adapt(params, axes, **kwargs):
@@ -35,6 +38,26 @@ def adapt(params, axes, **kwargs):
         ),
         pytest.param(
             lambda p, x: x @ (p["w"] * (1 + 2j)), SQUARE, "io", id="complex-number"
+        ),
+        pytest.param(
+            lambda p, x: x + p["w"][jnp.arange(8) % 4, :, None][..., 0],
+            SQUARE,
+            "io",
+            id="rows-with-a-unit-axis",
+        ),
+        pytest.param(
+            lambda p, x: x + p["w"][jnp.arange(8), 0][:, None],
+            UNIT,
+            "io",
+            id="unit-column",
+        ),
+        pytest.param(
+            lambda p, x: jax.vmap(
+                lambda x, n: lax.fori_loop(0, n, lambda i, y: jnp.tanh(y @ p["w"]), x)
+            )(x, jnp.arange(8) % 3),
+            SQUARE,
+            "io",
+            id="loops-of-different-lengths-under-vmap",
         ),
         pytest.param(
             lambda p, x: x @ jax.device_put({"w": p["w"], "x": x})["w"],
@@ -162,6 +185,91 @@ def test_static_floats_are_compared_by_their_bits():
     nan = float("nan")
     lifted(tree, X, nan), lifted(tree, X, float("nan"))
     assert len(calls) == 3
+
+
+def test_a_static_argument_that_is_changed_in_place_is_traced_anew():
+    tree, seen = adapt(SQUARE, "io"), {1}
+    lifted = jlora.lift(lambda p, x, seen: (x @ p["w"]) * len(seen))
+    once = lifted(tree, X, seen)
+    seen.add(2)
+    assert jnp.allclose(lifted(tree, X, seen), 2 * once)
+
+
+def test_dropout_of_rate_zero_ends_an_earlier_one():
+    dropped = jlora.dropout(adapt(SQUARE, "io"), 0.5, jax.random.key(0))
+    leaf = jlora.dropout(dropped, 0.0, jax.random.key(0))["w"]
+    assert leaf.key is None and leaf.rate == 0
+
+
+def test_half_precision_factors_under_strict_promotion():
+    tree = adapt(SQUARE, "io", dtype=jnp.bfloat16)
+    with jax.numpy_dtype_promotion("strict"):
+        jlora.merge(tree)
+
+
+def test_linen_embed_of_one_row_gives_an_array():
+    layer = jlora.linen.Embed(1, 5, rank=2)
+    ids = jnp.zeros(3, int)
+    variables = layer.init(jax.random.key(0), ids)
+    assert layer.apply(variables, ids).shape == (3, 5)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        pytest.param({"a": normal(4, 3)}, "b of shape .* rank 3", id="ranks"),
+        pytest.param({"scale": normal(2)}, "scale of shape", id="scale"),
+    ],
+)
+def test_an_adapter_whose_factors_do_not_go_together(change, message):
+    leaf = jlora.adapter(adapt(SQUARE, "io"))["w"]
+    with pytest.raises(ValueError, match=message):
+        jlora.attach(SQUARE, {"w": dataclasses.replace(leaf, **change)})
+
+
+def test_an_integer_base_for_an_adapter():
+    adapter = jlora.adapter(adapt(SQUARE, "io"))
+    with pytest.raises(ValueError, match="'w' is int8 in the tree: expected"):
+        jlora.attach({"w": jnp.ones((4, 4), jnp.int8)}, adapter)
+
+
+def test_a_number_for_a_scale():
+    leaf = dataclasses.replace(adapt(SQUARE, "io")["w"], scale=2.0)
+    with pytest.raises(ValueError, match=r"'w' has scale=2.0: expected arrays"):
+        jlora.lift(lambda p, x: x @ p["w"])({"w": leaf}, X)
+
+
+def test_a_rank_and_an_alpha_that_are_said_beside_a_plan():
+    def fn(p, x):
+        return x @ p["w"]
+
+    plan = jlora.plan(fn, SQUARE, X, rank=4)
+    assert jlora.wrap(SQUARE, plan=plan)["w"].rank == 4
+    assert jlora.wrap(SQUARE, rank=8, plan=plan)["w"].rank == 8
+    for alpha in (7, 8, 9):
+        plan = jlora.plan(fn, SQUARE, X, rank=8, alpha=alpha)
+        assert float(jlora.wrap(SQUARE, rank=2, plan=plan)["w"].scale) == alpha / 2
+    with pytest.raises(TypeError, match="a plan goes in by keyword"):
+        jlora.wrap(SQUARE, plan)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: jlora.wrap(SQUARE, targets="*", key=0), "expected a PRNG key"),
+        (lambda: jlora.wrap(SQUARE, targets=3), "expected a pattern or several"),
+        (lambda: jlora.wrap(SQUARE, targets="*", dtype=int), "a floating-point one"),
+        (lambda: jlora.wrap({"a": SQUARE}, targets="w"), r"mean '\*\*/w'\?"),
+        (lambda: jlora.wrap({"a": SQUARE}, targets="a"), r"mean 'a/\*\*'\?"),
+        (
+            lambda: jlora.wrap({"a": SQUARE}, targets=re.compile("w")),
+            "regular expression has to match the whole path",
+        ),
+    ],
+)
+def test_errors_that_newcomers_meet(call, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        call()
 
 
 def test_a_merged_full_leaf_has_a_buffer_of_its_own():
