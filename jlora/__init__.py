@@ -6,7 +6,8 @@
     ...
     params = jlora.merge(lora)
 
-The submodules ``jlora.linen`` and ``jlora.checkpoint`` are imported by name.
+The submodules ``jlora.linen``, ``jlora.nnx``, ``jlora.loralib`` and
+``jlora.checkpoint`` are imported by name.
 """
 
 from jlora._leaf import Full as Full
