@@ -149,10 +149,11 @@ class _Unpickler(pickle.Unpickler):
         match f"{module}.{name}":
             case "collections.OrderedDict":
                 return collections.OrderedDict
+            # New functions, since a pickle can set attributes of what it is given.
             case "torch._utils._rebuild_tensor_v2":
-                return self._tensor
+                return lambda *args: _tensor(*args)
             case "torch._utils._rebuild_parameter":
-                return self._parameter
+                return lambda *args: _parameter(*args)
         raise _Refused(
             f"asks for {module}.{name}: expected a pickle of tensors, which needs "
             f"collections.OrderedDict, torch's {', '.join(_STORAGES)} and the "
@@ -175,43 +176,43 @@ class _Unpickler(pickle.Unpickler):
         row = words.astype(f"=u{dtype.itemsize}").view(dtype)
         return self._storages.setdefault(pid, _Storage(row))
 
-    @staticmethod
-    def _tensor(
-        storage: _Storage,
-        offset: int,
-        size: tuple[int, ...],
-        stride: tuple[int, ...],
-        requires_grad: bool,
-        hooks: Any,
-        *metadata: Any,
-    ) -> np.ndarray:
-        if any(metadata):
-            raise _Refused(
-                f"has a tensor that is a conjugate or negative view ({metadata[0]}): "
-                "expected plain tensors. Save its resolve_neg().resolve_conj()."
-            )
-        # Views of views could reach beyond the bytes that there are.
-        if type(storage) is not _Storage:
-            _broken(f"a tensor of {_brief(storage)}")
-        (row,) = storage
-        last = sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-        inside = 0 in size or offset + last < row.size
-        if min((offset, *size, *stride)) < 0 or not inside:
-            _broken(
-                f"a tensor of shape {size}, strides {stride} and offset {offset} in "
-                f"{row.size} elements"
-            )
-        return np.lib.stride_tricks.as_strided(
-            row[offset:],
-            size,
-            [step * row.itemsize for step in stride],
-            writeable=False,
-        )
-
-    @staticmethod
-    def _parameter(data: np.ndarray, requires_grad: bool, hooks: Any) -> np.ndarray:
-        return data
-
 
 def _broken(what: str) -> NoReturn:
     raise pickle.UnpicklingError(what)
+
+
+def _tensor(
+    storage: _Storage,
+    offset: int,
+    size: tuple[int, ...],
+    stride: tuple[int, ...],
+    requires_grad: bool,
+    hooks: Any,
+    *metadata: Any,
+) -> np.ndarray:
+    if any(metadata):
+        raise _Refused(
+            f"has a tensor that is a conjugate or negative view ({metadata[0]}): "
+            "expected plain tensors. Save its resolve_neg().resolve_conj()."
+        )
+    # Views of views could reach beyond the bytes that there are.
+    if type(storage) is not _Storage:
+        _broken(f"a tensor of {_brief(storage)}")
+    (row,) = storage
+    last = sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+    inside = 0 in size or offset + last < row.size
+    if min((offset, *size, *stride)) < 0 or not inside:
+        _broken(
+            f"a tensor of shape {size}, strides {stride} and offset {offset} in "
+            f"{row.size} elements"
+        )
+    return np.lib.stride_tricks.as_strided(
+        row[offset:],
+        size,
+        [step * row.itemsize for step in stride],
+        writeable=False,
+    )
+
+
+def _parameter(data: np.ndarray, requires_grad: bool, hooks: Any) -> np.ndarray:
+    return data

@@ -117,6 +117,8 @@ class _Walk:
             return [self.use(infos[1], name, _COMPUTE[name](eqn), shape)]
         if name == "add" and (out := self.bias(eqn, infos)) is not None:
             return [out]
+        if name == "optimization_barrier":  # an output for each operand, as it is
+            return infos
         if name == "dynamic_slice" and isinstance(infos[0], _Weight):
             return [self.structure(eqn, infos[:1], eqn.outvars[0].aval.shape)]
         products = [i for i in infos if isinstance(i, _Product)]
@@ -202,17 +204,23 @@ class _Walk:
         none: Origin = frozenset()
         if name == "transpose":
             return weight.move(lambda axes: [axes[k] for k in p["permutation"]])
-        if name in ("reshape", "squeeze", "expand_dims", "broadcast_in_dim"):
-            target = shape
+        if name == "squeeze":
+            gone = {k % len(old) for k in p["dimensions"]}
+            kept = [k for k in range(len(old)) if k not in gone]
+            return weight.move(lambda axes: [axes[k] for k in kept])
+        if name == "broadcast_in_dim":
+            dims = p["broadcast_dimensions"]
+            own = {k: j for j, k in enumerate(dims) if old[j] == shape[k]}
+            return weight.move(
+                lambda axes: [
+                    axes[own[k]] if k in own else none for k in range(len(shape))
+                ]
+            )
+        if name in ("reshape", "expand_dims"):
             if name == "reshape" and (order := p.get("dimensions")) is not None:
                 weight = weight.move(lambda axes: [axes[k] for k in order])
                 old = tuple(old[k] for k in order)
-            if name == "broadcast_in_dim":
-                dims = p["broadcast_dimensions"]
-                target = tuple(
-                    old[dims.index(k)] if k in dims else 1 for k in range(len(shape))
-                )
-            pairs = _ops.blocks(old, target) if 0 not in old else []
+            pairs = _ops.blocks(old, shape) if 0 not in old else []
             from_ = {k: left for left, right in pairs for k in right}
             return weight.move(
                 lambda axes: [

@@ -313,7 +313,8 @@ class _Tree:
         raise ValueError(
             f"the file adapts the module {module!r}, but params have no weight "
             f"({', '.join(_WEIGHTS)}) in {place!r}; near paths: "
-            f"{self._near(_join(place, _WEIGHTS[0]))}. Say where it is with rename=, from the module's name to the path, such as "
+            f"{self._near(_join(place, _WEIGHTS[0]))}. Say where it is with rename=, "
+            "from the module's name to the path, such as "
             "lambda m: 'params/' + m.replace('.', '/')."
         )
 

@@ -54,7 +54,8 @@ class Builder:
     def constant(self, value):
         """A reader of a new array among the arguments."""
         self.data.append(np.asarray(value))
-        return lambda d, at=len(self.data) - 1: d[at]
+        at = len(self.data) - 1
+        return lambda d: d[at]
 
     def normal(self, *shape):
         return self.constant(self.rng.normal(size=shape))
@@ -63,14 +64,17 @@ class Builder:
 
     def stored(self, shape, roles, depth=2):
         """A reader (p, d) -> array of this shape, of a new weight somewhere in p."""
-        names = [n for n, works in STORED.items() if works(shape, roles)]
+        names = [name for name, works in STORED.items() if works(shape, roles)]
         kind = self.pick(*names) if depth and self.flag() else "plain"
         self.text.append(f"{kind}{tuple(shape)}{''.join(roles)}")
         return getattr(self, f"stored_{kind}")(list(shape), list(roles), depth - 1)
 
     def stored_plain(self, shape, roles, _):
         name = f"w{len(self.params)}"
-        scale = max(1, math.prod(n for n, r in zip(shape, roles) if r == "i")) ** -0.5
+        scale = (
+            max(1, math.prod(n for n, r in zip(shape, roles, strict=True) if r == "i"))
+            ** -0.5
+        )
         self.params[name] = self.rng.normal(size=shape) * scale
         return lambda p, d: p[name]
 
@@ -211,7 +215,7 @@ class Builder:
         axis = self.size(0, len(features))
         table = [*features[:axis], num, *features[axis:]]
         roles = ["i" if k == axis else "o" for k in range(len(table))]
-        mode = self.pick("fill", "clip", "wrap", "promise_in_bounds")
+        mode = self.pick("fill", "clip", "promise_in_bounds")
         low, high = (0, num) if mode == "promise_in_bounds" else (-num - 1, num + 2)
         ids = self.rng.integers(
             low, high, [self.size() for _ in range(self.size(0, 2))]
@@ -221,7 +225,8 @@ class Builder:
         attends = axis == 0 and len(features) == 1 and self.flag()
 
         def step(p, d, x):
-            rows = jnp.take(read(p, d), index(d), axis=axis, mode=mode, **fill)
+            at = (slice(None),) * axis + (index(d),)
+            rows = read(p, d).at[at].get(mode=mode, **fill)
             rows = rows + jnp.mean(x)
             return rows @ read(p, d).T if attends else rows
 
