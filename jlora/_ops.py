@@ -627,12 +627,21 @@ def reshape(leaf: LoRA, shape: Sequence[int]) -> LoRA:
 
 
 @_in_low_rank
+def squeeze(leaf: LoRA, dimensions: Sequence[int]) -> LoRA:
+    """lax.squeeze; the axes that stay keep their roles."""
+    axes = "".join(c for k, c in enumerate(leaf.axes) if k not in dimensions)
+    return _refit(leaf, lax.squeeze(leaf.w, dimensions), axes)
+
+
+@_in_low_rank
 def broadcast(leaf: LoRA, shape: Sequence[int], dimensions: Sequence[int]) -> LoRA:
-    """lax.broadcast_in_dim; an axis that grows is a batch axis."""
-    units = [1] * len(shape)
-    for k, at in enumerate(dimensions):
-        units[at] = leaf.w.shape[k]
-    leaf = reshape(leaf, units)
+    """lax.broadcast_in_dim; an axis that is new, or that grows, is a batch axis."""
+    old = list(zip(leaf.w.shape, leaf.axes, dimensions, strict=True))
+    leaf = _with_units(leaf, "".join(c if n == shape[k] else "b" for n, c, k in old))
+    units, axes = [1] * len(shape), ["b"] * len(shape)
+    for n, c, k in zip(leaf.w.shape, leaf.axes, dimensions, strict=True):
+        units[k], axes[k] = n, c
+    leaf = _refit(leaf, lax.reshape(leaf.w, units), "".join(axes))
 
     def grow(x: jax.Array, labels: Sequence[int]) -> jax.Array:
         sizes = [leaf.rank if k == RANK else shape[k] for k in labels]
@@ -722,9 +731,17 @@ def concatenate(parts: Sequence[LoRA | jax.Array], axis: int) -> LoRA:
     Along a batch axis the factors are concatenated.  Along an in or out axis the ranks
     add up: one factor is concatenated along the rank, the other is block-diagonal.
     """
-    model = low_rank(next(p for p in parts if isinstance(p, LoRA)))
-    axes = model.axes
-    leaves = [_with_units(_as_leaf(p, model), axes) for p in parts]
+    adapted = [low_rank(p) for p in parts if isinstance(p, LoRA)]
+    model = adapted[0]
+
+    def role(k: int) -> str:
+        """What the parts make of an axis: one of size one has no say."""
+        roles = [p.axes[k] for p in adapted if p.w.shape[k] != 1]
+        return min(roles or [p.axes[k] for p in adapted], key="iob".index)
+
+    axes = "".join(map(role, range(model.ndim)))
+    leaves = [_with_units(_as_leaf(p, axes), axes) for p in parts]
+    model = dataclasses.replace(model, roles=axes.lstrip("b"))
     dropouts = {(p.rate, p.key is None) for p in leaves if p.rank}
     if any(p.axes != axes for p in leaves) or len(dropouts) > 1:
         raise NotFactored
@@ -773,17 +790,17 @@ def concatenate(parts: Sequence[LoRA | jax.Array], axis: int) -> LoRA:
     else:
         a = diagonal(fields_a, la)
         b = lax.concatenate(fields_b, lb.index(RANK))
-    one = jnp.ones_like(model.scale)
+    one = jnp.ones_like(leaves[0].scale)
     return dataclasses.replace(
         model, w=w, a=a, b=b, scale=one, key=keys[0] if keys else None
     )
 
 
-def _as_leaf(x: LoRA | jax.Array, model: LoRA) -> LoRA:
-    """A plain array as a leaf of rank zero beside ``model``."""
+def _as_leaf(x: LoRA | jax.Array, axes: str) -> LoRA:
+    """A plain array as a leaf of rank zero, of these roles."""
     if isinstance(x, LoRA):
         return low_rank(x)
     size = dict(enumerate(x.shape)) | {RANK: 0}
-    la, lb, ls = ([size[k] for k in labels] for labels in _labels(model.axes))
+    la, lb, ls = ([size[k] for k in labels] for labels in _labels(axes))
     zeros, one = jnp.zeros, jnp.ones(ls, jnp.float32)
-    return LoRA(x, zeros(la), zeros(lb), one, roles=model.roles)
+    return LoRA(x, zeros(la), zeros(lb), one, roles=axes.lstrip("b"))

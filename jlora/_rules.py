@@ -234,7 +234,12 @@ def _transpose(leaf: LoRA, permutation: Any) -> LoRA:
     return _ops.transpose(leaf, permutation)
 
 
-@_rule("reshape", "squeeze", "expand_dims")
+@_structural("squeeze")
+def _squeeze(leaf: LoRA, dimensions: Any) -> LoRA:
+    return _ops.squeeze(leaf, dimensions)
+
+
+@_rule("reshape", "expand_dims")
 def _reshape(ev: Evaluation, eqn: Any, x: Tracked) -> Tracked:
     leaf, order = x.leaf, eqn.params.get("dimensions")
     if eqn.primitive.name == "reshape" and order is not None:

@@ -63,10 +63,6 @@ def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
       FileNotFoundError: there is no such file.
       ValueError: no zip archive, the format from before torch 1.6, a damaged file, a
         pickle that asks for anything but tensors, or one that holds no tensors.
-
-    Example:
-      >>> read("adapter.pt")  # doctest: +SKIP
-      {'query.lora_A': array(...), 'query.lora_B': array(...)}
     """
     where = os.fspath(path)
     with open(where, "rb") as file:

@@ -38,6 +38,8 @@ from jlora._tree import Adapter
 # What a weight is called in Flax (the first two), Equinox and Haiku.
 _WEIGHTS = ("kernel", "embedding", "weight", "w")
 _BIASES = ("bias", "b")
+# Flax and Haiku have in axes first; Equinox has (out, in) as torch does.
+_IN_FIRST = ("kernel", "embedding", "w")
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
@@ -97,9 +99,9 @@ def load(
     A module ``encoder.0.query`` is looked for in ``encoder/0/query``, as its
     ``kernel``, ``embedding``, ``weight`` or ``w``, or that path itself; its bias as
     ``bias`` or ``b`` there.  The kind of layer, the roles of the weight's axes and the
-    groups of a convolution follow from the sizes: in axes come before out axes, or
-    either way round where the weight is not named as in Flax or Haiku.  Where several
-    readings fit, that is an error, and a plan decides.
+    groups of a convolution follow from the sizes: in axes come before out axes in a
+    ``kernel``, ``embedding`` or ``w``, either way round in a matrix of another name.
+    Where several readings fit, or none, that is an error, and a plan decides.
 
     Layers that params keep as one stack are loaded without params and then stacked:
     ``jax.tree.map(lambda *x: jnp.stack(x), *leaves)``.
@@ -145,7 +147,6 @@ def load(
       Array(2., dtype=float32)
     """
     factors, others = _sorted(_arrays(state_dict))
-    tree = _Tree.of(params, plan, rename)
     if plan is not None:
         said = {"params": params, "alpha": alpha, "enable_lora": enable_lora}
         if found := [name for name, x in said.items() if x is not None]:
@@ -154,6 +155,7 @@ def load(
                 "it in jlora.plan(fn, params, ..., alpha=..., "
                 "rules=[jlora.Rule(pattern, form=...)])."
             )
+    tree = _Tree.of(params, plan, rename)
     flags = _Patterns.of("enable_lora", enable_lora)
     alphas = _Patterns.of("alpha", alpha)
 
@@ -247,7 +249,7 @@ def _sorted(arrays: Mapping[str, np.ndarray]) -> tuple[Factors, dict[str, np.nda
             raise ValueError(
                 f"{key!r}: expected loralib's own names, which end in .lora_A, .lora_B "
                 "or .bias. If it trained beside the adapter, take it out: "
-                f"state = dict(jlora.loralib.read(path)); x = state.pop({key!r})."
+                f"state = jlora.loralib.read(path); x = state.pop({key!r})."
             )
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(
@@ -477,8 +479,9 @@ def _told_by_sizes(
             "fit it: expected (r, in) and (out, r), its in axes before its out axes; "
             "(k·r, in) and (k·out/n, r) for k of n slices; or (r·k, in·k) and "
             "(out/groups·k, r·k) for a square convolution kernel (k, k, in/groups, "
-            "out). If its axes have other roles, pass plan=jlora.plan(fn, params, "
-            "...) in place of params; else the file is of another model."
+            "out). If its axes have other roles, or if it has more than two and is no "
+            f"{', '.join(_IN_FIRST)}, pass plan=jlora.plan(fn, params, ...) in place "
+            "of params; else the file is of another model."
         )
     if len(found) > 1:
         ways = " or ".join(
@@ -508,9 +511,8 @@ def _readings(
     """
     (rows, columns), (out_rows, rank) = a.shape, b.shape
     roles = ["i" * k + "o" * (len(shape) - k) for k in range(1, len(shape))]
-    if name not in ("kernel", "embedding", "w"):  # Equinox has (out, in)
-        swap = str.maketrans("io", "oi")
-        roles += [axes.translate(swap) for axes in roles]
+    if name not in _IN_FIRST:
+        roles = ["io", "oi"] if len(shape) == 2 else []
     for axes in roles:
         forms: list[tuple[Form | None, int]] = [(None, rows)]
         slices = rows // rank

@@ -62,8 +62,15 @@ class Builder:
 
     # How a weight is stored.
 
+    def weight(self, shape, roles):
+        """A reader (p, d) -> float64 array of this shape, of new weights in p.
+
+        They may be of any precision: structure, powers of two and the cast are exact.
+        """
+        read = self.stored(shape, roles)
+        return lambda p, d: read(p, d).astype(jnp.float64)
+
     def stored(self, shape, roles, depth=2):
-        """A reader (p, d) -> array of this shape, of a new weight somewhere in p."""
         names = [name for name, works in STORED.items() if works(shape, roles)]
         kind = self.pick(*names) if depth and self.flag() else "plain"
         self.text.append(f"{kind}{tuple(shape)}{''.join(roles)}")
@@ -75,7 +82,9 @@ class Builder:
             max(1, math.prod(n for n, r in zip(shape, roles, strict=True) if r == "i"))
             ** -0.5
         )
-        self.params[name] = self.rng.normal(size=shape) * scale
+        dtype = self.pick("float64", "float64", "float32", "bfloat16", "float16")
+        value = self.rng.normal(size=shape) * scale
+        self.params[name] = np.asarray(jnp.asarray(value, dtype))
         return lambda p, d: p[name]
 
     def stored_transposed(self, shape, roles, depth):
@@ -191,7 +200,7 @@ class Builder:
         parts += [(shape[k], "b", k) for k in batch]
         parts += [(self.size(), "o", None) for _ in range(self.size(1, 2))]
         parts = [parts[k] for k in self.order(len(parts))]
-        read = self.stored([s for s, _, _ in parts], [r for _, r, _ in parts])
+        read = self.weight([s for s, _, _ in parts], [r for _, r, _ in parts])
         at = {k: i for i, (_, _, k) in enumerate(parts) if k is not None}
         own = ([at[k] for k in contracted], [at[k] for k in batch])
         first = self.flag()
@@ -206,7 +215,7 @@ class Builder:
 
     def tied(self, shape):
         """A weight and its transpose, in one product after the other."""
-        read = self.stored([shape[-1], self.size()], "io")
+        read = self.weight([shape[-1], self.size()], "io")
         middle = self.pick(jnp.tanh, lambda h: h)
         return lambda p, d, x: middle(x @ read(p, d)) @ read(p, d).T
 
@@ -220,7 +229,7 @@ class Builder:
         ids = self.rng.integers(
             low, high, [self.size() for _ in range(self.size(0, 2))]
         )
-        index, read = self.constant(ids), self.stored(table, roles)
+        index, read = self.constant(ids), self.weight(table, roles)
         fill = {"fill_value": 0.5} if mode == "fill" else {}
         attends = axis == 0 and len(features) == 1 and self.flag()
 
@@ -235,7 +244,7 @@ class Builder:
     def index(self, shape):
         """x[ids] in its other forms."""
         num, features = self.size(2, 4), self.size()
-        read = self.stored([num, features], "io")
+        read = self.weight([num, features], "io")
         n = self.size(1, 3)
         ids = self.constant(self.rng.integers(-num, num, n))
         fn = self.pick(
@@ -252,11 +261,11 @@ class Builder:
         ids = self.constant(self.rng.integers(0, n, rows))
         tokens = self.normal(rows, in_)
         if self.flag():
-            read = self.stored([n, in_, out], "bio")
+            read = self.weight([n, in_, out], "bio")
             return lambda p, d, x: jnp.einsum(
                 "ti,tio->to", tokens(d) * (1 + jnp.mean(x)), read(p, d)[ids(d)]
             )
-        read = self.stored([n, in_, out], "bio")
+        read = self.weight([n, in_, out], "bio")
         sizes = self.constant(self.rng.multinomial(rows, [1 / n] * n))
         return lambda p, d, x: lax.ragged_dot(
             tokens(d) * (1 + jnp.mean(x)), read(p, d), sizes(d)
@@ -286,7 +295,7 @@ class Builder:
             feature_group_count=groups,
         )
         backward = groups == 1 and self.pick(False, False, True)
-        read = self.stored([window[c] for c in specs[1]], roles)
+        read = self.weight([window[c] for c in specs[1]], roles)
 
         def run(w, y):
             return lax.conv_general_dilated(y, w, **params)
@@ -311,8 +320,8 @@ class Builder:
 
     def loop(self, shape):
         n, d_ = self.size(), shape[-1]
-        stack = self.stored([n, d_, d_], "bio")
-        shared = self.stored([d_, d_], self.pick("io", "oi"))
+        stack = self.weight([n, d_, d_], "bio")
+        shared = self.weight([d_, d_], self.pick("io", "oi"))
         options = dict(reverse=self.flag(), unroll=self.size(1, 2))
         wrap = self.pick(jax.checkpoint, jax.jit, lambda f: f)
         kind = self.pick("scan", "fori", "carried")
@@ -336,13 +345,13 @@ class Builder:
         return step
 
     def branch(self, shape):
-        left = self.stored([shape[-1], self.size()], "io")
+        left = self.weight([shape[-1], self.size()], "io")
         at = self.constant(self.size(0, 1))
         fns = [lambda x, w: x @ w, lambda x, w: jnp.sin(x) @ w * 2]
         return lambda p, d, x: lax.switch(at(d), fns, x, left(p, d))
 
     def derivative(self, shape):
-        read = self.stored([shape[-1], self.size()], "io")
+        read = self.weight([shape[-1], self.size()], "io")
         kind = self.pick("grad", "jvp", "hessian")
 
         def step(p, d, x):
@@ -360,7 +369,7 @@ class Builder:
     def forming(self, shape):
         """Uses without a low-rank form."""
         self.forms = True
-        read = self.stored([shape[-1], self.size()], "io")
+        read = self.weight([shape[-1], self.size()], "io")
 
         @jax.custom_vjp
         def own(x, w):

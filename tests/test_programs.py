@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import by_hand, cotangents, dot_with, randomise, silent
+from helpers import cotangents, delta, dot_with, randomise, silent
 from hypothesis import HealthCheck, given, settings
 from programs import FAMILIES, programs
 
@@ -42,8 +42,13 @@ def check(program, eager):
         out = jlora.lift(fn)(jlora.combine(trainable, frozen), data)
         return dot_with(weights, out), out
 
+    def whole(path, leaf):  # not rounded to the base's dtype
+        return leaf.w.astype(jnp.float64) + delta(leaf, plan[path], jnp)
+
     def theirs(trainable):
-        out = fn(by_hand(jlora.combine(trainable, frozen), plan), data)
+        tree = jlora.combine(trainable, frozen)
+        merged = {k: whole(k, x) if k in plan else x for k, x in tree.items()}
+        out = fn(merged, data)
         return dot_with(weights, out), out
 
     both = [jax.grad(f, has_aux=True) for f in (ours, theirs)]
@@ -57,7 +62,9 @@ def check(program, eager):
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-10 * size)
     if not program.forms:
         for entry in jlora.explain(fn, tree, data):
-            assert entry.status == "factored", entry
+            # What is no matrix may have lost the roles of its axes of size one.
+            matrix = sorted(params[entry.path].shape)[-2:-1] > [1]
+            assert entry.status == "factored" or not matrix, entry
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -74,6 +81,8 @@ def test_programs(family):
     @given(program=programs(family))
     def every(program):
         ran.append(program)
+        if len(ran) % 50 == 0:
+            jax.clear_caches()  # some 10 MB a program
         check(program, eager=len(ran) % 10 == 0)
 
     with jax.enable_x64(True):
