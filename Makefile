@@ -2,6 +2,7 @@
 # own environment in .venv/, one per Python version, from the pins in requirements/.
 #
 #   make test                          all tests             ARGS="-k lift -n 0" some
+#   make interop                       against PyTorch's loralib
 #   make demo                          fine-tune MiniLM      ARGS=--help lists the options
 #   make lint                          ruff and mypy
 #   make test PYTHON=python3.13        with another Python
@@ -29,10 +30,15 @@ export UV_HTTP_TIMEOUT ?= 60
 export UV_SYSTEM_CERTS ?= true
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: test demo lint format lock env clean
+.PHONY: test interop demo lint format lock env clean
 
 test: $(READY)
 	@$(PY) -m pytest -n logical --maxprocesses 4 --dist worksteal $(ARGS)
+
+# Against PyTorch: 200 MB to 3 GB more, by the index that pip finds it on.
+interop: $(READY)
+	@$(PY) -m pip install --quiet --timeout 60 torch==2.13.0 loralib==0.1.2
+	@$(PY) -m pytest tests/test_loralib.py $(ARGS)
 
 demo: $(READY)
 	@$(PY) examples/minilm/main.py $(ARGS)

@@ -380,15 +380,10 @@ def _sibling_bias(path: str, leaves: Mapping[str, Any]) -> str | None:
 
 def _merged_roles(uses: Sequence[_uses.Use], ndim: int) -> tuple[str | None, str]:
     """(kind, roles) of a weight from all its uses, or (None, why there are none)."""
-    # Rows that are used as matrices are of a stack, a batch axis; else it is a lookup.
-    uses = [
-        _uses.Use("dot_general", dict.fromkeys(u.roles, "b") | u.rows)
-        if {"i", "o"} <= {*u.rows.values()}
-        else u
-        for u in uses
-    ]
+    uses = [use.resolved() for use in uses]
     # A lookup or the first use decides which side is in; a later use may swap them.
-    uses = sorted(uses, key=lambda u: u.primitive != "gather")
+    lookups = {"gather", "dynamic_slice"}
+    uses = sorted(uses, key=lambda u: u.primitive not in lookups)
     swap = str.maketrans("io", "oi")
     merged: dict[int, str] = {}
     for use in uses:
@@ -414,7 +409,7 @@ def _merged_roles(uses: Sequence[_uses.Use], ndim: int) -> tuple[str | None, str
     if "i" not in axes or "o" not in axes:
         return None, f"no matrix: its axes are all one role ({axes})"
     names = {u.primitive for u in uses}
-    if "gather" in names:
+    if names & lookups:
         return "embed", axes
     return ("conv" if "conv_general_dilated" in names else "dense"), axes
 

@@ -295,7 +295,7 @@ def _unstack(ev: Evaluation, eqn: Any, x: Tracked) -> list[Tracked]:
 
 
 @_rule("dynamic_slice")
-def _dynamic_slice(ev: Evaluation, eqn: Any, x: Any, *starts: Any) -> Tracked:
+def _dynamic_slice(ev: Evaluation, eqn: Any, x: Any, *starts: Any) -> Any:
     sizes = eqn.params["slice_sizes"]
 
     def cut(x: jax.Array, labels: Sequence[int]) -> jax.Array:
@@ -309,7 +309,14 @@ def _dynamic_slice(ev: Evaluation, eqn: Any, x: Any, *starts: Any) -> Tracked:
         # The primitive clamps; lax.dynamic_slice would wrap a negative start again.
         return eqn.primitive.bind(x, *at, slice_sizes=tuple(size))
 
-    return Tracked(_ops.per_axis(x.leaf, cut), x.path)
+    part = _ops.per_axis(x.leaf, cut)
+    full = zip(part.axes, sizes, x.leaf.w.shape, strict=True)
+    roles = {c for c, size, n in full if c != "b" and size < n}
+    whole = [size for c, size in zip(part.axes, sizes, strict=True) if c in roles]
+    if len(roles) == 1 and all(size == 1 for size in whole):
+        ev.note(x, "dynamic_slice")
+        return _ops.dense(part)  # a lookup of one row
+    return Tracked(part, x.path)
 
 
 @_rule("all_gather", "all_gather_invariant")
@@ -383,7 +390,8 @@ def _times_scalar(ev: Evaluation, eqn: Any, *args: Any) -> Tracked:
     # The number goes into b and not into scale, which has no gradient: it may train.
     if not jnp.issubdtype(w.dtype, jnp.floating):
         raise _ops.NotFactored
-    wide = max(w.dtype, jnp.dtype(jnp.float32), key=lambda dtype: dtype.itemsize)
+    dtypes = (w.dtype, x.leaf.b.dtype, jnp.dtype(jnp.float32))
+    wide = max(dtypes, key=lambda dtype: dtype.itemsize)
     b = _SCALAR[eqn.primitive.name](
         *(jnp.asarray(x.leaf.b if v is x else v, wide) for v in args)
     )

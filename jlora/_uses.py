@@ -22,13 +22,20 @@ Origin = frozenset[int]
 class Use:
     """One use of a weight: the primitive, and the role of each axis that it names.
 
-    ``rows`` are the roles of the axes that a gather left, where what it gathered was
-    then a weight itself: a matrix for each token, out of a stack of them.
+    ``rows`` is the use of what a gather left, where that was then a weight itself: a
+    matrix for each token, out of a stack of them.
     """
 
     primitive: str
     roles: dict[int, str]
-    rows: dict[int, str] = dataclasses.field(default_factory=dict)
+    rows: Use | None = None
+
+    def resolved(self) -> Use:
+        """The use of the rows, if they were matrices: then the axis was a batch axis."""
+        rows = self.rows
+        if rows is None or not {"i", "o"} <= {*rows.roles.values()}:
+            return self
+        return Use(rows.primitive, dict.fromkeys(self.roles, "b") | rows.roles)
 
 
 @dataclasses.dataclass
@@ -105,6 +112,9 @@ class _Walk:
             return [self.dot(eqn, infos)]
         if name == "gather" and isinstance(infos[0], _Weight):
             return [self.gather(eqn, infos[0])]
+        if name in _COMPUTE and isinstance(infos[1], _Weight):
+            shape = eqn.invars[1].aval.shape
+            return [self.use(infos[1], name, _COMPUTE[name](eqn), shape)]
         if len([i for i in infos if i is not None]) > 1:  # rows that meet something
             infos = [
                 i.as_product(v.aval.shape)
@@ -112,15 +122,12 @@ class _Walk:
                 else i
                 for i, v in zip(infos, eqn.invars, strict=True)
             ]
-        if name in _COMPUTE and isinstance(infos[1], _Weight):
-            shape = eqn.invars[1].aval.shape
-            return [self.use(infos[1], name, _COMPUTE[name](eqn), shape)]
         if name == "add" and (out := self.bias(eqn, infos)) is not None:
             return [out]
         if name == "optimization_barrier":  # an output for each operand, as it is
             return infos
         if name == "dynamic_slice" and isinstance(infos[0], _Weight):
-            return [self.structure(eqn, infos[:1], eqn.outvars[0].aval.shape)]
+            return [self.window(eqn, infos[0])]
         products = [i for i in infos if isinstance(i, _Product)]
         mixed = len(products) > 1 or any(isinstance(i, _Data) for i in infos)
         if products and name in _KEEPS_PRODUCT and n_out == 1 and not mixed:
@@ -134,19 +141,22 @@ class _Walk:
     def use(
         self, weight: _Weight, name: str, roles: dict[int, str], shape: tuple[int, ...]
     ) -> _Product:
-        for path, axes in weight.parts:
-            uses = self.seen.setdefault(path, Seen()).uses
-            uses.append(Use(name, _original(axes, roles)))
+        for i, (path, axes) in enumerate(weight.parts):
+            use = Use(name, _original(axes, roles))
+            if weight.gathers:
+                weight.gathers[i].rows = weight.gathers[i].rows or use
+            else:
+                self.seen.setdefault(path, Seen()).uses.append(use)
         out = math.prod(n for k, n in enumerate(shape) if roles.get(k) == "o")
         return _Product(tuple(path for path, _ in weight.parts), out)
 
     def gather(self, eqn: Any, weight: _Weight) -> Any:
         """Rows: a lookup's result, or the weights of each token's expert."""
-        if weight.gathers:  # rows of rows
-            return _DATA
         dn = eqn.params["dimension_numbers"]
         shape = eqn.invars[0].aval.shape
-        self.use(weight, "gather", _gather_roles(eqn), shape)
+        product = self.use(weight, "gather", _gather_roles(eqn), shape)
+        if weight.gathers:  # rows of rows
+            return product
         gone = {*dn.collapsed_slice_dims, *dn.operand_batching_dims}
         kept = [k for k in range(len(shape)) if k not in gone]
         none: Origin = frozenset()
@@ -161,6 +171,23 @@ class _Walk:
         uses = tuple(self.seen[path].uses[-1] for path, _ in weight.parts)
         return dataclasses.replace(weight.move(rows), gathers=uses)
 
+    def window(self, eqn: Any, weight: _Weight) -> Any:
+        """A part of a weight; one row of it is a lookup, or one matrix of a stack."""
+        old, sizes = eqn.invars[0].aval.shape, eqn.params["slice_sizes"]
+        cut = [
+            k for k, (n, size) in enumerate(zip(old, sizes, strict=True)) if size < n
+        ]
+        if not cut or weight.gathers or any(sizes[k] != 1 for k in cut):
+            return weight
+        roles = dict.fromkeys(range(len(old)), "o") | dict.fromkeys(cut, "i")
+        self.use(weight, "dynamic_slice", roles, old)
+        uses = tuple(self.seen[path].uses[-1] for path, _ in weight.parts)
+        none: Origin = frozenset()
+        rows = weight.move(
+            lambda axes: [none if k in cut else axes[k] for k in range(len(old))]
+        )
+        return dataclasses.replace(rows, gathers=uses)
+
     def dot(self, eqn: Any, infos: list[Any]) -> Any:
         out: Any = _DATA
         ((lc, rc), (lb, rb)) = eqn.params["dimension_numbers"]
@@ -171,11 +198,9 @@ class _Walk:
                 continue
             roles = dict.fromkeys(range(v.aval.ndim), "o")
             roles |= dict.fromkeys(c, "i") | dict.fromkeys(b, "b")
-            if not info.gathers:
+            # Rows that meet another weight are words, not matrices.
+            if not info.gathers or isinstance(other, (_Data, _Product)):
                 out = self.use(info, "dot_general", roles, v.aval.shape)
-            elif isinstance(other, (_Data, _Product)):
-                for use, (_, axes) in zip(info.gathers, info.parts, strict=True):
-                    use.rows |= _original(axes, roles)
         return out
 
     def bias(self, eqn: Any, infos: list[Any]) -> Any:

@@ -95,17 +95,17 @@ CASES = [
         lambda: keras.Sequential(
             [
                 layers.Conv2D(7, (3, 5), strides=2, name="conv"),
-                layers.DepthwiseConv2D((5, 2), depth_multiplier=2, name="depthwise"),
+                layers.DepthwiseConv2D((5, 2), name="depthwise"),
                 layers.SeparableConv2D(11, (2, 3), name="separable"),
                 layers.Conv2DTranspose(13, (3, 2), strides=2, name="back"),
             ],
             name="images",
         ),
-        [normal(2, 13, 11, 5)],
+        [normal(2, 17, 13, 5)],
         {
             "images/conv/kernel": "iiio",
-            "images/depthwise/kernel": "iioo",
             # One output a channel: no role can be seen of an axis of one element.
+            "images/depthwise/kernel": "iiob",
             "images/separable/depthwise_kernel": "iiob",
             "images/separable/pointwise_kernel": "iiio",
             "images/back/kernel": "iioi",
@@ -188,7 +188,9 @@ def test_heads_are_not_guessed():
 
 
 @pytest.mark.parametrize(
-    "params", [lambda model: values(model)[0], lambda model: list(values(model)[0])]
+    "params",
+    [lambda model: values(model)[0], lambda model: list(values(model)[0].values())],
+    ids=["dict", "list"],
 )
 def test_a_model_that_is_not_built_has_no_variables(params):
     with pytest.raises(ValueError) as error:
