@@ -20,9 +20,9 @@ from jax import lax
 
 from jlora import _compat, _ops
 from jlora._leaf import is_adapted, missing, trained
-from jlora._paths import flatten
+from jlora._paths import flatten, variables
 from jlora._rules import Evaluation, Tracked
-from jlora._trace import hide, show, trace, variables
+from jlora._trace import hide, show, trace
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,6 @@ import optax
 
 from jlora import _paths
 from jlora._leaf import is_adapted, trained
-from jlora._trace import variables
 from jlora._tree import _require_adapted, adapter
 
 
@@ -47,7 +46,7 @@ def optimizer(
       >>> state = jlora.optimizer(optax.adamw(1e-4), t).init(t)
     """
     _require_adapted(tree, "optimizer")
-    if not variables(tree):  # of NNX's, `wrt` says which are optimised
+    if not _paths.variables(tree):  # of NNX's, `wrt` says which are optimised
         _require_floating(tree)
 
     # The state is of what trains alone, a flat dict by path: nothing is kept of the
@@ -89,7 +88,8 @@ def optimizer(
 def _require_floating(tree: Any) -> None:
     for path, x in _paths.flatten(tree)[0]:
         for y in jax.tree.leaves(x):
-            if not jnp.issubdtype(y.dtype, jnp.floating):
+            # What is no array, as in a module of Equinox, is filtered out later.
+            if hasattr(y, "dtype") and not jnp.issubdtype(y.dtype, jnp.floating):
                 advice = "Call jlora.dropout inside the loss." if is_adapted(x) else ""
                 raise ValueError(
                     f"optimizer: {path!r} holds {y.dtype}: expected floating-point "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import re
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -40,10 +41,37 @@ def flatten(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
     return [(path_of(keys), x) for keys, x in pairs], treedef
 
 
-def map_leaves(fn: Callable[[str, Any], Any], tree: Any) -> Any:
-    """tree_map of fn(path, leaf), with adapted leaves whole."""
+def map_leaves(fn: Callable[[str, Any], Any], tree: Any, *, share: bool = False) -> Any:
+    """tree_map of fn(path, leaf), with adapted leaves whole.
+
+    A tree of NNX's variables gets new ones.  With ``share`` those whose leaves stay are
+    the old ones, so that what a call writes into them is not lost.
+    """
     pairs, treedef = flatten(tree)
-    return jax.tree.unflatten(treedef, [fn(path, x) for path, x in pairs])
+    out = jax.tree.unflatten(treedef, [fn(path, x) for path, x in pairs])
+    if not share or not variables(tree):
+        return out
+    old, treedef = jax.tree.flatten(tree, is_leaf=is_variable)
+    new = jax.tree.leaves(out, is_leaf=is_variable)
+
+    def same(x: Any, y: Any) -> bool:
+        return is_variable(x) and x.get_raw_value() is y.get_raw_value()
+
+    kept = [x if same(x, y) else y for x, y in zip(old, new, strict=True)]
+    return jax.tree.unflatten(treedef, kept)
+
+
+def is_variable(x: Any) -> bool:
+    """Whether x is one of NNX's mutable variables."""
+    nnx = sys.modules.get("flax.nnx")  # without it there is none
+    return nnx is not None and isinstance(x, nnx.Variable)
+
+
+def variables(tree: Any) -> list[Any]:
+    """NNX's variables in a tree, in order; other frameworks have none."""
+    if "flax.nnx" not in sys.modules:
+        return []
+    return list(filter(is_variable, jax.tree.leaves(tree, is_leaf=is_variable)))
 
 
 @functools.lru_cache(maxsize=4096)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jlora import _paths, _uses
 from jlora._leaf import Blocks, Form, Kernel, factor_shapes, is_adapted
 from jlora._paths import Pattern
-from jlora._trace import hide, trace
+from jlora._trace import hide, is_array, trace
 
 
 class _Unsaid(int):
@@ -337,7 +337,7 @@ def plan_from_names(
             if fits(1):
                 return "conv", "i" * (x.ndim - 1) + "o", bias
         explicit = any(_paths.matches(p, path, x) for p in named)
-        if (name == "kernel" and x.ndim > 2) or (explicit and x.ndim > 1):
+        if (name in ("kernel", "w") and x.ndim > 2) or (explicit and x.ndim > 1):
             if explicit and x.ndim == 2 and name not in ("bias", "scale"):
                 return "dense", "io", bias
             raise ValueError(
@@ -367,8 +367,20 @@ def leaves_of(params: Any) -> dict[str, Any]:
                 f"two leaves have the path {path!r}: an adapter could not tell them "
                 "apart. Rename one of them (a key may not hold '/')."
             )
-        if hasattr(x, "shape") and hasattr(x, "dtype"):
+        if is_array(x):
             out[path] = x
+        elif hasattr(x, "shape") and hasattr(x, "dtype"):
+            raise TypeError(
+                f"{path!r} is a {type(x).__name__}: expected an array. Pass the arrays "
+                "that it stands for, as variable.value is in Keras."
+            )
+    seen = _paths.variables(params)
+    if len({*map(id, seen)}) < len(seen):
+        raise ValueError(
+            "a variable stands in two places of the module: expected it in one, since "
+            "it would get two adapters. Split the module, whose state has it once: "
+            "graph, state = nnx.split(module)."
+        )
     return out
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
+
+from jlora._paths import variables
 
 
 @jax.tree_util.register_pytree_node_class
@@ -46,7 +47,8 @@ class _Static:
         return bool(self._key == other._key)
 
 
-def _is_array(x: Any) -> bool:
+def is_array(x: Any) -> bool:
+    """Whether x is an array, a tracer or the shape of one."""
     if isinstance(x, (np.ndarray, np.generic)):
         return x.dtype.kind not in "OSUMm"
     return isinstance(x, (jax.Array, jax.ShapeDtypeStruct))
@@ -54,7 +56,7 @@ def _is_array(x: Any) -> bool:
 
 def hide(tree: Any) -> Any:
     """The tree with everything but arrays made static."""
-    return jax.tree.map(lambda x: x if _is_array(x) else _Static(x), tree)
+    return jax.tree.map(lambda x: x if is_array(x) else _Static(x), tree)
 
 
 def show(tree: Any) -> Any:
@@ -63,18 +65,6 @@ def show(tree: Any) -> Any:
         tree,
         is_leaf=lambda x: isinstance(x, _Static),
     )
-
-
-def variables(tree: Any) -> list[Any]:
-    """The mutable variables of NNX in a tree, in order; other frameworks have none."""
-    nnx = sys.modules.get("flax.nnx")  # without it there are none either
-    if nnx is None:
-        return []
-
-    def is_variable(x: Any) -> bool:
-        return isinstance(x, nnx.Variable)
-
-    return list(filter(is_variable, jax.tree.leaves(tree, is_leaf=is_variable)))
 
 
 def trace(fn: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, Any]:
@@ -91,6 +81,12 @@ def trace(fn: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, Any]:
         before = [v.get_raw_value() for v in held]
         out = fn(*args, **kwargs)
         after = [v.get_raw_value() for v in held]
+        if [*map(id, held)] != [*map(id, variables((args, kwargs)))]:
+            raise ValueError(
+                "the function makes or drops variables of an NNX module: expected it "
+                "to write into those that are there. Make them before it is lifted, as "
+                "with module.init_cache(shape)."
+            )
         changed = (x is not y for x, y in zip(before, after, strict=True))
         return hide((out, {i: after[i] for i, c in enumerate(changed) if c}))
 

@@ -486,7 +486,7 @@ def scaled(tree: Any, s: Any) -> Any:
             return x
         return dataclasses.replace(x, scale=(x.scale * s).astype(jnp.float32))
 
-    return _paths.map_leaves(leaf, tree)
+    return _paths.map_leaves(leaf, tree, share=True)
 
 
 def labels(tree: Any) -> Any:
@@ -555,7 +555,7 @@ def dropout(tree: Any, rate: float, key: jax.Array) -> Any:
         keys = jax.random.split(own, x.scale.shape) if x.scale.shape else own
         return dataclasses.replace(x, key=keys, rate=float(rate))
 
-    return _paths.map_leaves(leaf, tree)
+    return _paths.map_leaves(leaf, tree, share=True)
 
 
 def count(tree: Any) -> tuple[int, int]:

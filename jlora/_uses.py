@@ -31,7 +31,7 @@ class Use:
     rows: Use | None = None
 
     def resolved(self) -> Use:
-        """The use of the rows, if they were matrices: then the axis was a batch axis."""
+        """The use of the rows where they were matrices: then it is of a stack."""
         rows = self.rows
         if rows is None or not {"i", "o"} <= {*rows.roles.values()}:
             return self

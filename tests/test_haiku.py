@@ -131,7 +131,6 @@ def test_linear_layers_are_known_by_name():
     assert ranks == {"mlp/~/linear_0/w": 3, "mlp/~/linear_1/w": 2}
 
 
-@pytest.mark.xfail(strict=True, reason="a kernel called w is left out without a word")
 @pytest.mark.parametrize(
     "layer", [lambda x: hk.Conv1D(7, 3)(x), stack], ids=["conv", "stack"]
 )

@@ -327,7 +327,6 @@ def test_checkpoint_of_a_module_with_random_keys(tmp_path):
     same(jlora.adapter(back), jlora.adapter(module))
 
 
-@pytest.mark.xfail(strict=True, reason="dropout copies the module: its writes are lost")
 def test_dropout_in_the_loss_keeps_what_the_call_writes():
     x, module = normal(13, 7), jlora.wrap(Net(nnx.Rngs(0)), rank=3)
 
@@ -340,14 +339,12 @@ def test_dropout_in_the_loss_keeps_what_the_call_writes():
     assert (module.norm.mean[...] != 0).all()
 
 
-@pytest.mark.xfail(strict=True, reason="the variable becomes two, with two adapters")
 def test_a_variable_in_two_places_stays_one_or_is_refused():
     with contextlib.suppress(ValueError):
         module = jlora.wrap(Shared(nnx.Rngs(0)), rank=3)
         assert module.first.kernel is module.last.kernel
 
 
-@pytest.mark.xfail(strict=True, reason="a variable that the call makes is lost")
 def test_variables_that_a_call_makes_are_kept_or_refused():
     def first(module, x):
         module.init_cache(x.shape)
