@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jlora import _compat, _ops
+from jlora import _algebra, _compat
 from jlora._leaf import is_adapted, missing, trained
 from jlora._paths import flatten, variables
 from jlora._rules import Evaluation, Tracked
@@ -111,7 +111,7 @@ def _lifted(
             "tree to a function that takes the params as an argument."
         )
     # A layer gives arrays; anyone else gets back the leaf that the function returns.
-    leaf = (lambda x: x) if freeze else _ops.dense
+    leaf = (lambda x: x) if freeze else _algebra.dense
     outs = [leaf(x.leaf) if isinstance(x, Tracked) else x for x in outs]
     return jax.tree.unflatten(jax.tree.structure(out), outs)
 

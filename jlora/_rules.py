@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jlora import _compat, _ops
+from jlora import _algebra, _compat, _ops
 from jlora._leaf import Full, Kernel, LoRA
 
 
@@ -68,12 +68,12 @@ class Evaluation:
         for i, v in enumerate(values):
             if isinstance(v, Tracked) and isinstance(v.leaf, Full):
                 self.note(v, name)
-                values[i] = _ops.dense(v.leaf)
+                values[i] = _algebra.dense(v.leaf)
         if any(isinstance(v, Tracked) for v in values) and name in _RULES:
             try:
                 out = _RULES[name](self, eqn, *values)
                 return list(out) if isinstance(out, (list, tuple)) else [out]
-            except _ops.NotFactored:
+            except _algebra.NotFactored:
                 pass
         for i, v in enumerate(values):
             if isinstance(v, Tracked):
@@ -109,7 +109,7 @@ class Evaluation:
                 stacklevel=2,
             )
         self.note(x, name, formed=isinstance(x.leaf, LoRA))
-        return _ops.dense(x.leaf)
+        return _algebra.dense(x.leaf)
 
 
 # ---------------------------------------------------------------------- the rule table
@@ -139,7 +139,7 @@ def _compute(
         options["use"] = ev.uses[x.path]  # a mask of its own
     try:
         out = fn(x.leaf, *others, tuple(eqn.params.items()), **options)
-    except _ops.RolesError as e:
+    except _algebra.RolesError as e:
         raise ValueError(
             f"{x.path!r} was planned otherwise than it is used: {name} {e}. Plan it "
             "from the function that uses it, jlora.plan(fn, params, *args), or exclude "
@@ -162,14 +162,14 @@ def _dot_general(ev: Evaluation, eqn: Any, lhs: Any, rhs: Any) -> Any:
 @_rule("conv_general_dilated")
 def _conv(ev: Evaluation, eqn: Any, x: Any, kernel: Any) -> Any:
     if isinstance(x, Tracked):
-        raise _ops.NotFactored
+        raise _algebra.NotFactored
     return _compute(_ops.conv, ev, eqn, kernel, x)
 
 
 @_rule("ragged_dot_general")
 def _ragged_dot(ev: Evaluation, eqn: Any, x: Any, w: Any, sizes: Any) -> Any:
     if isinstance(x, Tracked):
-        raise _ops.NotFactored
+        raise _algebra.NotFactored
     return _compute(_ops.ragged, ev, eqn, w, x, sizes)
 
 
@@ -215,7 +215,7 @@ def _base_only(ev: Evaluation, eqn: Any, *args: Any) -> list[Any]:
     """One output an operand, of the same value: it is the base that changes."""
     outs = _compat.bind(eqn, [v.leaf.w if isinstance(v, Tracked) else v for v in args])
     if not all(jnp.issubdtype(w.dtype, jnp.inexact) for w in outs):
-        raise _ops.NotFactored
+        raise _algebra.NotFactored
     return [
         Tracked(dataclasses.replace(x.leaf, w=w), x.path)
         if isinstance(x, Tracked)
@@ -231,40 +231,40 @@ def _stop_gradient(ev: Evaluation, eqn: Any, x: Tracked) -> Tracked:
 
 @_structural("transpose")
 def _transpose(leaf: LoRA, permutation: Any) -> LoRA:
-    return _ops.transpose(leaf, permutation)
+    return _algebra.transpose(leaf, permutation)
 
 
 @_structural("squeeze")
 def _squeeze(leaf: LoRA, dimensions: Any) -> LoRA:
-    return _ops.squeeze(leaf, dimensions)
+    return _algebra.squeeze(leaf, dimensions)
 
 
 @_rule("reshape", "expand_dims")
 def _reshape(ev: Evaluation, eqn: Any, x: Tracked) -> Tracked:
     leaf, order = x.leaf, eqn.params.get("dimensions")
     if eqn.primitive.name == "reshape" and order is not None:
-        leaf = _ops.transpose(leaf, order)
-    return Tracked(_ops.reshape(leaf, eqn.outvars[0].aval.shape), x.path)
+        leaf = _algebra.transpose(leaf, order)
+    return Tracked(_algebra.reshape(leaf, eqn.outvars[0].aval.shape), x.path)
 
 
 @_rule("broadcast_in_dim")
 def _broadcast(ev: Evaluation, eqn: Any, x: Tracked, *_: Any) -> Tracked:
     shape = eqn.outvars[0].aval.shape
     dims = eqn.params["broadcast_dimensions"]
-    return Tracked(_ops.broadcast(x.leaf, shape, dims), x.path)
+    return Tracked(_algebra.broadcast(x.leaf, shape, dims), x.path)
 
 
 def _cut(leaf: LoRA, start: Any, limit: Any, strides: Any = None) -> LoRA:
     def cut(x: jax.Array, labels: Sequence[int]) -> jax.Array:
         at = [
             (0, x.shape[i], 1)
-            if k == _ops.RANK
+            if k == _algebra.RANK
             else (start[k], limit[k], strides[k] if strides else 1)
             for i, k in enumerate(labels)
         ]
         return lax.slice(x, *zip(*at, strict=True)) if at else x
 
-    return _ops.per_axis(leaf, cut)
+    return _algebra.per_axis(leaf, cut)
 
 
 @_structural("slice")
@@ -290,7 +290,7 @@ def _unstack(ev: Evaluation, eqn: Any, x: Tracked) -> list[Tracked]:
         start = [at if k == axis else 0 for k in range(len(shape))]
         limit = [at + 1 if k == axis else n for k, n in enumerate(shape)]
         piece = _cut(x.leaf, start, limit)
-        outs.append(Tracked(_ops.reshape(piece, eqn.outvars[at].aval.shape), x.path))
+        outs.append(Tracked(_algebra.squeeze(piece, [axis]), x.path))
     return outs
 
 
@@ -302,20 +302,20 @@ def _dynamic_slice(ev: Evaluation, eqn: Any, x: Any, *starts: Any) -> Any:
         if not labels:
             return x
         zero = jnp.zeros_like(starts[0])
-        at = [zero if k == _ops.RANK else starts[k] for k in labels]
+        at = [zero if k == _algebra.RANK else starts[k] for k in labels]
         size = [
-            x.shape[i] if k == _ops.RANK else sizes[k] for i, k in enumerate(labels)
+            x.shape[i] if k == _algebra.RANK else sizes[k] for i, k in enumerate(labels)
         ]
         # The primitive clamps; lax.dynamic_slice would wrap a negative start again.
         return eqn.primitive.bind(x, *at, slice_sizes=tuple(size))
 
-    part = _ops.per_axis(x.leaf, cut)
+    part = _algebra.per_axis(x.leaf, cut)
     full = zip(part.axes, sizes, x.leaf.w.shape, strict=True)
     roles = {c for c, size, n in full if c != "b" and size < n}
     whole = [size for c, size in zip(part.axes, sizes, strict=True) if c in roles]
     if len(roles) == 1 and all(size == 1 for size in whole):
         ev.note(x, "dynamic_slice")
-        return _ops.dense(part)  # a lookup of one row
+        return _algebra.dense(part)  # a lookup of one row
     return Tracked(part, x.path)
 
 
@@ -324,7 +324,7 @@ def _all_gather(ev: Evaluation, eqn: Any, x: Tracked) -> Tracked:
     """A sharded weight made whole (FSDP by hand): its factors are gathered instead."""
     axis = eqn.params["all_gather_dimension"]
     if not eqn.params["tiled"]:
-        raise _ops.NotFactored
+        raise _algebra.NotFactored
 
     def gather(field: jax.Array, labels: Sequence[int]) -> jax.Array:
         if axis not in labels:
@@ -332,12 +332,12 @@ def _all_gather(ev: Evaluation, eqn: Any, x: Tracked) -> Tracked:
         at = {"all_gather_dimension": list(labels).index(axis)}
         return eqn.primitive.bind(field, **{**eqn.params, **at})
 
-    return Tracked(_ops.per_axis(x.leaf, gather), x.path)
+    return Tracked(_algebra.per_axis(x.leaf, gather), x.path)
 
 
 @_structural("rev")
 def _rev(leaf: LoRA, dimensions: Any) -> LoRA:
-    return _ops.per_axis(
+    return _algebra.per_axis(
         leaf, lambda x, ls: lax.rev(x, [i for i, k in enumerate(ls) if k in dimensions])
     )
 
@@ -353,7 +353,7 @@ def _stack(ev: Evaluation, eqn: Any, *parts: Any) -> Tracked:
     shape = eqn.outvars[0].aval.shape
     unit = (*shape[:axis], 1, *shape[axis + 1 :])
     expanded = [
-        Tracked(_ops.reshape(p.leaf, unit), p.path)
+        Tracked(_algebra.reshape(p.leaf, unit), p.path)
         if isinstance(p, Tracked)
         else lax.reshape(p, unit)
         for p in parts
@@ -363,7 +363,7 @@ def _stack(ev: Evaluation, eqn: Any, *parts: Any) -> Tracked:
 
 def _joined(parts: Sequence[Any], axis: int) -> Tracked:
     paths = dict.fromkeys(p.path for p in parts if isinstance(p, Tracked))
-    leaf = _ops.concatenate(
+    leaf = _algebra.concatenate(
         [p.leaf if isinstance(p, Tracked) else p for p in parts], axis
     )
     return Tracked(leaf, " + ".join(paths))
@@ -385,11 +385,11 @@ def _times_scalar(ev: Evaluation, eqn: Any, *args: Any) -> Tracked:
     if not isinstance(x, Tracked) or any(
         isinstance(c, Tracked) or np.ndim(c) for c in rest
     ):
-        raise _ops.NotFactored
+        raise _algebra.NotFactored
     w = _compat.bind(eqn, [v.leaf.w if v is x else v for v in args])[0]
     # The number goes into b and not into scale, which has no gradient: it may train.
     if not jnp.issubdtype(w.dtype, jnp.floating):
-        raise _ops.NotFactored
+        raise _algebra.NotFactored
     dtypes = (w.dtype, x.leaf.b.dtype, jnp.dtype(jnp.float32))
     wide = max(dtypes, key=lambda dtype: dtype.itemsize)
     b = _SCALAR[eqn.primitive.name](
@@ -559,7 +559,7 @@ def _shard_map(ev: Evaluation, eqn: Any, *args: Any) -> list[Any]:
     def spec(x: Any, own: Any) -> Any:
         if not isinstance(x, Tracked):
             return own
-        return Tracked(_ops.specs(x.leaf, own), x.path)
+        return Tracked(_algebra.specs(x.leaf, own), x.path)
 
     def body(*args: Any) -> tuple[Any, ...]:
         outs = ev.run(p["jaxpr"], args)

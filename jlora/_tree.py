@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora import _init, _ops, _paths
+from jlora import _algebra, _init, _paths
 from jlora._leaf import (
     Adapted,
     Full,
@@ -210,7 +210,7 @@ def merge(tree: Any) -> Any:
 
     def dense(leaf: Adapted) -> jax.Array:
         # A Full value has a buffer of its own, which a later step may donate.
-        merged = _ops.dense(leaf)
+        merged = _algebra.dense(leaf)
         return jnp.array(merged, copy=True) if isinstance(leaf, Full) else merged
 
     return _map_adapted(dense, tree, "merge")
@@ -337,7 +337,7 @@ def unmerge(params: Any, adapter: Adapter) -> Any:
             )
         if found is None:
             return x
-        return _ops.dense(dataclasses.replace(found, w=x, scale=-found.scale))
+        return _algebra.dense(dataclasses.replace(found, w=x, scale=-found.scale))
 
     return _paths.map_leaves(leaf, params)
 

@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from jlora import _compat, _ops
+from jlora import _algebra, _compat, _ops
 
 # Which axes of the original weight an axis came from.
 Origin = frozenset[int]
@@ -245,7 +245,7 @@ class _Walk:
             if name == "reshape" and (order := p.get("dimensions")) is not None:
                 weight = weight.move(lambda axes: [axes[k] for k in order])
                 old = tuple(old[k] for k in order)
-            pairs = _ops.blocks(old, shape) if 0 not in old else []
+            pairs = _algebra.blocks(old, shape) if 0 not in old else []
             from_ = {k: left for left, right in pairs for k in right}
             return weight.move(
                 lambda axes: [
