@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import cotangents, delta, dot_with, randomise, silent
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, seed, settings
 from programs import FAMILIES, programs
 
 import jlora
@@ -29,11 +29,9 @@ def check(program, eager):
     try:
         plan = jlora.plan(fn, params, data, rank=2, targets="**")
     except ValueError as error:
-        # A number or a vector is no matrix, whatever units it is reshaped to.
-        vectors = [sorted(w.shape)[:-1] for w in params.values()]
-        assert set(sum(vectors, [])) <= {1}, error
+        # A number or a vector is no matrix; axes of size one may lose their roles.
         assert "no matrix" in str(error) or "not used as a weight" in str(error)
-        return
+        return False
     tree = randomise(jlora.wrap(params, plan=plan, dtype=jnp.float64))
     trainable, frozen = jlora.partition(tree)
     weights = cotangents(jax.eval_shape(fn, params, data))
@@ -59,35 +57,45 @@ def check(program, eager):
     got, want = silent(run if eager else jax.jit(run), trainable)
     tol = 1e-10
     for entry in jlora.explain(fn, tree, data):
-        w = params[entry.path]
-        # What is no matrix may have lost the roles of its axes of size one.
-        matrix = sorted(w.shape)[-2:-1] > [1]
-        if entry.status == "materialised" or not matrix:  # rounded to the base's dtype
+        w, spec = params[entry.path], plan[entry.path]
+        # The roles of axes of size one may get lost on the way.
+        matrix = all(
+            np.prod([w.shape[k] for k in axes]) > 1
+            for axes in (spec.in_axes, spec.out_axes)
+        )
+        rounds = entry.status == "materialised" or "dynamic_slice" in entry.where
+        if rounds or not matrix:  # what is formed, a row too, is of the base's dtype
             tol = max(tol, 8 * float(jnp.finfo(w.dtype).eps))
         assert entry.status == "factored" or program.forms or not matrix, entry
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         size = 1 + np.abs(y).max(initial=0)
         np.testing.assert_allclose(x, y, rtol=0, atol=tol * size)
+    return True
 
 
+# In parts, which run side by side.
+PARTS = 4
+
+
+@pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("family", FAMILIES)
-def test_programs(family):
+def test_programs(family, part):
     ran = []
 
     @settings(
-        max_examples=max(1, EXAMPLES // len(FAMILIES)),
-        derandomize=True,
+        max_examples=max(1, EXAMPLES // len(FAMILIES) // PARTS),
         deadline=None,
         database=None,
         suppress_health_check=list(HealthCheck),
     )
+    @seed(part)
     @given(program=programs(family))
     def every(program):
-        ran.append(program)
-        if len(ran) % 50 == 0:
+        if len(ran) % 50 == 49:
             jax.clear_caches()  # some 10 MB a program
-        check(program, eager=len(ran) % 10 == 0)
+        ran.append(check(program, eager=len(ran) % 10 == 9))
 
     with jax.enable_x64(True):
         every()
-    assert len(ran) >= EXAMPLES // len(FAMILIES) // 2
+    # Hypothesis may end early, and some programs have no matrix; most count.
+    assert sum(ran) >= EXAMPLES // len(FAMILIES) // PARTS // 2
