@@ -361,7 +361,9 @@ class _Gather:
 def lookup(leaf: LoRA, indices: jax.Array, params: Params) -> jax.Array:
     """gather of whole rows of the weight: rows of one factor times the other one.
 
-    An index out of bounds reads what the base's mode gives, and a delta of zero.
+    An index out of bounds reads what the base's mode gives, and a delta of zero.  One
+    that breaks a promise to be in bounds reads the last row, as JAX does; in the
+    gradient of the factor that is not indexed it counts as that row.
 
     Raises:
       NotFactored: the gather indexes in and out axes at once, or cuts a row.
