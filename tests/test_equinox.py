@@ -12,6 +12,7 @@ import pytest
 from helpers import (
     adapted,
     base_sized,
+    check_model,
     close,
     integers,
     normal,
@@ -21,7 +22,6 @@ from helpers import (
     says,
     silent,
 )
-from test_linen_models import check_model
 
 import jlora
 import jlora.checkpoint

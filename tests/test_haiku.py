@@ -4,8 +4,7 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import close, integers, normal, quiet, randomise, says
-from test_linen_models import check_model, filled
+from helpers import check_model, close, filled, integers, normal, quiet, randomise, says
 
 import jlora
 

@@ -16,9 +16,17 @@ with warnings.catch_warnings():  # Pydot reads names that pyparsing deprecates
 
 import numpy as np
 import pytest
-from helpers import adapted, close, integers, normal, quiet, randomise, says
+from helpers import (
+    adapted,
+    check_model,
+    close,
+    integers,
+    normal,
+    quiet,
+    randomise,
+    says,
+)
 from keras import layers
-from test_linen_models import check_model
 
 import jlora
 

@@ -1,79 +1,15 @@
 """Models of Flax Linen's own layers: loops, ensembles, recurrence, attention, boxes.
 
-`check_model` is what must hold of a model of any framework; the modules of the others
-import it from here. (What jlora.linen has of its own is test_linen.py.)
+(What jlora.linen has of its own is test_linen.py.)
 """
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
 import pytest
-from helpers import (
-    EVERYTHING,
-    adapt,
-    adapted,
-    base_sized,
-    check_lift,
-    close,
-    normal,
-    quiet,
-    same,
-    silent,
-)
+from helpers import check_model, filled, normal
 
 import jlora
-
-
-def check_model(fn, params, *args, formed=(), targets=EVERYTHING):
-    """All that must hold of `fn(params, *args)`, whatever it was written in.
-
-    `formed` are the paths that have to be materialised. No activation and no factor
-    may have as many elements as an adapted weight, or as a layer of a stacked one.
-    """
-    tree, plan = adapt(fn, params, *args, targets=targets)
-    status = {path: "materialised" if path in formed else "factored" for path in plan}
-    report = jlora.explain(fn, tree, *args)
-    assert {entry.path: entry.status for entry in report} == status
-    # Boxes and NNX's variables, which a path leaves out, are seen by the oracle.
-    roles = {path: plan[path.removesuffix("/value")] for path in adapted(tree)}
-    assert len(roles) == len(plan)
-    check_lift(fn, tree, roles, *args, factored=not formed, modes=False)
-
-    forward = jax.jit(fn).trace(params, *args)
-    plain, lifted, tx = forward.lower().compile(), jlora.lift(fn), optax.adam(1e-2)
-    # What another adapter makes of the same input is something that can be learnt.
-    goal = jax.tree.leaves(plain(jlora.merge(tree), *args))
-
-    def step(trainable, state, frozen, *args):
-        def loss(trainable):
-            out = lifted(jlora.combine(trainable, frozen), *args)
-            pairs = zip(jax.tree.leaves(out), goal, strict=True)
-            return sum(jnp.mean((y - z) ** 2) for y, z in pairs), out
-
-        (value, out), grads = jax.value_and_grad(loss, has_aux=True)(trainable)
-        updates, state = tx.update(grads, state, trainable)
-        return optax.apply_updates(trainable, updates), state, value, out
-
-    trainable, frozen = jlora.partition(jlora.wrap(params, plan=plan, rank=3))
-    state, before = tx.init(trainable), jax.tree.map(np.array, params)
-    run = silent if formed else quiet
-    traced = run(jax.jit(step).trace, trainable, state, frozen, *args)
-    leaves = adapted(tree).values()
-    sizes = {n for x in leaves for n in (x.w.size, x.w.size // x.scale.size)}
-    count, allowed = (base_sized(x.jaxpr, sizes) for x in (traced, forward))
-    assert allowed < count if formed else allowed == count == 0, (allowed, count)
-
-    step, history = traced.lower().compile(), []
-    for _ in range(4):
-        tree = jlora.combine(trainable, frozen)
-        trainable, state, *seen = step(trainable, state, frozen, *args)
-        history.append(seen)
-    close(history[0][1], plain(params, *args), what="at the start")
-    assert history[-1][0] < history[0][0]
-    close(plain(jlora.merge(tree), *args), history[-1][1], what="merged")
-    same(jax.tree.map(np.array, jlora.unwrap(tree)), before)
 
 
 class Block(nn.Module):
@@ -142,13 +78,6 @@ CASES = [
     ),
     pytest.param(stack(**BOXED)(boxed=True), [(2, 7)], [], id="boxed-scan"),
 ]
-
-
-def filled(shapes):
-    """Random arrays of these shapes, which compiles nothing."""
-    leaves, treedef = jax.tree.flatten(shapes)
-    draws = [normal(*x.shape, seed=k, scale=0.5) for k, x in enumerate(leaves)]
-    return jax.tree.unflatten(treedef, draws)
 
 
 def make(model, shapes):

@@ -16,6 +16,7 @@ from flax import nnx
 from helpers import (
     base_sized,
     bits,
+    check_model,
     close,
     integers,
     normal,
@@ -24,7 +25,6 @@ from helpers import (
     same,
     says,
 )
-from test_linen_models import check_model
 
 import jlora
 import jlora.checkpoint
