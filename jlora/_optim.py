@@ -45,8 +45,14 @@ def optimizer(
       >>> t = jlora.wrap({"kernel": jnp.ones((3, 4))}, rank=2)
       >>> state = jlora.optimizer(optax.adamw(1e-4), t).init(t)
     """
-    _require_adapted(tree, "optimizer")
-    if not _paths.variables(tree):  # of NNX's, `wrt` says which are optimised
+    advice = ""
+    if _paths.variables(tree):
+        advice = (
+            "NNX: a wrapped module is optimised wrt=nnx.Param; one of jlora.nnx layers "
+            "by plain optax, wrt=nnx.LoRAParam."
+        )
+    _require_adapted(tree, "optimizer", advice)
+    if not advice:  # of NNX's variables `wrt` says which are optimised
         _require_floating(tree)
 
     # The state is of what trains alone, a flat dict by path: nothing is kept of the
@@ -66,7 +72,8 @@ def optimizer(
     inner = optax.multi_transform(kinds, label)
 
     def init(params: Any) -> Any:
-        adapter(params)  # no adapted leaf, or two of one path, is an error
+        _require_adapted(params, "optimizer", advice)
+        adapter(params)  # two of one path are an error
         _require_floating(params)
         return inner.init(flat(params))
 

@@ -99,11 +99,13 @@ def matches(pattern: Pattern, path: str, x: Any) -> bool:
         return _compile(pattern).fullmatch(path + "/" if path else "") is not None
     if isinstance(pattern, re.Pattern):
         return pattern.fullmatch(path) is not None
-    if callable(pattern):
+    # A class is callable, but meant as a filter of NNX, which see no path.
+    if callable(pattern) and not isinstance(pattern, type):
         return bool(pattern(path, x))
     raise TypeError(
         f"pattern {pattern!r}: expected a glob, a compiled regular expression or a "
-        f"callable (path, array) -> bool, found {type(pattern).__name__}."
+        f"callable (path, array) -> bool, found {type(pattern).__name__}. Filters of "
+        "NNX are for its own wrt= and split."
     )
 
 

@@ -353,7 +353,7 @@ def plan_from_names(
 
 
 def leaves_of(params: Any) -> dict[str, Any]:
-    """Path to array, without what is no array; refuses adapted trees."""
+    """Path to array, without what is no array; refuses trees adapted or empty."""
     pairs, _ = _paths.flatten(params)
     out: dict[str, Any] = {}
     for path, x in pairs:
@@ -374,6 +374,15 @@ def leaves_of(params: Any) -> dict[str, Any]:
                 f"{path!r} is a {type(x).__name__}: expected an array. Pass the arrays "
                 "that it stands for, as variable.value is in Keras."
             )
+    if not out:
+        found = ", ".join(sorted({type(x).__name__ for _, x in pairs}))
+        raise ValueError(
+            "nothing to adapt: expected a tree of arrays, found "
+            + (f"no array, only {found}" if found else "an empty tree")
+            + ". Initialise or build the model first (one of Keras has no variables "
+            "before), and pass its arrays: {v.path: v.value for v in "
+            "model.trainable_variables} in Keras, the params elsewhere."
+        )
     seen = _paths.variables(params)
     if len({*map(id, seen)}) < len(seen):
         raise ValueError(

@@ -509,11 +509,11 @@ def labels(tree: Any) -> Any:
     return _paths.map_leaves(leaf, tree)
 
 
-def _require_adapted(tree: Any, what: str) -> None:
+def _require_adapted(tree: Any, what: str, advice: str = "") -> None:
     if not any(is_adapted(x) for _, x in _paths.flatten(tree)[0]):
         raise ValueError(
             f"{what}: the tree has no adapted leaf: expected the result of "
-            "jlora.wrap(params, ...), found plain params."
+            f"jlora.wrap(params, ...), found plain params. {advice}".rstrip()
         )
 
 

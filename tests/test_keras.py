@@ -197,19 +197,26 @@ def test_heads_are_not_guessed():
 
 @pytest.mark.parametrize(
     "params",
-    [lambda model: values(model)[0], lambda model: list(values(model)[0].values())],
-    ids=["dict", "list"],
+    [
+        lambda model: values(model)[0],
+        lambda model: list(values(model)[0].values()),
+        lambda model: model,
+    ],
+    ids=["dict", "list", "model"],
 )
-def test_a_model_that_is_not_built_has_no_variables(params):
+@pytest.mark.parametrize(
+    "use", [jlora.wrap, lambda tree: jlora.plan(lambda p, x: x, tree, normal(2, 7))]
+)
+def test_a_model_that_is_not_built_has_no_variables(use, params):
     with pytest.raises(ValueError) as error:
-        jlora.wrap(params(mlp()))
-    says(error, "nothing to adapt", "0 arrays", "the tree is empty")
+        use(params(mlp()))
+    says(error, "nothing to adapt", "build the model", "v.path: v.value")
 
 
 def test_a_model_is_no_tree():
     with pytest.raises(ValueError) as error:
         jlora.wrap(built())
-    says(error, "nothing to adapt", "0 arrays")
+    says(error, "nothing to adapt", "only Sequential", "v.path: v.value")
 
 
 def test_variables_instead_of_their_values_are_refused_or_read():

@@ -304,6 +304,25 @@ def test_factors_of_another_rank():
         jlora.linen.Dense(7, rank=2).apply(variables, normal(11, 5))
 
 
+class Step(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return jlora.linen.Dense(5, rank=2)(x), None
+
+
+def test_variables_without_the_factors():
+    """The pretrained params alone, another name of the collection, a bare nn.scan."""
+    x, layer = normal(11, 5), jlora.linen.Dense(7, rank=2)
+    params, lora = layer.init(KEY, x).values()
+    for variables in ({"params": params}, {"params": params, "adapters": lora}):
+        with pytest.raises(ValueError, match="no factors of 'kernel': expected .*lora"):
+            layer.apply(variables, x)
+    axes, rngs = {"params": 0}, {"params": True}
+    model = nn.scan(Step, variable_axes=axes, split_rngs=rngs, length=3)()
+    with pytest.raises(ValueError, match=r"variable_axes \({'params': 0, 'lora': 0}"):
+        model.init(KEY, x, None)
+
+
 @pytest.mark.parametrize("rate", [1.0, 1.5, -0.1])
 def test_a_dropout_rate_that_is_none(rate):
     layer = jlora.linen.Dense(7, dropout_rate=rate, deterministic=True)

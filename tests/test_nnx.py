@@ -28,6 +28,7 @@ from helpers import (
 
 import jlora
 import jlora.checkpoint
+import jlora.nnx
 
 
 def run(module, *args):
@@ -305,6 +306,19 @@ def test_the_base_arrays_are_the_modules_own():
     assert module.up.kernel.get_value().w is plain.up.kernel[...]
     assert jlora.unwrap(module).up.kernel[...] is plain.up.kernel[...]
     assert list(jlora.adapter(module)) == ["down/kernel", "up/kernel"]
+
+
+def test_filters_that_select_no_adapter():
+    wrapped = jlora.wrap(nnx.Linear(5, 3, rngs=nnx.Rngs(0)), rank=2)
+    tx = jlora.optimizer(optax.adam(0.1), wrapped)
+    with pytest.raises(ValueError, match="wrapped module is optimised wrt=nnx.Param"):
+        nnx.Optimizer(wrapped, tx, wrt=nnx.LoRAParam)
+    layer = jlora.nnx.Linear(5, 3, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="by plain optax, wrt=nnx.LoRAParam"):
+        jlora.optimizer(optax.adam(0.1), layer)
+    for said in ({"targets": nnx.Param}, {"train": nnx.BatchStat}):
+        with pytest.raises(TypeError, match="a glob.*Filters of NNX are for its own"):
+            jlora.wrap(nnx.Linear(5, 3, rngs=nnx.Rngs(0)), **said)
 
 
 def test_a_call_without_lift_says_so():

@@ -25,6 +25,7 @@ EXAMPLES = int(os.environ.get("JLORA_EXAMPLES", 300))
 def check(program, eager):
     params = {k: jnp.asarray(v) for k, v in program.params.items()}
     data = [jnp.asarray(v) for v in program.data]
+    floats = [x for x in data if jnp.issubdtype(x.dtype, jnp.floating)]
     fn = program.fn
     try:
         plan = jlora.plan(fn, params, data, rank=2, targets="**")
@@ -36,25 +37,31 @@ def check(program, eager):
     trainable, frozen = jlora.partition(tree)
     weights = cotangents(jax.eval_shape(fn, params, data))
 
-    def ours(trainable):
-        out = jlora.lift(fn)(jlora.combine(trainable, frozen), data)
+    def data_of(floats):
+        rest = iter(floats)
+        is_float = [jnp.issubdtype(x.dtype, jnp.floating) for x in data]
+        return [next(rest) if f else x for f, x in zip(is_float, data, strict=True)]
+
+    def ours(trainable, floats):
+        tree = jlora.combine(trainable, frozen)
+        out = jlora.lift(fn)(tree, data_of(floats))
         return dot_with(weights, out), out
 
     def whole(path, leaf):  # not rounded to the base's dtype
         return leaf.w.astype(jnp.float64) + delta(leaf, plan[path], jnp)
 
-    def theirs(trainable):
+    def theirs(trainable, floats):
         tree = jlora.combine(trainable, frozen)
         merged = {k: whole(k, x) if k in plan else x for k, x in tree.items()}
-        out = fn(merged, data)
+        out = fn(merged, data_of(floats))
         return dot_with(weights, out), out
 
-    both = [jax.grad(f, has_aux=True) for f in (ours, theirs)]
+    both = [jax.grad(f, argnums=(0, 1), has_aux=True) for f in (ours, theirs)]
 
-    def run(trainable):
-        return [f(trainable) for f in both]
+    def run(*args):
+        return [f(*args) for f in both]
 
-    got, want = silent(run if eager else jax.jit(run), trainable)
+    got, want = silent(run if eager else jax.jit(run), trainable, floats)
     tol = 1e-10
     for entry in jlora.explain(fn, tree, data):
         w, spec = params[entry.path], plan[entry.path]
