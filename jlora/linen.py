@@ -88,8 +88,8 @@ class _Adapted(nn.Module, kw_only=True):
                 f"{'/'.join(self.path) or type(self).__name__}: the variables have no "
                 f"factors of {name!r}: expected them in the collection {COLLECTION!r}, "
                 f"beside 'params'. Keep both of model.init; under nn.scan and nn.vmap "
-                f"name it in variable_axes ({{'params': 0, {COLLECTION!r}: 0}}); rank 0 "
-                "is the layer without an adapter."
+                f"name it in variable_axes ({{'params': 0, {COLLECTION!r}: 0}}); "
+                "rank 0 is the layer without an adapter."
             )
         leaf = self.variable(COLLECTION, name, init).value
         if leaf.rank != self.rank:
