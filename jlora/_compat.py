@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -36,12 +36,24 @@ def manual_axes(params: dict[str, Any]) -> frozenset[Any]:
     return params[name] if name in params else params["manual_axes"]
 
 
-def bind(eqn: Any, args: Sequence[Any]) -> list[Any]:
-    """Evaluates one equation as it stands, under its own context and name."""
-    params = eqn.primitive.get_bind_params(eqn.params)
+def varying(x: Any) -> frozenset[Any]:
+    """The manual mesh axes along which x may differ between devices."""
+    return jax.typeof(x).manual_axis_type.varying
+
+
+@contextlib.contextmanager
+def context(eqn: Any) -> Iterator[None]:
+    """The context that an equation was traced in: its names, where it is computed."""
     name = str(eqn.source_info.name_stack)
     scope = jax.named_scope(name) if name else contextlib.nullcontext()
     with scope, eqn.ctx.manager:
+        yield
+
+
+def bind(eqn: Any, args: Sequence[Any]) -> list[Any]:
+    """Evaluates one equation as it stands, in its own context."""
+    params = eqn.primitive.get_bind_params(eqn.params)
+    with context(eqn):
         out = eqn.primitive.bind(*args, **params)
     return list(out) if eqn.primitive.multiple_results else [out]
 

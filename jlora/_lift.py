@@ -133,7 +133,10 @@ def _check(args: Any, kwargs: Any) -> bool:
                 raise ValueError(
                     f"{path!r} is an adapter without its base (w=None): put it back "
                     "with jlora.attach(params, adapter), or, if it is half of a "
-                    "partition, with jlora.combine(trainable, frozen)."
+                    "partition, with jlora.combine(trainable, frozen). Of variables of "
+                    "jlora.linen layers explain the plain twin, on "
+                    "jlora.attach({'params': variables['params']}, "
+                    "jlora.linen.adapter(variables))."
                 )
             if no_arrays := [
                 f"{name}={y!r}"
@@ -173,6 +176,13 @@ def _lift(fn: Callable[..., Any], *, strict: bool = False, freeze: bool = True) 
             hidden_out = jax.tree.unflatten(jax.tree.structure(out), outs)
         out, written = show(hidden_out)
         for i, value in written.items():
+            if is_adapted(held[i].get_raw_value()) and not is_adapted(value):
+                raise ValueError(
+                    f"{_name(fn)} writes into a variable whose weight is adapted (of "
+                    f"shape {held[i].get_raw_value().shape}), as nnx.WeightNorm does: "
+                    "expected it to be read only, since the adapter would be lost. "
+                    "Exclude its path from the plan."
+                )
             held[i].set_raw_value(value)
         return out
 
@@ -183,7 +193,8 @@ def lift(fn: Callable[..., Any], *, strict: bool = False) -> Callable[..., Any]:
     """The same function, now also reading adapted leaves.
 
     lift(f)(t, x) equals f(merge(t), x), without forming W + scale·a·b: a product of x
-    with a weight becomes x·w + (x·a)·(scale·b) (arXiv:2106.09685, eq. 3).
+    with a weight becomes x·w + (x·a)·(scale·b) (arXiv:2106.09685, eq. 3).  An adapted
+    leaf that the function returns as it is comes back as one.
 
     The result is called exactly as ``fn`` is.  Only arrays and adapted leaves are
     traced, so ``fn`` may not branch on their values; everything else reaches it as it

@@ -218,6 +218,11 @@ def conv(leaf: LoRA, x: jax.Array, params: Params, *, use: int = 0) -> jax.Array
     )
     dtype = _compute_dtype(x, leaf.w)
     if isinstance(leaf.form, Kernel):
+        if leaf.form.groups != groups:
+            raise RolesError(
+                f"convolves in {groups} groups with a leaf of {leaf.form}: expected "
+                f"groups={groups} in its form"
+            )
         if leaf.key is None or not leaf.rate:
             return run(x, _algebra.dense(leaf))
         base, x = run(x, leaf.w), _drop(leaf, x, use).astype(dtype)

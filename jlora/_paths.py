@@ -6,7 +6,7 @@ import difflib
 import functools
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -72,6 +72,34 @@ def variables(tree: Any) -> list[Any]:
     if "flax.nnx" not in sys.modules:
         return []
     return list(filter(is_variable, jax.tree.leaves(tree, is_leaf=is_variable)))
+
+
+def of_adapters(tree: Any) -> bool:
+    """Whether variables of NNX in the tree are factors of a layer's own."""
+    return any(
+        isinstance(v, sys.modules["flax.nnx"].LoRAParam) for v in variables(tree)
+    )
+
+
+def others(tree: Any) -> dict[str, str]:
+    """Path to what stands there, of arrays that their framework calls no parameters.
+
+    NNX's variables that are no ``Param`` or belong to an adapter already, and Linen's
+    collections beside ``params``.
+    """
+    found = {}
+    if variables(tree):
+        nnx = sys.modules["flax.nnx"]
+        pairs, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_variable)
+        for keys, x in pairs:
+            plain = isinstance(x, nnx.Param) and not isinstance(x, nnx.LoRAParam)
+            if is_variable(x) and not plain:
+                found[path_of(keys)] = f"a {type(x).__name__}"
+    elif isinstance(tree, Mapping) and "params" in tree:
+        for path, _ in flatten(tree)[0]:
+            if (collection := path.split("/")[0]) != "params":
+                found[path] = f"in {collection!r}"
+    return found
 
 
 @functools.lru_cache(maxsize=4096)

@@ -88,6 +88,8 @@ class Spec:
             tuple(k - len(axes) for k, c in enumerate(axes) if c == role)
             for role in "bio"
         )
+        if isinstance(alpha, (str, bool)):
+            raise TypeError(f"alpha {alpha!r}: expected a number or None.")
         alpha = float(rank if alpha is None else alpha)
         return cls(kind, int(rank), alpha, batch, in_, out, bias, form)
 
@@ -203,7 +205,14 @@ def fitted(
             f"{axes!r}: expected {expected}."
         )
 
+    if form is not None and not isinstance(form, (Blocks, Kernel)):
+        raise TypeError(
+            f"{where}: form {form!r}: expected one such as "
+            "jlora.loralib.Blocks((True, False, True)) or jlora.loralib.Kernel()."
+        )
     if isinstance(form, Blocks):
+        if not all(flag in (False, True) for flag in form.enabled):
+            refuse("flags, True or False")
         if not form.enabled or "o" not in axes:
             refuse("one flag for each slice of the first out axis")
         size = shape[axes.index("o")]
@@ -216,6 +225,25 @@ def fitted(
             refuse(f"a number of groups that divides {shape[-1]}, its outputs")
         return dataclasses.replace(form, shape=shape[-4:])
     return form
+
+
+def einsum_axes(text: str, ndim: int) -> str:
+    """The roles of the second operand of an einsum, one letter an axis.
+
+    Example:
+      >>> einsum_axes("...ti,...io->...to", 3), einsum_axes("btd,dhk->bthk", 3)
+      ('bio', 'ioo')
+    """
+    operands, out = text.replace(" ", "").split("->")
+    x, w = operands.split(",")
+    rest = ndim - len(w.replace("...", ""))
+
+    def role(c: str) -> str:
+        return ("b" if c in x else "o") if c in out else "i"
+
+    # What stands for the ellipsis has its axes; \0 is no letter of an einsum.
+    named = w.replace("...", "\0" * rest)
+    return "".join(role("..." if c == "\0" else c) for c in named)
 
 
 # A candidate is a weight with known roles, or the words for why it is none.
@@ -297,7 +325,10 @@ def plan(
         return kind, axes, None if used else bias
 
     idle = "not used as a weight (no product, convolution or lookup)"
-    return _select(leaves, candidate, idle, rank, alpha, targets, exclude, rules)
+    others = _paths.others(params)
+    return _select(
+        leaves, candidate, idle, others, rank, alpha, targets, exclude, rules
+    )
 
 
 def plan_from_names(
@@ -349,7 +380,10 @@ def plan_from_names(
         return None
 
     idle = "no dense, einsum or convolution kernel by Flax's names"
-    return _select(leaves, candidate, idle, rank, alpha, targets, exclude, rules)
+    others = _paths.others(params)
+    return _select(
+        leaves, candidate, idle, others, rank, alpha, targets, exclude, rules
+    )
 
 
 def leaves_of(params: Any) -> dict[str, Any]:
@@ -439,6 +473,7 @@ def _select(
     leaves: Mapping[str, Any],
     candidate: Callable[[str, Any], Candidate],
     idle: str,
+    others: Mapping[str, str],
     rank: int,
     alpha: float | None,
     targets: Any,
@@ -472,6 +507,8 @@ def _select(
                     "floating-point weight. Exclude the path, or quantised weights' "
                     "own arrays."
                 )
+            continue
+        if path in others and not named:
             continue
         found = candidate(path, x)
         if found is None or isinstance(found, str):

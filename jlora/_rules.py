@@ -71,7 +71,8 @@ class Evaluation:
                 values[i] = _algebra.dense(v.leaf)
         if any(isinstance(v, Tracked) for v in values) and name in _RULES:
             try:
-                out = _RULES[name](self, eqn, *values)
+                with _compat.context(eqn):
+                    out = _RULES[name](self, eqn, *values)
                 return list(out) if isinstance(out, (list, tuple)) else [out]
             except _algebra.NotFactored:
                 pass
@@ -208,8 +209,6 @@ def _structural(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any
     "reshard",
     "device_put",
     "optimization_barrier",
-    "pvary",
-    "pcast",
 )
 def _base_only(ev: Evaluation, eqn: Any, *args: Any) -> list[Any]:
     """One output an operand, of the same value: it is the base that changes."""
@@ -222,6 +221,17 @@ def _base_only(ev: Evaluation, eqn: Any, *args: Any) -> list[Any]:
         else w
         for x, w in zip(args, outs, strict=True)
     ]
+
+
+@_rule("pvary", "pcast")
+def _vary(ev: Evaluation, eqn: Any, x: Tracked) -> Tracked:
+    """A weight that is to differ between devices: its factors are to as well."""
+
+    def vary(field: jax.Array, labels: Sequence[int]) -> jax.Array:
+        axes = {*eqn.params["axes"]} - _compat.varying(field)
+        return lax.pcast(field, tuple(axes), to="varying") if axes else field
+
+    return Tracked(_algebra.per_axis(x.leaf, vary), x.path)
 
 
 @_rule("stop_gradient")
@@ -401,10 +411,28 @@ def _times_scalar(ev: Evaluation, eqn: Any, *args: Any) -> Tracked:
 # Higher order: rebuilt with JAX's own functions.
 
 
+def _constrained(x: Any, sharding: Any) -> Any:
+    """x under a sharding that an inner jit was given; of a leaf it is the base's."""
+    if not isinstance(sharding, jax.sharding.Sharding):
+        return x
+    constrain: Callable[..., Any] = lax.with_sharding_constraint
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        # The axes of a mesh that are explicit are part of an array's type.
+        if jax.sharding.AxisType.Explicit in sharding.mesh.axis_types:
+            constrain = jax.sharding.reshard
+    if isinstance(x, Tracked):
+        w = constrain(x.leaf.w, sharding)
+        return Tracked(dataclasses.replace(x.leaf, w=w), x.path)
+    return constrain(x, sharding)
+
+
 @_rule("jit", "pjit")
 def _jit(ev: Evaluation, eqn: Any, *args: Any) -> list[Any]:
+    p = eqn.params
+
     def fn(*args: Any) -> list[Any]:
-        return ev.run(eqn.params["jaxpr"], args)
+        args = tuple(map(_constrained, args, p["in_shardings"]))
+        return list(map(_constrained, ev.run(p["jaxpr"], args), p["out_shardings"]))
 
     fn.__name__ = eqn.params["name"]
     return jax.jit(fn, inline=eqn.params["inline"])(*args)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import collections
 import io
+import math
 import os
 import pickle
 import zipfile
@@ -35,6 +36,8 @@ _STORAGES = {
 }
 
 # What the pickle that opens a file of the older format begins with, protocol and all.
+# Elements of an expanded tensor, which its bytes do not bound.
+_EXPANDED = 2**24
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _ZIP = b"PK\x03\x04"
 
@@ -197,7 +200,8 @@ def _tensor(
     (row,) = storage
     last = sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     inside = 0 in size or offset + last < row.size
-    if min((offset, *size, *stride)) < 0 or not inside:
+    fits = inside and math.prod(size) <= max(row.size, _EXPANDED)
+    if min((offset, *size, *stride)) < 0 or not fits:
         _broken(
             f"a tensor of shape {size}, strides {stride} and offset {offset} in "
             f"{row.size} elements"

@@ -83,6 +83,7 @@ def wrap(
       (3, 2)
     """
     check_rank(rank, "wrap")
+    _refuse_layers(params, "wrap")
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"wrap: dtype {dtype!r}: expected a floating-point one.")
     leaves = leaves_of(params)
@@ -232,6 +233,8 @@ def unwrap(tree: Any) -> Any:
 
 
 def _map_adapted(fn: Any, tree: Any, what: str) -> Any:
+    _refuse_layers(tree, what)
+
     def leaf(path: str, x: Any) -> Any:
         if not is_adapted(x):
             return x
@@ -278,6 +281,7 @@ def adapter(tree: Any) -> Adapter:
             bare |= {"key": None, "rate": 0.0}
         out[path] = dataclasses.replace(x, **bare)
     if not out:
+        _refuse_layers(tree, "adapter")
         raise ValueError(
             "adapter: the tree has no adapted leaf: expected the result of jlora.wrap."
         )
@@ -480,6 +484,7 @@ def scaled(tree: Any, s: Any) -> Any:
       >>> float(jlora.scaled(t, 0.5)["kernel"].scale)
       0.5
     """
+    _require_adapted(tree, "scaled")
 
     def leaf(_: str, x: Any) -> Any:
         if not isinstance(x, LoRA):
@@ -509,8 +514,20 @@ def labels(tree: Any) -> Any:
     return _paths.map_leaves(leaf, tree)
 
 
+def _refuse_layers(tree: Any, what: str) -> None:
+    """Raises for a module of jlora.nnx layers, whose factors are variables."""
+    if _paths.of_adapters(tree):
+        raise ValueError(
+            f"{what}: the module has layers with factors of their own (nnx.LoRAParam): "
+            "expected a tree of jlora.wrap. Carry them to the plain twin: "
+            "jlora.attach(twin, jlora.nnx.adapter(module))."
+        )
+
+
 def _require_adapted(tree: Any, what: str, advice: str = "") -> None:
     if not any(is_adapted(x) for _, x in _paths.flatten(tree)[0]):
+        if not advice:
+            _refuse_layers(tree, what)
         raise ValueError(
             f"{what}: the tree has no adapted leaf: expected the result of "
             f"jlora.wrap(params, ...), found plain params. {advice}".rstrip()

@@ -199,7 +199,11 @@ class _Walk:
             roles = dict.fromkeys(range(v.aval.ndim), "o")
             roles |= dict.fromkeys(c, "i") | dict.fromkeys(b, "b")
             # Rows that meet another weight are words, not matrices.
-            if not info.gathers or isinstance(other, (_Data, _Product)):
+            if (
+                not info.gathers
+                or isinstance(other, (_Data, _Product))
+                or (_a_matrix_each(info, roles) and not _is_weight(other))
+            ):
                 out = self.use(info, "dot_general", roles, v.aval.shape)
         return out
 
@@ -308,6 +312,19 @@ class _Walk:
             info if i is o else _DATA
             for i, o, info in zip(ins, outs, infos, strict=True)
         ]
+
+
+def _is_weight(info: Any) -> bool:
+    """Whether it is a weight that was not gathered."""
+    return isinstance(info, _Weight) and not info.gathers
+
+
+def _a_matrix_each(rows: _Weight, roles: dict[int, str]) -> bool:
+    """Whether a product uses a row for each token as a matrix of that token's own."""
+    _, axes = rows.parts[0]
+    tokens = {roles[k] for k, origin in enumerate(axes) if not origin}
+    own = {roles[k] for k, origin in enumerate(axes) if origin}
+    return tokens == {"b"} and {"i", "o"} <= own
 
 
 def _original(axes: Sequence[Origin], roles: dict[int, str]) -> dict[int, str]:

@@ -31,10 +31,10 @@ import jax.numpy as jnp
 from flax import traverse_util
 from jax import lax
 
-from jlora import _init
+from jlora import _init, _paths
 from jlora._leaf import Blocks, Form, LoRA
 from jlora._lift import lift_layer
-from jlora._plan import Spec, check_rank, fitted
+from jlora._plan import Spec, check_rank, einsum_axes, fitted
 from jlora._tree import Adapter
 from jlora._tree import adapter as adapter_of
 from jlora._tree import attach as attach_leaves
@@ -82,7 +82,7 @@ class _Adapted(nn.Module, kw_only=True):
 
         if not (
             self.has_variable(COLLECTION, name)
-            or self.is_mutable_collection(COLLECTION)
+            or (self.is_mutable_collection(COLLECTION) and self.has_rng("params"))
         ):
             raise ValueError(
                 f"{'/'.join(self.path) or type(self).__name__}: the variables have no "
@@ -92,6 +92,13 @@ class _Adapted(nn.Module, kw_only=True):
                 "rank 0 is the layer without an adapter."
             )
         leaf = self.variable(COLLECTION, name, init).value
+        found = tuple(nn.meta.unbox(self.get_variable("params", name)).shape)
+        if leaf.shape != found:
+            raise ValueError(
+                f"{'/'.join(self.path)}: the variables hold factors for a {name} of "
+                f"shape {leaf.shape}, and one of shape {found}: expected those of one "
+                "layer."
+            )
         if leaf.rank != self.rank:
             raise ValueError(
                 f"{'/'.join(self.path)}: the variables hold factors of rank "
@@ -116,9 +123,11 @@ class _Adapted(nn.Module, kw_only=True):
         ):
             keys = jax.random.split(self.make_rng("dropout"), leaf.scale.shape)
             leaf = dataclasses.replace(leaf, key=keys, rate=self.dropout_rate)
-        params = nn.meta.unbox(dict(self.variables["params"]))
-        scale = lax.stop_gradient(leaf.scale)
-        params[name] = dataclasses.replace(leaf, w=params[name], scale=scale)
+        others = {k: v for k, v in self.variables.items() if k != COLLECTION}
+        params = nn.meta.unbox(dict(others.pop("params")))
+        # Also where the whole of the variables is differentiated.
+        w, scale = map(lax.stop_gradient, (params[name], leaf.scale))
+        params[name] = dataclasses.replace(leaf, w=w, scale=scale)
         fields = {
             f.name: getattr(self, f.name)
             for f in dataclasses.fields(twin)
@@ -128,13 +137,13 @@ class _Adapted(nn.Module, kw_only=True):
             apply = _apply(twin(**fields, parent=None), method)
         except TypeError:  # a field that is not hashable: no cache of the trace
             apply = _apply.__wrapped__(twin(**fields, parent=None), method)
-        return apply(params, *args)
+        return apply(params, others, *args)
 
 
 @functools.lru_cache(maxsize=1024)
 def _apply(twin: nn.Module, method: str) -> Callable[..., Any]:
-    def apply(params: Any, *args: Any) -> Any:
-        return twin.apply({"params": params}, *args, method=method)
+    def apply(params: Any, others: Any, *args: Any) -> Any:
+        return twin.apply({**others, "params": params}, *args, method=method)
 
     return lift_layer(apply)
 
@@ -212,16 +221,11 @@ class Einsum(nn.Einsum, _Adapted):
     ) -> jax.Array:
         """The einsum of the inputs and the kernel."""
         text = nn.merge_param("einsum_str", self.einsum_str, einsum_str)
-        (x, w), out = (
-            text.replace(" ", "").split("->")[0].split(","),
-            text.split("->")[1],
-        )
-        roles = "".join(("b" if c in x else "o") if c in out else "i" for c in w)
         return _kernel_layer(
             self,
             nn.Einsum,
             "dense",
-            lambda n: roles,
+            lambda n: einsum_axes(text, n),
             (inputs, einsum_str),
             deterministic,
         )
@@ -350,7 +354,8 @@ def attach(variables: Any, adapter: Adapter) -> dict[str, Any]:
     """The variables with the adapter as their ``lora`` collection; see `adapter`.
 
     Raises:
-      ValueError: as `jlora.attach`.
+      ValueError: as `jlora.attach`; a leaf that trained whole, or that no layer of the
+        variables' own ``lora`` collection reads.
 
     Example:
       >>> import jax, jax.numpy as jnp, jlora.linen
@@ -359,8 +364,28 @@ def attach(variables: Any, adapter: Adapter) -> dict[str, Any]:
       >>> again["lora"]["kernel"].a is variables["lora"]["kernel"].a
       True
     """
+    if "params" not in variables:
+        raise ValueError(
+            f"linen.attach: expected variables with 'params', found "
+            f"{sorted(variables)}."
+        )
+    had = variables.get(COLLECTION)
     variables = {k: v for k, v in variables.items() if k != COLLECTION}
     attach_leaves({"params": variables["params"]}, adapter)  # verifies that it fits
+    known = None if had is None else adapter_of({"params": had})
+    for path, leaf in adapter.items():
+        if known is not None and path not in known:
+            raise ValueError(
+                f"linen.attach: {path!r} belongs to no layer of jlora.linen: expected "
+                f"one of {_paths.near(path, known)}. Attach it to the plain twin: "
+                "jlora.attach({'params': params}, adapter)."
+            )
+        if not isinstance(leaf, LoRA):
+            raise ValueError(
+                f"linen.attach: {path!r} was trained whole: expected low-rank leaves "
+                "only. Put its value into variables['params'], as jlora.merge of the "
+                "plain twin's tree does."
+            )
     leaves = {tuple(p.split("/")[1:]): leaf for p, leaf in adapter.items()}
     nested = traverse_util.unflatten_dict(leaves)
     return {**variables, COLLECTION: nested}

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -67,9 +68,12 @@ def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         return _torch_file.read(where)
     try:
         return safetensors.numpy.load_file(where)
-    except safetensors.SafetensorError as e:
+    except (safetensors.SafetensorError, AttributeError, OSError) as e:
+        if isinstance(e, FileNotFoundError):
+            raise
         raise ValueError(
-            f"{where!r} is no whole safetensors file ({e}): copy or save it again."
+            f"{where!r} is no whole safetensors file of floating-point arrays that "
+            f"numpy has ({e}): copy or save it again, in float32 say."
         ) from None
 
 
@@ -147,6 +151,15 @@ def load(
       Array(2., dtype=float32)
     """
     factors, others = _sorted(_arrays(state_dict))
+    if plan is not None and not isinstance(plan, Plan):
+        raise TypeError(
+            f"load: plan is a {type(plan).__name__}: expected what jlora.plan gives."
+        )
+    if rename is not None and not callable(rename):
+        raise TypeError(
+            f"load: rename is a {type(rename).__name__}: expected a function from a "
+            "module's name to a path, such as names.get for a dict of them."
+        )
     if plan is not None:
         said = {"params": params, "alpha": alpha, "enable_lora": enable_lora}
         if found := [name for name, x in said.items() if x is not None]:
@@ -217,14 +230,24 @@ def _arrays(state_dict: Any) -> dict[str, np.ndarray]:
             "or the path of a file."
         )
 
-    def array(x: Any) -> np.ndarray:
+    def array(key: Any, x: Any) -> np.ndarray:
         if not hasattr(x, "detach"):
-            return np.asarray(x)
-        x = x.detach().cpu()  # numpy has no bfloat16 that torch knows
-        half = str(x.dtype) == "torch.bfloat16"
-        return np.asarray(x.float(), jnp.bfloat16) if half else np.asarray(x)
+            x = np.asarray(x)
+            return x.astype(x.dtype.newbyteorder("="), copy=False)
+        x = x.detach()
+        try:
+            # numpy has no bfloat16 that torch knows
+            half = str(x.dtype) == "torch.bfloat16"
+            x = x.cpu()
+            return np.asarray(x.float(), jnp.bfloat16) if half else np.asarray(x)
+        except (TypeError, RuntimeError) as e:
+            raise ValueError(
+                f"{key!r} is a tensor of {x.dtype} ({x.layout}, on {x.device}) that "
+                f"numpy cannot hold: expected a dense one in float32, float16 or "
+                f"bfloat16 ({e})."
+            ) from None
 
-    return {str(key): array(x) for key, x in state_dict.items()}
+    return {str(key): array(key, x) for key, x in state_dict.items()}
 
 
 Factors = dict[str, tuple[np.ndarray, np.ndarray]]
@@ -376,9 +399,21 @@ class _Patterns:
 
     @classmethod
     def of(cls, name: str, said: Any) -> _Patterns:
-        if isinstance(said, Mapping):
-            return cls(name, said, False)
-        return cls(name, {} if said is None else {"**": said}, True)
+        everywhere = not isinstance(said, Mapping)
+        values = said
+        if everywhere:
+            values = {} if said is None else {"**": said}
+        for value in values.values():
+            flags = name == "enable_lora"
+            good = (
+                isinstance(value, (list, tuple))
+                if flags
+                else isinstance(value, numbers.Real) and math.isfinite(value)
+            )
+            if not good:
+                expected = "one flag for each slice" if flags else "a number"
+                raise ValueError(f"load: {name} {value!r}: expected {expected}.")
+        return cls(name, values, everywhere)
 
     def find(self, path: str, x: Any) -> Any:
         return next(

@@ -29,7 +29,7 @@ from flax import nnx
 from jlora import _init, _paths
 from jlora._leaf import Blocks, Form, LoRA
 from jlora._lift import lift_layer
-from jlora._plan import Spec, check_rank, fitted
+from jlora._plan import Spec, check_rank, einsum_axes, fitted
 from jlora._tree import Adapter
 from jlora._tree import attach as attach_leaves
 
@@ -89,8 +89,11 @@ class _Adapted:
         self.lora_a, self.lora_b = nnx.LoRAParam(leaf.a), nnx.LoRAParam(leaf.b)
         self.lora_scale = Scale(leaf.scale)
         self.lora_roles, self.lora_form = leaf.roles, leaf.form
-        stream = rngs["dropout"].fork() if dropout_rate else None
-        self.dropout_rngs: Any = nnx.data(stream)
+        self.dropout_rngs: Any = nnx.data(None)
+        if dropout_rate:
+            key = jax.random.fold_in(rngs["dropout"].key[...], stream.count[...])
+            key = _init.path_key(key, "lora dropout")
+            self.dropout_rngs = nnx.data(nnx.RngStream(key, tag="dropout"))
 
     def _roles(self, n: int) -> str:
         """One letter for each of the n axes of the weight."""
@@ -210,9 +213,7 @@ class Einsum(_Adapted, nnx.Einsum):
     """``flax.nnx.Einsum`` with an adapter; its einsum string gives the roles."""
 
     def _roles(self, n: int) -> str:
-        operands, out = self.einsum_str.split("->")
-        x, w = operands.split(",")
-        return "".join(("b" if c in x else "o") if c in out else "i" for c in w)
+        return einsum_axes(self.einsum_str, n)
 
     def __call__(
         self,
@@ -337,12 +338,17 @@ def attach(model: nnx.Module, adapter: Adapter) -> Any:
       >>> layer = jlora.nnx.Linear(3, 4, rngs=nnx.Rngs(0))
       >>> again = jlora.nnx.attach(layer, jlora.nnx.adapter(layer))
     """
-    model = jax.tree.map(lambda x: x, model)
+    model = nnx.clone(model)
     layers = dict(_layers(model))
     weights = {p: getattr(m, m._weight)[...] for p, m in layers.items()}
     attach_leaves(weights, adapter)  # verifies that it fits
     for path, leaf in adapter.items():
         layer = layers[path]
+        if not isinstance(leaf, LoRA):
+            raise ValueError(
+                f"nnx.attach: {path!r} was trained whole: expected low-rank leaves "
+                "only, which these layers have."
+            )
         have, want = ((x.axes, x.form) for x in (layer._leaf(), leaf))
         if have != want:
             raise ValueError(

@@ -23,6 +23,7 @@ from helpers import (
 )
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jlora
@@ -46,6 +47,7 @@ SIZES = jnp.array([4, 0, 7])
 STACK = {"w": normal(3, 5, 7)}
 TOKENS = normal(11, 5, seed=1)
 EXPERT = integers(11, below=3)
+TOKEN_IDS = integers(11, below=13)
 
 
 def ragged(p, x, sizes):
@@ -127,6 +129,27 @@ def test_rows_of_a_table_that_meet_weights_are_a_lookup():
     assert plan["table"].axes == "io"
 
 
+@pytest.mark.parametrize(
+    "words",
+    [lambda p, ids: p["table"][ids], lambda p, ids: jnp.tanh(p["table"][ids] * 2.0)],
+)
+def test_experts_of_words(words):
+    """A table's rows meet a stack's: those that are matrices are of the stack."""
+
+    def fn(p, ids):
+        return gathered(p, words(p, ids), ids % 3) @ p["out"]
+
+    params = {"w": STACK["w"], "table": normal(13, 5), "out": normal(7, 5)}
+    plan = jlora.plan(fn, params, TOKEN_IDS)
+    assert {path: spec.axes for path, spec in plan.items()} == {"w": "bio", "out": "io"}
+    assert plan.skipped == {"table": "an embedding: adapted when named"}
+
+
+def test_experts_of_data_that_is_closed_over():
+    plan = jlora.plan(lambda p: gathered(p, TOKENS, EXPERT), STACK)
+    assert plan["w"].axes == "bio"
+
+
 def test_an_expert_axis_that_is_contracted_is_refused():
     plan = jlora.Plan({"w": jlora.Spec.of("dense", "ibo", 2)}, {"w": (3, 5, 7)})
     tree = jlora.wrap(STACK, plan=plan)
@@ -204,6 +227,16 @@ MAPPED = {
         ),
         "io",
     ),
+    "slices of its own": (
+        map_(
+            lambda x, w: (
+                x @ lax.dynamic_slice_in_dim(w, 5 * (lax.axis_index("d") % 2), 5, 1)
+            ),
+            in_specs=(P("d"), P()),
+            out_specs=P("d"),
+        ),
+        "io",
+    ),
     "layers": (
         map_(
             lambda x, w: lax.scan(lambda c, w: (jnp.tanh(c @ w), None), x, w)[0],
@@ -276,6 +309,41 @@ def test_what_a_shard_map_returns_is_an_array():
 
 
 # ------------------------------------------- barriers, constraints, own kernels
+
+
+def test_an_expert_of_its_own_for_each_device():
+    def body(x, w):
+        return x @ lax.dynamic_index_in_dim(w, lax.axis_index("d"), 0, keepdims=False)
+
+    mapped = map_(body, in_specs=(P("d"), P()), out_specs=P("d"))
+    params = {"w": normal(jax.device_count(), 6, 10)}
+    check(
+        lambda p, x: mapped(x, p["w"]),
+        params,
+        normal(8, 6),
+        roles={"w": "bio"},
+        modes=False,
+    )
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_an_inner_jit_keeps_its_shardings_and_scopes_their_names(kind):
+    """Also eagerly, where the sharding of a result is seen."""
+    mesh = jax.make_mesh((jax.device_count(),), ("d",), axis_types=(kind,))
+    sharding = jax.sharding.NamedSharding(mesh, P("d"))
+
+    @functools.partial(jax.jit, out_shardings=sharding)
+    def fn(p, x):
+        with jax.named_scope("of_the_model"):
+            return x @ p["w"]
+
+    params, x = {"w": normal(6, 10)}, normal(8, 6)
+    tree, _ = adapt(fn, params, x, rank=2)
+    with jax.set_mesh(mesh):
+        for lifted in (jlora.lift(fn), jax.jit(jlora.lift(fn))):
+            assert lifted(tree, x).sharding.is_equivalent_to(sharding, 2)
+        text = jax.jit(jlora.lift(fn)).lower(tree, x).compile().as_text()
+    assert "of_the_model" in text
 
 
 def test_a_barrier_keeps_the_factors():

@@ -22,6 +22,7 @@ from helpers import (
     randomise,
     same,
     says,
+    silent,
 )
 
 import jlora
@@ -321,6 +322,51 @@ def test_variables_without_the_factors():
     model = nn.scan(Step, variable_axes=axes, split_rngs=rngs, length=3)()
     with pytest.raises(ValueError, match=r"variable_axes \({'params': 0, 'lora': 0}"):
         model.init(KEY, x, None)
+
+
+def test_factors_of_another_layer():
+    """They could broadcast to its outputs."""
+    x, one = normal(11, 5), jlora.linen.Dense(1, rank=2)
+    layer = jlora.linen.Dense(7, rank=2)
+    params, _ = layer.init(KEY, x).values()
+    variables = {"params": params, "lora": one.init(KEY, x)["lora"]}
+    with pytest.raises(ValueError, match=r"of shape \(5, 1\), and one of .*\(5, 7\)"):
+        layer.apply(variables, x)
+
+
+def test_attach_of_leaves_that_no_layer_reads():
+    layer, x = jlora.linen.Dense(7, rank=2), normal(11, 5)
+    variables = layer.init(KEY, x)
+    adapter = jlora.linen.adapter(variables)
+    bias = {"params/bias": jlora.Full(None, jnp.ones(7))}
+    with pytest.raises(ValueError, match="'params/bias' belongs to no layer"):
+        jlora.linen.attach(variables, adapter | bias)
+    with pytest.raises(ValueError, match="'params/bias' was trained whole"):
+        jlora.linen.attach({"params": variables["params"]}, adapter | bias)
+    with pytest.raises(ValueError, match="expected variables with 'params'"):
+        jlora.linen.attach({}, adapter)
+
+
+def test_the_base_has_no_gradient_where_all_variables_are_differentiated():
+    layer, x = jlora.linen.Dense(7, rank=2), normal(11, 5)
+    variables = moved(layer.init(KEY, x))
+    grads = jax.grad(lambda v: (layer.apply(v, x) ** 2).sum())(variables)
+    same(grads["params"]["kernel"], jnp.zeros((5, 7)))
+    assert (grads["params"]["bias"] != 0).all()
+    assert (grads["lora"]["kernel"].a != 0).all()
+
+
+def test_collections_beside_the_params_reach_the_twin():
+    """Such as the scales of float8, which nn.Dense reads at every call."""
+    x = normal(16, 16)
+    float8 = {"dot_general_cls": nn.Fp8DirectDotGeneralOp}
+    layer = jlora.linen.Dense(16, rank=2, **float8)
+    variables = layer.init(KEY, x)
+    lora = variables.pop("lora")
+    same(
+        silent(layer.apply, {**variables, "lora": lora}, x),
+        nn.Dense(16, **float8).apply(variables, x),
+    )
 
 
 @pytest.mark.parametrize("rate", [1.0, 1.5, -0.1])

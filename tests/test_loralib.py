@@ -908,6 +908,9 @@ BAD = {
         {"enable_lora": {"**": (True, False, False), "conv/*": (True, True)}},
         ["enable_lora 'conv/*' matches no path", "'enc/query/kernel'"],
     ),
+    "flags that are no flags": (ONE, {"enable_lora": 3}, ["one flag for each slice"]),
+    "an alpha that is no number": (Q, {"alpha": "16"}, ["'16': expected a number"]),
+    "an alpha that is no finite one": (Q, {"alpha": np.nan}, ["expected a number"]),
     "an alpha for no layer": (
         Q,
         {"alpha": {"enc/key/*": 2}},
@@ -951,6 +954,15 @@ def test_other_bad_input():
         load([1, 2])
     with pytest.raises(ValueError, match="'a' is adapted already"):
         load(Q, jlora.wrap({"a": jnp.ones((3, 4))}, targets="a"))
+    with pytest.raises(TypeError, match="plan is a dict"):
+        load(Q, plan={})
+    with pytest.raises(TypeError, match="rename is a dict: expected a function"):
+        load(Q, rename={})
+
+
+def test_arrays_of_another_byte_order():
+    swapped = {k: np.asarray(x).astype(">f4") for k, x in Q.items()}
+    same(load(swapped), load(Q))
 
 
 def test_nothing_enabled_is_a_plain_leaf():
@@ -974,6 +986,21 @@ def test_forms_that_do_not_fit():
         plan(Kernel(groups=4))
     with pytest.raises(ValueError, match="expected a number of flags that divides 6"):
         plan(Blocks((True,) * 4))
+    with pytest.raises(ValueError, match="expected flags, True or False"):
+        plan(Blocks((2, 0, 0)))
+    for form in ("kernel", Kernel):
+        with pytest.raises(TypeError, match=r"expected one such as .*Blocks\(\(True"):
+            plan(form)
+
+
+def test_a_kernel_of_other_groups():
+    params = {"kernel": normal(3, 3, 2, 6), "bias": normal(6)}
+    x = normal(1, 5, 5, 4)
+    fn = functools.partial(conv, **SAME_SIZE, feature_group_count=2)
+    rule = jlora.Rule("kernel", form=Kernel())
+    tree = jlora.wrap(params, plan=jlora.plan(fn, params, x, rules=[rule]))
+    with pytest.raises(ValueError, match="'kernel'.*in 2 groups.*expected groups=2"):
+        jlora.lift(fn)(tree, x)
 
 
 # -------------------------------------------------------- files, written without torch

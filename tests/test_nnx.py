@@ -24,6 +24,7 @@ from helpers import (
     randomise,
     same,
     says,
+    silent,
 )
 
 import jlora
@@ -306,6 +307,24 @@ def test_the_base_arrays_are_the_modules_own():
     assert module.up.kernel.get_value().w is plain.up.kernel[...]
     assert jlora.unwrap(module).up.kernel[...] is plain.up.kernel[...]
     assert list(jlora.adapter(module)) == ["down/kernel", "up/kernel"]
+
+
+def test_statistics_are_no_weights():
+    def norm(module, x):
+        return module(x)
+
+    module = nnx.SpectralNorm(nnx.Linear(5, 3, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
+    assert list(jlora.plan(norm, module, normal(7, 5))) == ["layer_instance/kernel"]
+
+
+def test_a_call_that_writes_into_an_adapted_variable():
+    def norm(module, x):
+        return module(x)
+
+    module = nnx.WeightNorm(nnx.Linear(5, 3, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
+    tree = jlora.wrap(module, plan=jlora.plan(norm, module, normal(7, 5)))
+    with pytest.raises(ValueError, match=r"norm writes .* \(5, 3\).*Exclude its path"):
+        silent(jlora.lift(norm), tree, normal(7, 5))
 
 
 def test_filters_that_select_no_adapter():

@@ -295,7 +295,74 @@ def test_dropout_by_a_stream_and_deterministic():
     close(view(x) - plain, x)
 
 
+def test_dropout_moves_no_initial_value_and_every_layer_has_its_own_stream():
+    ours, theirs = nnx.Rngs(0), nnx.Rngs(0)
+    layers = [jlora.nnx.Linear(8, 8, dropout_rate=0.1, rngs=ours) for _ in range(2)]
+    for layer in layers:
+        same(layer.kernel[...], nnx.Linear(8, 8, rngs=theirs).kernel[...])
+    rngs = nnx.Rngs(params=0, dropout=1)
+    layers += [jlora.nnx.Linear(8, 8, dropout_rate=0.1, rngs=rngs) for _ in range(2)]
+    keys = [x.dropout_rngs.key[...] for x in layers]
+    assert len({jax.random.key_data(key).tobytes() for key in keys}) == 4
+    same(nnx.Dropout(0.5, rngs=rngs).rngs(), nnx.Dropout(0.5, rngs=nnx.Rngs(1)).rngs())
+
+
+class Tied(nnx.Module):
+    def __init__(self):
+        self.first = jlora.nnx.Linear(8, 8, rank=2, rngs=nnx.Rngs(0))
+        self.second = self.first
+
+    def __call__(self, x):
+        return self.second(self.first(x))
+
+
+def test_attach_keeps_modules_shared_and_the_old_one_as_it_was():
+    model, x = Tied(), normal(5, 8)
+    adapter = jlora.nnx.adapter(randomise_layer(model))
+    fresh = Tied()
+    before = fresh(x)
+    new = jlora.nnx.attach(fresh, adapter)
+    assert new.first is new.second
+    close(new(x), model(x))
+    same(fresh(x), before)
+
+
+def randomise_layer(model):
+    model.first.lora_b[...] = normal(*model.first.lora_b.shape)
+    return model
+
+
+def test_einsum_with_an_ellipsis():
+    layer = jlora.nnx.Einsum("...ti,...io->...to", (7, 3, 4), None, rngs=nnx.Rngs(0))
+    assert layer.lora_a.shape == (7, 3, 8) and layer.lora_b.shape == (7, 8, 4)
+    assert layer(normal(7, 5, 3)).shape == (7, 5, 4)
+
+
 # ------------------------------------------------------------------ bad input
+
+
+def test_a_module_of_layers_is_no_wrapped_tree():
+    """Its factors are variables: nothing may leave them behind without a word."""
+    layer = jlora.nnx.Linear(5, 3, rngs=nnx.Rngs(0))
+    uses = {
+        "wrap": jlora.wrap,
+        "merge": jlora.merge,
+        "unwrap": jlora.unwrap,
+        "adapter": jlora.adapter,
+        "partition": jlora.partition,
+        "scaled": lambda m: jlora.scaled(m, 0.0),
+        "dropout": lambda m: jlora.dropout(m, 0.1, jax.random.key(0)),
+    }
+    for name, use in uses.items():
+        with pytest.raises(ValueError, match=rf"^{name}: .*jlora.nnx.adapter\(module"):
+            use(layer)
+
+
+def test_a_leaf_that_trained_whole_is_no_factor():
+    layer = jlora.nnx.Linear(5, 3, rngs=nnx.Rngs(0))
+    whole = {"kernel": jlora.Full(None, jnp.zeros((5, 3)))}
+    with pytest.raises(ValueError, match="'kernel' was trained whole"):
+        jlora.nnx.attach(layer, whole)
 
 
 @pytest.mark.parametrize(
