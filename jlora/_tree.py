@@ -318,7 +318,8 @@ def unmerge(params: Any, adapter: Adapter) -> Any:
 
     Inexact: merging rounded w + delta to w's dtype, and so does this.  The result is
     off by about one unit in the last place of the larger of the two (2^-8 of it in
-    bfloat16, 2^-24 in float32) each time.  `unwrap` gives the very base instead.
+    bfloat16, 2^-24 in float32); further cycles of merging and unmerging the same
+    adapter add nothing to it.  `unwrap` gives the very base instead.
 
     Raises:
       ValueError: as `attach`; or a `Full` leaf, whose base cannot be had back.

@@ -12,7 +12,8 @@ code through the lift, so there is no second implementation of anything.
 `jlora.optimizer`, `jlora.partition`, `jlora.scaled` and `jlora.count` work on the
 variables.  Pretrained params take the place of ``variables["params"]``.  `adapter` and
 `attach` of this module carry the adapter to the plain Flax model and back; that is also
-the way to merge, to save, and to train other leaves beside it.
+the way to merge, to save and to `explain`.  To train a head or biases beside adapters
+lift the plain model instead, on ``jlora.wrap(params, train=...)``.
 
 Under ``nn.scan`` the factors are stacked like the parameters, with
 ``variable_axes={"params": 0, "lora": 0}``; ``nn.vmap`` likewise.
