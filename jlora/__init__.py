@@ -6,10 +6,12 @@
     ...
     params = jlora.merge(lora)
 
-The submodules ``jlora.linen``, ``jlora.nnx``, ``jlora.loralib`` and
-``jlora.checkpoint`` are imported by name.
+The submodules ``jlora.linen``, ``jlora.nnx``, ``jlora.loralib``, ``jlora.schedules``
+and ``jlora.checkpoint`` are imported by name.
 """
 
+from jlora._fade import drop_base as drop_base
+from jlora._fade import fade as fade
 from jlora._leaf import Full as Full
 from jlora._leaf import LoRA as LoRA
 from jlora._leaf import is_adapted as is_adapted

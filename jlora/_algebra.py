@@ -44,15 +44,70 @@ def labels_of(axes: str) -> tuple[list[int], list[int], list[int]]:
     return [*batch, *in_, RANK], [*batch, RANK, *out], batch
 
 
-def scaled_b(leaf: LoRA) -> jax.Array:
-    """scale * b.  Scaling the factor costs nothing per token and rounds once.
+def bias_labels(axes: str) -> list[int]:
+    """The labels of c: batch, then out."""
+    return [k for k in labels_of(axes)[1] if k != RANK]
 
-    The scale is data that does not train.
-    """
-    missing = range(leaf.scale.ndim, leaf.b.ndim)
+
+def scaled_b(leaf: LoRA) -> jax.Array:
+    """scale * b.  Scaling the factor costs nothing per token and rounds once."""
+    return _scaled(leaf, leaf.b)
+
+
+def scaled_c(leaf: LoRA) -> jax.Array:
+    """scale * c, of a leaf that has one."""
+    return _scaled(leaf, leaf.c)
+
+
+def _scaled(leaf: LoRA, field: jax.Array) -> jax.Array:
+    """scale * field.  The scale is data that does not train."""
+    missing = range(leaf.scale.ndim, field.ndim)
     scale = lax.expand_dims(lax.stop_gradient(leaf.scale), missing)
-    wide = wider(leaf.b, scale)
-    return leaf.b.astype(wide) * scale.astype(wide)
+    wide = wider(field, scale)
+    return field.astype(wide) * scale.astype(wide)
+
+
+def of_base(leaf: LoRA, fn: Callable[[Any], Any]) -> Any:
+    """fn of the base array; of one that was dropped, the result's shape and dtype."""
+    if leaf.w is not None:
+        return fn(leaf.w)
+    return jax.eval_shape(fn, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
+
+
+def plus(base: Any, h: jax.Array) -> jax.Array:
+    """The base's product, of which `of_base` may only know the shape, and the delta's.
+
+    A base that was dropped is zero.
+    """
+    h = h.astype(base.dtype)
+    return h if isinstance(base, jax.ShapeDtypeStruct) else base + h
+
+
+def with_output_bias(
+    leaf: LoRA, h: jax.Array, hl: list[int], factor: jax.Array, fl: list[int]
+) -> tuple[jax.Array, jax.Array]:
+    """x·a with a one beside its ranks, and scale * b with scale * c as one more row.
+
+    So the output bias goes wherever the second product goes, and needs none of its own.
+    """
+    if leaf.c is None:
+        return h, factor
+    at = hl.index(RANK)
+    one = jnp.ones((*h.shape[:at], 1, *h.shape[at + 1 :]), h.dtype)
+    row = lax.expand_dims(scaled_c(leaf), [fl.index(RANK)]).astype(factor.dtype)
+    return (
+        lax.concatenate([h, one], at),
+        lax.concatenate([factor, row], fl.index(RANK)),
+    )
+
+
+def spread(
+    x: jax.Array, labels: Sequence[int], shape: Sequence[int], out: Sequence[int]
+) -> jax.Array:
+    """x broadcast to an array of this shape whose axes are ``out``."""
+    wanted = [k for k in out if k in labels]
+    x = order(x, labels, wanted)
+    return lax.broadcast_in_dim(x, shape, [list(out).index(k) for k in wanted])
 
 
 def dot(
@@ -97,7 +152,7 @@ def delta(leaf: LoRA) -> jax.Array:
     la, lb, batch = labels_of(leaf.axes)
     weight = range(leaf.ndim)
     if isinstance(leaf.form, Kernel):
-        sizes, n = leaf.w.shape[-4:], len(batch)
+        sizes, n = leaf.shape[-4:], len(batch)
         product = jnp.matmul(leaf.a, scaled_b(leaf), precision="highest")
         oihw = product.mT.reshape(*product.shape[:n], sizes[3], sizes[2], *sizes[:2])
         return jnp.moveaxis(oihw, (n, n + 1), (n + 3, n + 2))
@@ -173,6 +228,8 @@ def dense(leaf: LoRA | Full) -> jax.Array:
     if isinstance(leaf, Full):
         return leaf.value.astype(leaf.w.dtype)
     d = delta(leaf)
+    if leaf.w is None:
+        return d.astype(leaf.dtype)
     wide = wider(leaf.w, d)
     return (leaf.w.astype(wide) + d.astype(wide)).astype(leaf.w.dtype)
 
@@ -180,39 +237,51 @@ def dense(leaf: LoRA | Full) -> jax.Array:
 # ------------------------------------------------- structure: a leaf in, a leaf out
 
 
-def _fields(leaf: LoRA, w: Any, axes: str, fn: Callable[..., Any]) -> LoRA:
-    """The leaf of weight w and roles ``axes``, with fn(field, labels) for the rest."""
+def _fields(
+    leaf: LoRA, base: Callable[[Any], Any], axes: str, fn: Callable[..., Any]
+) -> LoRA:
+    """The leaf of roles ``axes``: base(w), and fn(field, labels) of the rest."""
     la, lb, ls = labels_of(leaf.axes)
+
+    def optional(x: Any, labels: list[int]) -> Any:
+        return None if x is None else fn(x, labels)
+
     return dataclasses.replace(
         leaf,
-        w=w,
+        w=None if leaf.w is None else base(leaf.w),
         a=fn(leaf.a, la),
         b=fn(leaf.b, lb),
         scale=fn(leaf.scale, ls),
-        key=None if leaf.key is None else fn(leaf.key, ls),
+        c=optional(leaf.c, bias_labels(leaf.axes)),
+        key=optional(leaf.key, ls),
         roles=axes.lstrip("b"),
     )
 
 
-def _refit(leaf: LoRA, w: jax.Array, axes: str) -> LoRA:
-    """The leaf of a reshaped w, where no role's axes changed their order."""
-    size = dict(enumerate(w.shape)) | {RANK: leaf.rank}
-    la, lb, ls = ([size[k] for k in labels] for labels in labels_of(axes))
+def _refit(leaf: LoRA, shape: Sequence[int], axes: str) -> LoRA:
+    """The leaf reshaped, where no role's axes changed their order."""
+    size = dict(enumerate(shape)) | {RANK: leaf.rank}
+
+    def fit(x: Any, labels: Sequence[int]) -> Any:
+        return None if x is None else x.reshape([size[k] for k in labels])
+
+    la, lb, ls = labels_of(axes)
     return dataclasses.replace(
         leaf,
-        w=w,
-        a=leaf.a.reshape(la),
-        b=leaf.b.reshape(lb),
-        scale=leaf.scale.reshape(ls),
-        key=None if leaf.key is None else leaf.key.reshape(ls),
+        w=None if leaf.w is None else lax.reshape(leaf.w, shape),
+        a=fit(leaf.a, la),
+        b=fit(leaf.b, lb),
+        scale=fit(leaf.scale, ls),
+        c=fit(leaf.c, bias_labels(axes)),
+        key=fit(leaf.key, ls),
         roles=axes.lstrip("b"),
     )
 
 
 def with_units(leaf: LoRA, wanted: str) -> LoRA:
     """The same leaf with the wanted roles where an axis is of size one."""
-    triples = zip(leaf.w.shape, leaf.axes, wanted, strict=True)
-    return _refit(leaf, leaf.w, "".join(v if n == 1 else r for n, r, v in triples))
+    triples = zip(leaf.shape, leaf.axes, wanted, strict=True)
+    return _refit(leaf, leaf.shape, "".join(v if n == 1 else r for n, r, v in triples))
 
 
 def blocks(
@@ -249,10 +318,11 @@ def transpose(leaf: LoRA, permutation: Sequence[int]) -> LoRA:
 
     def move(x: jax.Array, labels: list[int]) -> jax.Array:
         new = [place[k] for k in labels]
-        wanted = next(ls for ls in labels_of(axes) if sorted(ls) == sorted(new))
+        fields = (*labels_of(axes), bias_labels(axes))
+        wanted = next(ls for ls in fields if sorted(ls) == sorted(new))
         return order(x, new, wanted)
 
-    return _fields(leaf, lax.transpose(leaf.w, permutation), axes, move)
+    return _fields(leaf, lambda w: lax.transpose(w, permutation), axes, move)
 
 
 @in_low_rank
@@ -264,37 +334,38 @@ def reshape(leaf: LoRA, shape: Sequence[int]) -> LoRA:
     axes = ["b"] * len(shape)
     if 0 in shape:
         raise NotFactored
-    for left, right in blocks(leaf.w.shape, shape):
+    for left, right in blocks(leaf.shape, shape):
         roles = {leaf.axes[k] for k in left}
         if len(roles) > 1:
             raise NotFactored
         for k in right:
             (axes[k],) = roles
-    return _refit(leaf, lax.reshape(leaf.w, shape), "".join(axes))
+    return _refit(leaf, shape, "".join(axes))
 
 
 @in_low_rank
 def squeeze(leaf: LoRA, dimensions: Sequence[int]) -> LoRA:
     """lax.squeeze; the axes that stay keep their roles."""
-    axes = "".join(c for k, c in enumerate(leaf.axes) if k not in dimensions)
-    return _refit(leaf, lax.squeeze(leaf.w, dimensions), axes)
+    kept = [k for k in range(leaf.ndim) if k not in dimensions]
+    axes = "".join(leaf.axes[k] for k in kept)
+    return _refit(leaf, [leaf.shape[k] for k in kept], axes)
 
 
 @in_low_rank
 def broadcast(leaf: LoRA, shape: Sequence[int], dimensions: Sequence[int]) -> LoRA:
     """lax.broadcast_in_dim; an axis that is new, or that grows, is a batch axis."""
-    old = list(zip(leaf.w.shape, leaf.axes, dimensions, strict=True))
+    old = list(zip(leaf.shape, leaf.axes, dimensions, strict=True))
     leaf = with_units(leaf, "".join(c if n == shape[k] else "b" for n, c, k in old))
     units, axes = [1] * len(shape), ["b"] * len(shape)
-    for n, c, k in zip(leaf.w.shape, leaf.axes, dimensions, strict=True):
+    for n, c, k in zip(leaf.shape, leaf.axes, dimensions, strict=True):
         units[k], axes[k] = n, c
-    leaf = _refit(leaf, lax.reshape(leaf.w, units), "".join(axes))
+    leaf = _refit(leaf, units, "".join(axes))
 
     def grow(x: jax.Array, labels: Sequence[int]) -> jax.Array:
         sizes = [leaf.rank if k == RANK else shape[k] for k in labels]
         return lax.broadcast_in_dim(x, sizes, range(len(sizes)))
 
-    leaf = _fields(leaf, grow(leaf.w, range(len(shape))), leaf.axes, grow)
+    leaf = _fields(leaf, lambda w: grow(w, range(len(shape))), leaf.axes, grow)
     return dataclasses.replace(leaf, key=_fold_in(leaf.key, None))
 
 
@@ -303,8 +374,17 @@ def per_axis(leaf: LoRA, fn: Callable[..., Any]) -> LoRA:
     """An operation that acts on each axis by itself: slice, rev, dynamic_slice.
 
     fn(field, labels) is called on every field, base included.
+
+    Raises:
+      NotFactored: it cuts an in axis of a weight with an output bias, which belongs to
+        the whole product.
     """
-    return _fields(leaf, fn(leaf.w, range(leaf.ndim)), leaf.axes, fn)
+    part = _fields(leaf, lambda w: fn(w, range(leaf.ndim)), leaf.axes, fn)
+    if leaf.c is not None and part.a.size != leaf.a.size:
+        ins = [k for k, c in enumerate(leaf.axes) if c == "i"]
+        if any(part.shape[k] != leaf.shape[k] for k in ins):
+            raise NotFactored
+    return part
 
 
 def specs(leaf: LoRA | Full, spec: Any) -> Any:
@@ -326,10 +406,11 @@ def specs(leaf: LoRA | Full, spec: Any) -> Any:
         la = lb = []
     return dataclasses.replace(
         leaf,
-        w=spec,
+        w=None if leaf.w is None else spec,
         a=own(la),
         b=own(lb),
         scale=own(ls),
+        c=None if leaf.c is None else own(bias_labels(leaf.axes)),
         key=None if leaf.key is None else own(ls),
     )
 
@@ -353,7 +434,7 @@ def concatenate(parts: Sequence[LoRA | jax.Array], axis: int) -> LoRA:
 
     def role(k: int) -> str:
         """What the parts make of an axis: one of size one has no say."""
-        roles = [p.axes[k] for p in adapted if p.w.shape[k] != 1]
+        roles = [p.axes[k] for p in adapted if p.shape[k] != 1]
         return min(roles or [p.axes[k] for p in adapted], key="iob".index)
 
     axes = "".join(map(role, range(model.ndim)))
@@ -362,7 +443,12 @@ def concatenate(parts: Sequence[LoRA | jax.Array], axis: int) -> LoRA:
     dropouts = {(p.rate, p.key is None) for p in leaves if p.rank}
     if any(p.axes != axes for p in leaves) or len(dropouts) > 1:
         raise NotFactored
-    w = lax.concatenate([p.w for p in leaves], axis)
+    if all(p.w is None for p in leaves):
+        w = None
+    else:
+        bases = [jnp.zeros(p.shape, p.dtype) if p.w is None else p.w for p in leaves]
+        w = lax.concatenate(bases, axis)
+        model = dataclasses.replace(model, dropped=None)
     # A mask of its own for each part of a stack, and for a product of several weights.
     keys = [_fold_in(p.key, i) for i, p in enumerate(leaves) if p.key is not None]
     dtype = max((p.a.dtype for p in leaves), key=lambda dtype: dtype.itemsize)
@@ -370,16 +456,26 @@ def concatenate(parts: Sequence[LoRA | jax.Array], axis: int) -> LoRA:
         dataclasses.replace(p, a=p.a.astype(dtype), b=p.b.astype(dtype)) for p in leaves
     ]
     la, lb, ls = labels_of(axes)
+    lc = bias_labels(axes)
     ranks = [p.rank for p in leaves]
 
-    def spread(x: jax.Array, labels: list[int], before: int, after: int) -> jax.Array:
+    def output_biases(field: Callable[[LoRA], jax.Array]) -> list[jax.Array] | None:
+        """c of every part, zero where it has none; None where no part has one."""
+        if all(p.c is None for p in leaves):
+            return None
+        return [
+            jnp.zeros([p.shape[k] for k in lc], dtype) if p.c is None else field(p)
+            for p in leaves
+        ]
+
+    def pad(x: jax.Array, labels: list[int], before: int, after: int) -> jax.Array:
         pads = [(before, after, 0) if k == RANK else (0, 0, 0) for k in labels]
         return lax.pad(x, jnp.zeros((), x.dtype), pads)
 
     if axes[axis] == "b":
         top = max(ranks)
         pairs = [
-            (spread(p.a, la, 0, top - p.rank), spread(p.b, lb, 0, top - p.rank))
+            (pad(p.a, la, 0, top - p.rank), pad(p.b, lb, 0, top - p.rank))
             for p in leaves
         ]
         a = lax.concatenate([a for a, _ in pairs], la.index(axis))
@@ -390,12 +486,14 @@ def concatenate(parts: Sequence[LoRA | jax.Array], axis: int) -> LoRA:
             if len(keys) < len(leaves):
                 raise NotFactored
             key = jnp.concatenate(keys, ls.index(axis))
-        return dataclasses.replace(model, w=w, a=a, b=b, scale=scale, key=key)
+        cs = output_biases(lambda p: p.c)
+        c = None if cs is None else lax.concatenate(cs, lc.index(axis))
+        return dataclasses.replace(model, w=w, a=a, b=b, scale=scale, c=c, key=key)
 
     def diagonal(fields: list[jax.Array], labels: list[int]) -> jax.Array:
         ends = [sum(ranks[: i + 1]) for i in range(len(ranks))]
         padded = [
-            spread(f, labels, end - r, ends[-1] - end)
+            pad(f, labels, end - r, ends[-1] - end)
             for f, r, end in zip(fields, ranks, ends, strict=True)
         ]
         return lax.concatenate(padded, labels.index(axis))
@@ -407,9 +505,12 @@ def concatenate(parts: Sequence[LoRA | jax.Array], axis: int) -> LoRA:
     else:
         a = diagonal(fields_a, la)
         b = lax.concatenate(fields_b, lb.index(RANK))
+    c, cs = None, output_biases(scaled_c)
+    if cs is not None:  # along in axes the products are summed
+        c = lax.concatenate(cs, lc.index(axis)) if axis in lc else sum(cs[1:], cs[0])
     one = jnp.ones_like(leaves[0].scale)
     return dataclasses.replace(
-        model, w=w, a=a, b=b, scale=one, key=keys[0] if keys else None
+        model, w=w, a=a, b=b, scale=one, c=c, key=keys[0] if keys else None
     )
 
 

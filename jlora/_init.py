@@ -10,7 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora._leaf import Blocks, Kernel, LoRA, factor_shapes
+from jlora import _paths
+from jlora._leaf import Blocks, Kernel, LoRA, bias_shape, factor_shapes
 from jlora._plan import Spec
 
 Initialiser = Callable[[jax.Array, Spec, tuple[int, ...], tuple[int, ...], Any], Any]
@@ -66,11 +67,16 @@ def make(
         raise ValueError(f"init {init!r}: expected one of {', '.join(_INITS)}.")
     shape_a, shape_b = factor_shapes(tuple(w.shape), spec.axes, spec.rank, spec.form)
     stack = tuple(w.shape[k] for k in spec.batch_axes)
-    roles = spec.axes.lstrip("b")
+    static: dict[str, Any] = {"roles": spec.axes.lstrip("b"), "form": spec.form}
+    if spec.bias is not None:
+        static["bias"] = _paths.relative(spec.bias, path)
+    shape_c = bias_shape(tuple(w.shape), spec.axes) if spec.lora_bias else None
     if isinstance(w, jax.ShapeDtypeStruct):
         a, b = (jax.ShapeDtypeStruct(shape, dtype) for shape in (shape_a, shape_b))
+        c = None if shape_c is None else jax.ShapeDtypeStruct(shape_c, dtype)
         scale = jax.ShapeDtypeStruct(stack, jnp.float32)
-        return LoRA(w, a, b, scale, roles=roles, form=spec.form)
+        return LoRA(w, a, b, scale, c, **static)
     a, b = _INITS[init](path_key(typed(key), path), spec, shape_a, shape_b, dtype)
+    c = None if shape_c is None else jnp.zeros(shape_c, dtype)
     scale = jnp.full(stack, spec.alpha / spec.rank, jnp.float32)
-    return LoRA(w, a, b, scale, roles=roles, form=spec.form)
+    return LoRA(w, a, b, scale, c, **static)

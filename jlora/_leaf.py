@@ -8,8 +8,8 @@ Their invariants, in one place:
   ``"i"`` for an axis that is contracted with the activation, ``"o"`` for one that
   comes out, ``"b"`` for a batch axis (stacked layers, experts).  Axes that the
   string does not reach lead, and are batch axes.
-* ``a`` is (*batch, *in, r) and ``b`` is (*batch, r, *out), each in the order of the
-  weight's own axes; ``scale`` and ``key`` are (*batch).
+* ``a`` is (*batch, *in, r), ``b`` is (*batch, r, *out) and ``c`` is (*batch, *out),
+  each in the order of the weight's own axes; ``scale`` and ``key`` are (*batch).
 
 So every field of a stacked leaf starts with the same batch axes, and a user's own
 ``tree.map(lambda x: x[0], ...)``, scan or vmap slices the leaf by slicing its fields.
@@ -119,20 +119,40 @@ def factor_shapes(
     return (*batch, *in_, rank), (*batch, rank, *out)
 
 
+def bias_shape(shape: tuple[int, ...], axes: str) -> tuple[int, ...]:
+    """The shape of c for a weight of this shape and these roles: batch, then out.
+
+    Example:
+      >>> bias_shape((5, 3, 4), "bio")
+      (5, 4)
+    """
+    pairs = list(zip(shape, axes, strict=True))
+    return tuple(n for role in "bo" for n, own in pairs if own == role)
+
+
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class LoRA(_NotAnArray):
     """A weight ``w`` with a low-rank delta: W + scale * a·b (arXiv:2106.09685, eq. 3).
 
     Attributes:
-      w: the base array, frozen; None in an adapter or in a hole of a partition.
+      w: the base array, frozen; None in an adapter, in a hole of a partition, or where
+        the base was dropped.
       a: (*batch, *in, r), float32 whatever the base's dtype.
       b: (*batch, r, *out), likewise.
       scale: (*batch) float32, alpha / rank; data, so that turning an adapter up,
         down or off does not recompile.
+      c: (*batch, *out) output bias of the low-rank branch, or None: a product of x
+        with the weight has scale * c added to it.
       key: (*batch) typed PRNG keys of the dropout on the activation, or None.
+      mean: (*batch) or (*batch, *out) float32, of the base's values; None until `fade`
+        wants it.
+      std: likewise, their standard deviation.
       roles: static; one letter an axis of the weight, from the end.
       rate: static; the dropout rate that belongs to ``key``.
       form: static; None for a and b as above, or how else they make the delta.
+      bias: static; where the bias of the weight's layer stands, as a path from where
+        the weight stands, such as "bias"; None if it has none.
+      dropped: static; the dtype of a base that was dropped, so that ``w`` is zero.
 
     Example:
       >>> import jax.numpy as jnp
@@ -145,10 +165,15 @@ class LoRA(_NotAnArray):
     a: Any
     b: Any
     scale: Any
+    c: Any = None
     key: Any = None
+    mean: Any = None
+    std: Any = None
     roles: str = "io"
     rate: float = 0.0
     form: Form | None = None
+    bias: str | None = None
+    dropped: Any = None
 
     @property
     def ndim(self) -> int:
@@ -181,7 +206,7 @@ class LoRA(_NotAnArray):
     @property
     def dtype(self) -> Any:
         """The weight's dtype; AttributeError without a base."""
-        return self.w.dtype
+        return self.w.dtype if self.dropped is None else self.dropped
 
     @property
     def rank(self) -> int:
@@ -192,8 +217,11 @@ class LoRA(_NotAnArray):
         return shared
 
     def __repr__(self) -> str:
-        fields = ", ".join(f"{n}={_brief(getattr(self, n))}" for n in ("w", "a", "b"))
+        names = ["w", "a", "b"] + (["c"] if self.c is not None else [])
+        fields = ", ".join(f"{n}={_brief(getattr(self, n))}" for n in names)
         form = f", form={self.form}" if self.form else ""
+        if self.dropped is not None:
+            form += f", dropped={self.dropped}"
         return f"LoRA({fields}, roles={self.roles!r}{form})"
 
 
@@ -232,8 +260,8 @@ Adapted = LoRA | Full
 
 jax.tree_util.register_dataclass(
     LoRA,
-    data_fields=["w", "a", "b", "scale", "key"],
-    meta_fields=["roles", "rate", "form"],
+    data_fields=["w", "a", "b", "scale", "c", "key", "mean", "std"],
+    meta_fields=["roles", "rate", "form", "bias", "dropped"],
 )
 jax.tree_util.register_dataclass(Full, data_fields=["w", "value"], meta_fields=[])
 
@@ -245,7 +273,9 @@ def trained(leaf: Adapted) -> tuple[str, ...]:
       >>> trained(Full(None, 1.0))
       ('value',)
     """
-    return ("a", "b") if isinstance(leaf, LoRA) else ("value",)
+    if isinstance(leaf, Full):
+        return ("value",)
+    return ("a", "b") if leaf.c is None else ("a", "b", "c")
 
 
 def missing(leaf: Adapted) -> list[str]:
@@ -255,7 +285,9 @@ def missing(leaf: Adapted) -> list[str]:
       >>> missing(Full(None, 1.0))
       ['w']
     """
-    names = ("w", "a", "b", "scale") if isinstance(leaf, LoRA) else ("w", "value")
+    names = ("w", "value")
+    if isinstance(leaf, LoRA):
+        names = ("w", "a", "b", "scale")[leaf.dropped is not None :]
     return [name for name in names if getattr(leaf, name) is None]
 
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora import _algebra, _compat
-from jlora._leaf import is_adapted, missing, trained
+from jlora._leaf import LoRA, is_adapted, missing, trained
 from jlora._paths import flatten, variables
 from jlora._rules import Evaluation, Tracked
 from jlora._trace import hide, show, trace
@@ -71,7 +71,16 @@ def _stop(x: Any) -> Any:
 
 def _frozen(x: Any) -> Any:
     """stop_gradient on what does not train; the algebra does it for scales."""
-    return dataclasses.replace(x, w=_stop(x.w)) if is_adapted(x) else _stop(x)
+    if not is_adapted(x):
+        return _stop(x)
+    return x if x.w is None else dataclasses.replace(x, w=_stop(x.w))
+
+
+def _base(x: Any) -> Any:
+    """What the function is traced on in place of a leaf."""
+    if not is_adapted(x):
+        return x
+    return jax.ShapeDtypeStruct(x.shape, x.dtype) if x.w is None else x.w
 
 
 def _lifted(
@@ -91,10 +100,10 @@ def _lifted(
         adapted = freeze and any(is_adapted(x) for _, x in leaves)
         for path, x in leaves:
             x = _frozen(x) if adapted else x
+            if isinstance(x, LoRA):  # statistics are of the base, not of its use
+                x = dataclasses.replace(x, mean=None, std=None)
             values.append(Tracked(x, path) if is_adapted(x) else x)
-        return jax.tree.unflatten(
-            treedef, [x.w if is_adapted(x) else x for _, x in leaves]
-        )
+        return jax.tree.unflatten(treedef, [_base(x) for _, x in leaves])
 
     args = [swap(a) for a in args]
     kwargs = {k: swap(v) for k, v in sorted(kwargs.items())}

@@ -30,7 +30,7 @@ from jlora._algebra import (
 from jlora._leaf import Blocks, Kernel, LoRA
 
 
-def _compute_dtype(x: jax.Array, w: jax.Array) -> Any:
+def _compute_dtype(x: jax.Array, w: Any) -> Any:
     """What the factors are cast to: the activation's dtype.
 
     Where a product mixes dtypes, the base is read in its own, so the wider one;
@@ -76,11 +76,11 @@ def contract(
     out_sharding = rest.pop("out_sharding", None)
     (lc, rc), (lb, rb) = dimension_numbers
     wc, wb, xc, xb = (lc, lb, rc, rb) if weight_first else (rc, rb, lc, lb)
-    roles = {axes[k] for k in wc if leaf.w.shape[k] != 1}
+    roles = {axes[k] for k in wc if leaf.shape[k] != 1}
     if "b" in roles or len(roles) > 1:
         raise RolesError(
             f"contracts axes {tuple(map(int, wc))} of a weight of shape "
-            f"{tuple(leaf.w.shape)} and roles {axes!r}: expected in axes (i) only, or "
+            f"{leaf.shape} and roles {axes!r}: expected in axes (i) only, or "
             "out axes (o) only"
         )
     if not wc:
@@ -92,11 +92,14 @@ def contract(
     new = [k for k in xl if k >= n]
     out = [*wb, *kept, *new] if weight_first else [*wb, *new, *kept]
 
-    left, right = (leaf.w, x) if weight_first else (x, leaf.w)
-    base = lax.dot_general(
-        left, right, dimension_numbers, out_sharding=out_sharding, **rest
-    )
-    if "o" in roles:
+    def product(w: Any) -> Any:
+        left, right = (w, x) if weight_first else (x, w)
+        return lax.dot_general(
+            left, right, dimension_numbers, out_sharding=out_sharding, **rest
+        )
+
+    base = _algebra.of_base(leaf, product)
+    if "o" in roles or leaf.c is not None:
         leaf = _algebra.low_rank(leaf)
     elif isinstance(leaf.form, Kernel):
         raise NotFactored
@@ -106,10 +109,12 @@ def contract(
     first, second = (leaf.a, la), (_algebra.scaled_b(leaf), lb)
     if "o" in roles:
         first, second = second, first
-    dtype = _compute_dtype(x, leaf.w)
+    dtype = _compute_dtype(x, leaf)
     h, hl = _drop(leaf, x.astype(dtype), use), xl
     for (factor, fl), keep in ((first, {*out, *second[1]}), (second, {*out, BLOCK})):
         h, factor = h.astype(dtype), factor.astype(dtype)
+        if fl is second[1]:
+            h, factor = _output_bias(leaf, wc, h, hl, factor, fl)
         if weight_first:
             h, hl = _algebra.dot(factor, fl, h, hl, keep, **rest)
         else:
@@ -119,7 +124,28 @@ def contract(
         if isinstance(leaf.form, Blocks)
         else _algebra.order(h, hl, out)
     )
-    return base + h.astype(base.dtype)
+    return _algebra.plus(base, h)
+
+
+def _output_bias(
+    leaf: LoRA,
+    used: Sequence[int],
+    h: jax.Array,
+    hl: list[int],
+    factor: jax.Array,
+    fl: list[int],
+) -> tuple[jax.Array, jax.Array]:
+    """`_algebra.with_output_bias`, where the weight is used from its inputs on.
+
+    Raises:
+      NotFactored: some of its in axes are left, over which the bias would be summed.
+    """
+    sized = {role: {k for k, c in enumerate(leaf.axes) if c == role} for role in "io"}
+    if leaf.c is None or sized["o"] & {*used}:
+        return h, factor
+    if any(leaf.shape[k] != 1 for k in sized["i"] - {*used}):
+        raise NotFactored
+    return _algebra.with_output_bias(leaf, h, hl, factor, fl)
 
 
 @functools.partial(_inlined, static_argnames=("params", "use"))
@@ -147,12 +173,12 @@ def ragged(
     groups = numbers.rhs_group_dimensions
     if not groups or offset is not None or sharding is not None:
         raise NotFactored
-    roles = {axes[k] for k in wc if leaf.w.shape[k] != 1}
-    stacked = {axes[k] for k in (*wb, *groups) if leaf.w.shape[k] != 1}
+    roles = {axes[k] for k in wc if leaf.shape[k] != 1}
+    stacked = {axes[k] for k in (*wb, *groups) if leaf.shape[k] != 1}
     if not stacked <= {"b"} or "b" in roles or len(roles) > 1:
         raise RolesError(
             f"groups axes {tuple(map(int, groups))} and contracts axes "
-            f"{tuple(map(int, wc))} of a weight of shape {tuple(leaf.w.shape)} and "
+            f"{tuple(map(int, wc))} of a weight of shape {leaf.shape} and "
             f"roles {axes!r}: expected batch axes (b), and in axes (i) or out axes (o)"
         )
     wanted = "".join("b" if k in (*wb, *groups) else c for k, c in enumerate(axes))
@@ -164,14 +190,18 @@ def ragged(
     kept = [k for k in range(n) if k not in (*wc, *wb, *groups)]
     out = [*wb, *(k for k in xl if k >= n), *kept]
 
-    base = lax.ragged_dot_general(x, leaf.w, sizes, numbers, **rest)
+    base = _algebra.of_base(
+        leaf, lambda w: lax.ragged_dot_general(x, w, sizes, numbers, **rest)
+    )
     la, lb, _ = _algebra.labels_of(leaf.axes)
     first, second = (leaf.a, la), (_algebra.scaled_b(leaf), lb)
     if "o" in roles:
         first, second = second, first
-    dtype = _compute_dtype(x, leaf.w)
+    dtype = _compute_dtype(x, leaf)
     h, hl = _drop(leaf, x.astype(dtype), use), xl
     for (factor, fl), keep in ((first, {*out, *second[1]}), (second, {*out})):
+        if fl is second[1]:
+            h, factor = _output_bias(leaf, wc, h, hl, factor, fl)
         batch = [k for k in hl if k in fl and k in keep]
         summed = [k for k in hl if k in fl and k not in keep]
         dims = (
@@ -187,7 +217,7 @@ def ragged(
         left = [k for k in hl if k not in batch and k not in summed]
         right = [k for k in fl if k not in (*batch, *summed, *groups)]
         hl = [*batch, *left, *right]
-    return base + _algebra.order(h, hl, out).astype(base.dtype)
+    return _algebra.plus(base, _algebra.order(h, hl, out))
 
 
 @functools.partial(_inlined, static_argnames=("params", "use"))
@@ -216,7 +246,7 @@ def conv(leaf: LoRA, x: jax.Array, params: Params, *, use: int = 0) -> jax.Array
     run: Callable[..., jax.Array] = functools.partial(
         cast(Any, lax.conv_general_dilated), **rest
     )
-    dtype = _compute_dtype(x, leaf.w)
+    dtype = _compute_dtype(x, leaf)
     if isinstance(leaf.form, Kernel):
         if leaf.form.groups != groups:
             raise RolesError(
@@ -224,9 +254,16 @@ def conv(leaf: LoRA, x: jax.Array, params: Params, *, use: int = 0) -> jax.Array
                 f"groups={groups} in its form"
             )
         if leaf.key is None or not leaf.rate:
-            return run(x, _algebra.dense(leaf))
-        base, x = run(x, leaf.w), _drop(leaf, x, use).astype(dtype)
-        return base + run(x, _algebra.delta(leaf).astype(dtype)).astype(base.dtype)
+            y = run(x, _algebra.dense(leaf))
+        else:
+            base = _algebra.of_base(leaf, functools.partial(run, x))
+            x = _drop(leaf, x, use).astype(dtype)
+            y = _algebra.plus(base, run(x, _algebra.delta(leaf).astype(dtype)))
+        if leaf.c is None:
+            return y
+        labels = [out_axis if k == spec.out_spec[1] else -1 for k in range(y.ndim)]
+        c = _algebra.scaled_c(leaf).astype(dtype)
+        return y + _algebra.spread(c, [out_axis], y.shape, labels).astype(y.dtype)
 
     leaf = _algebra.low_rank(leaf)
     units = (_algebra.with_units(leaf, wanted) for wanted in (forward, backward))
@@ -234,7 +271,7 @@ def conv(leaf: LoRA, x: jax.Array, params: Params, *, use: int = 0) -> jax.Array
     if not fitting:
         raise RolesError(
             f"convolves axes {tuple(k for k, c in enumerate(forward) if c == 'i')} of "
-            f"a weight of shape {tuple(leaf.w.shape)} and roles {leaf.axes!r}: "
+            f"a weight of shape {leaf.shape} and roles {leaf.axes!r}: "
             f"expected {forward!r}, or {backward!r} from its outputs to its inputs"
         )
     leaf = fitting[0]
@@ -242,7 +279,7 @@ def conv(leaf: LoRA, x: jax.Array, params: Params, *, use: int = 0) -> jax.Array
     if transposed and groups != 1:
         raise NotFactored
 
-    base = run(x, leaf.w)
+    base = _algebra.of_base(leaf, functools.partial(run, x))
     x = _drop(leaf, x, use).astype(dtype)
     b = _algebra.scaled_b(leaf).astype(dtype)
     at = leaf.axes.index("o")
@@ -257,17 +294,18 @@ def conv(leaf: LoRA, x: jax.Array, params: Params, *, use: int = 0) -> jax.Array
         xl = [*free[:k], IN, *free[k:]]
         h, hl = _algebra.dot(x, xl, b, [RANK, IN], {*free}, **products)
         h = _algebra.order(h, hl, [*free[:k], RANK, *free[k:]])
-        return base + run(h.astype(dtype), a).astype(base.dtype)
+        return _algebra.plus(base, run(h.astype(dtype), a))
     h = run(x, jnp.concatenate([a] * groups, axis=at))
     k = free.pop(spec.out_spec[1])
     h = lax.reshape(
         h.astype(dtype), (*h.shape[:k], groups, leaf.rank, *h.shape[k + 1 :])
     )
-    b = b.reshape(leaf.rank, groups, -1)
     hl = [*free[:k], GROUP, RANK, *free[k:]]
+    h, b = _algebra.with_output_bias(leaf, h, hl, b, [RANK, at])
+    b = b.reshape(b.shape[0], groups, -1)
     d, dl = _algebra.dot(h, hl, b, [RANK, GROUP, OUT], {*free, GROUP}, **products)
     d = _algebra.order(d, dl, [*free[:k], GROUP, OUT, *free[k:]])
-    return base + lax.reshape(d, base.shape).astype(base.dtype)
+    return _algebra.plus(base, lax.reshape(d, base.shape))
 
 
 def indexed_axes(
@@ -299,11 +337,11 @@ class _Gather:
         rest = dict(params)
         self.numbers = dn = rest["dimension_numbers"]
         self.sizes, self.rank = rest["slice_sizes"], leaf.rank
-        self.indexed = indexed_axes(leaf.w.shape, dn, self.sizes)
+        self.indexed = indexed_axes(leaf.shape, dn, self.sizes)
         self.roles = {leaf.axes[k] for k in self.indexed}
         self.indices, self.rest = indices, rest
         n, batched = leaf.ndim, dn.operand_batching_dims
-        cut = {k for k in range(n) if self.sizes[k] != leaf.w.shape[k]}
+        cut = {k for k in range(n) if self.sizes[k] != leaf.shape[k]}
         fills = rest["mode"] == lax.GatherScatterMode.FILL_OR_DROP
         if (
             len(self.roles) != 1
@@ -312,7 +350,7 @@ class _Gather:
             or (fills and len(self.indexed) != len(dn.start_index_map))
         ):
             raise NotFactored
-        self.base = lax.gather(leaf.w, indices, **rest)
+        self.base = _algebra.of_base(leaf, lambda w: lax.gather(w, indices, **rest))
         self.index = [n + k for k in range(indices.ndim - 1)]
         for k, at in zip(batched, dn.start_indices_batching_dims, strict=True):
             self.index[at] = k
@@ -382,11 +420,12 @@ def lookup(leaf: LoRA, indices: jax.Array, params: Params) -> jax.Array:
     elif gather.roles != {"i"}:
         raise NotFactored
     h, hl = gather(*first)
-    factor, fl = gather.drop(*second)
+    h, factor = _output_bias(leaf, gather.indexed, h, hl, *second)
+    factor, fl = gather.drop(factor, second[1])
     h, hl = _algebra.dot(
         h.astype(base.dtype), hl, factor.astype(base.dtype), fl, {*out}
     )
-    return base + _algebra.order(h, hl, out).astype(base.dtype)
+    return _algebra.plus(base, _algebra.order(h, hl, out))
 
 
 @_algebra.in_low_rank
@@ -408,12 +447,14 @@ def take(leaf: LoRA, indices: jax.Array, params: Params) -> LoRA:
         return _algebra.order(field, [place[k] for k in found], wanted)
 
     old = _algebra.labels_of(leaf.axes)
+    lc, old_c = (_algebra.bias_labels(roles) for roles in (axes, leaf.axes))
     return dataclasses.replace(
         leaf,
-        w=gather.base,
+        w=None if leaf.w is None else gather.base,
         a=pick(leaf.a, old[0], la),
         b=pick(leaf.b, old[1], lb),
         scale=pick(leaf.scale, old[2], ls),
+        c=None if leaf.c is None else pick(leaf.c, old_c, lc),
         key=None if leaf.key is None else pick(leaf.key, old[2], ls),
         roles=axes.lstrip("b"),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import posixpath
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -33,6 +34,21 @@ def path_of(keys: tuple[Any, ...]) -> str:
     if isinstance(last, jax.tree_util.GetAttrKey) and last.name == "value":
         names.pop()
     return "/".join(names)
+
+
+def relative(path: str, to: str) -> str:
+    """Where a path stands, seen from where another one stands.
+
+    Example:
+      >>> relative("dense/bias", "dense/kernel"), relative("b/up", "w/up")
+      ('bias', '../b/up')
+    """
+    return posixpath.relpath("/" + path, posixpath.dirname("/" + to))
+
+
+def resolve(name: str, to: str) -> str:
+    """The path that `relative` gave this name."""
+    return posixpath.normpath(f"{posixpath.dirname('/' + to)}/{name}").lstrip("/")
 
 
 def flatten(tree: Any) -> tuple[list[tuple[str, Any]], Any]:

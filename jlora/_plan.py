@@ -10,7 +10,14 @@ from typing import Any, NoReturn
 import jax.numpy as jnp
 
 from jlora import _paths, _uses
-from jlora._leaf import Blocks, Form, Kernel, factor_shapes, is_adapted
+from jlora._leaf import (
+    Blocks,
+    Form,
+    Kernel,
+    bias_shape,
+    factor_shapes,
+    is_adapted,
+)
 from jlora._paths import Pattern
 from jlora._trace import hide, is_array, trace
 
@@ -34,6 +41,7 @@ class Rule:
       alpha: of these leaves; None for the default, and for alpha = rank where only the
         rank is given.
       form: of these leaves; None for a·b, or one of `jlora.loralib`'s.
+      lora_bias: whether these leaves have an output bias; None for what `wrap` says.
 
     Example:
       >>> import jlora
@@ -45,6 +53,7 @@ class Rule:
     rank: int | None = None
     alpha: float | None = None
     form: Form | None = None
+    lora_bias: bool | None = None
 
     def __post_init__(self) -> None:
         if self.rank is not None:
@@ -62,6 +71,7 @@ class Spec:
       batch_axes, in_axes, out_axes: the weight's axes by role, counted from the end.
       bias: path of the bias that belongs to the weight, or None.
       form: of the adapted leaf, as in `Rule`.
+      lora_bias: likewise.
     """
 
     kind: str
@@ -72,6 +82,7 @@ class Spec:
     out_axes: tuple[int, ...]
     bias: str | None = None
     form: Form | None = None
+    lora_bias: bool | None = None
 
     @classmethod
     def of(
@@ -82,6 +93,7 @@ class Spec:
         alpha: float | None = None,
         bias: str | None = None,
         form: Form | None = None,
+        lora_bias: bool | None = None,
     ) -> Spec:
         """A spec from one letter an axis, e.g. ``"bio"``; alpha=None for the rank."""
         batch, in_, out = (
@@ -91,7 +103,7 @@ class Spec:
         if isinstance(alpha, (str, bool)):
             raise TypeError(f"alpha {alpha!r}: expected a number or None.")
         alpha = float(rank if alpha is None else alpha)
-        return cls(kind, int(rank), alpha, batch, in_, out, bias, form)
+        return cls(kind, int(rank), alpha, batch, in_, out, bias, form, lora_bias)
 
     @property
     def axes(self) -> str:
@@ -103,7 +115,8 @@ class Spec:
     def size(self, shape: Sequence[int]) -> int:
         """Parameters of the adapter of a weight of this shape."""
         a, b = factor_shapes(tuple(shape), self.axes, self.rank, self.form)
-        return math.prod(a) + math.prod(b)
+        c = bias_shape(tuple(shape), self.axes)
+        return math.prod(a) + math.prod(b) + bool(self.lora_bias) * math.prod(c)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -529,7 +542,8 @@ def _select(
         if isinstance(form, Blocks) and not any(form.enabled):
             skipped[path] = "no slice of it is enabled"
             continue
-        specs[path] = Spec.of(kind, axes, r, given, bias, form)
+        own_bias = rule.lora_bias if rule else None
+        specs[path] = Spec.of(kind, axes, r, given, bias, form, own_bias)
         if given is None:
             unsaid.add(path)
     if not specs:

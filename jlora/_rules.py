@@ -97,6 +97,12 @@ class Evaluation:
             return x
         if isinstance(x.leaf, LoRA):
             text = f"{x.path!r} is used by {name!r}, which has no low-rank form"
+            if x.leaf.c is not None:
+                raise ValueError(
+                    f"{text}, and there its output bias has no place: expected it in "
+                    "products, convolutions and lookups of whole in axes only. Wrap "
+                    "this path with lora_bias=False, or exclude it."
+                )
             if self.strict:
                 raise ValueError(
                     f"{text}, and strict=True: exclude this path from the plan, use "
@@ -212,15 +218,38 @@ def _structural(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any
 )
 def _base_only(ev: Evaluation, eqn: Any, *args: Any) -> list[Any]:
     """One output an operand, of the same value: it is the base that changes."""
-    outs = _compat.bind(eqn, [v.leaf.w if isinstance(v, Tracked) else v for v in args])
+    real = [not isinstance(v, Tracked) or v.leaf.w is not None for v in args]
+    if len(args) == 1:
+        outs = _bind(eqn, args)
+    else:  # a barrier, which dropped bases need not wait at
+        bound = iter(_bind(eqn, [v for v, r in zip(args, real, strict=True) if r]))
+        outs = [next(bound) if r else v.leaf for v, r in zip(args, real, strict=True)]
     if not all(jnp.issubdtype(w.dtype, jnp.inexact) for w in outs):
         raise _algebra.NotFactored
     return [
-        Tracked(dataclasses.replace(x.leaf, w=w), x.path)
-        if isinstance(x, Tracked)
-        else w
+        Tracked(_based(x.leaf, w), x.path) if isinstance(x, Tracked) else w
         for x, w in zip(args, outs, strict=True)
     ]
+
+
+def _bind(eqn: Any, args: Sequence[Any]) -> list[Any]:
+    """The equation on the bases; where one was dropped, the shapes of what it gives."""
+    values = [v.leaf.w if isinstance(v, Tracked) else v for v in args]
+    for i, v in enumerate(args):
+        if isinstance(v, Tracked) and v.leaf.w is None:
+
+            def fn(w: Any, i: int = i) -> list[Any]:
+                return _compat.bind(eqn, [*values[:i], w, *values[i + 1 :]])
+
+            return _algebra.of_base(v.leaf, fn)
+    return _compat.bind(eqn, values)
+
+
+def _based(leaf: LoRA, w: Any) -> LoRA:
+    """The leaf on another base; one that was dropped stays so, of w's dtype."""
+    if leaf.w is None:
+        return dataclasses.replace(leaf, dropped=w.dtype)
+    return dataclasses.replace(leaf, w=w)
 
 
 @_rule("pvary", "pcast")
@@ -287,7 +316,7 @@ def _split(ev: Evaluation, eqn: Any, x: Tracked) -> list[Tracked]:
     axis, outs, at = eqn.params["axis"], [], 0
     for size in eqn.params["sizes"]:
         start = [at if k == axis else 0 for k in range(x.leaf.ndim)]
-        limit = list(x.leaf.w.shape)
+        limit = list(x.leaf.shape)
         limit[axis] = at = at + size
         outs.append(Tracked(_cut(x.leaf, start, limit), x.path))
     return outs
@@ -295,7 +324,7 @@ def _split(ev: Evaluation, eqn: Any, x: Tracked) -> list[Tracked]:
 
 @_rule("unstack")
 def _unstack(ev: Evaluation, eqn: Any, x: Tracked) -> list[Tracked]:
-    axis, shape, outs = eqn.params["axis"], x.leaf.w.shape, []
+    axis, shape, outs = eqn.params["axis"], x.leaf.shape, []
     for at in range(shape[axis]):
         start = [at if k == axis else 0 for k in range(len(shape))]
         limit = [at + 1 if k == axis else n for k, n in enumerate(shape)]
@@ -319,14 +348,19 @@ def _dynamic_slice(ev: Evaluation, eqn: Any, x: Any, *starts: Any) -> Any:
         # The primitive clamps; lax.dynamic_slice would wrap a negative start again.
         return eqn.primitive.bind(x, *at, slice_sizes=tuple(size))
 
-    part = _algebra.per_axis(x.leaf, cut)
-    full = zip(part.axes, sizes, x.leaf.w.shape, strict=True)
-    roles = {c for c, size, n in full if c != "b" and size < n}
-    whole = [size for c, size in zip(part.axes, sizes, strict=True) if c in roles]
-    if len(roles) == 1 and all(size == 1 for size in whole):
-        ev.note(x, "dynamic_slice")
-        return _algebra.dense(part)  # a lookup of one row
-    return Tracked(part, x.path)
+    leaf = x.leaf
+    full = zip(leaf.axes, sizes, leaf.shape, strict=True)
+    roles = {role for role, size, n in full if role != "b" and size < n}
+    whole = [size for role, size in zip(leaf.axes, sizes, strict=True) if role in roles]
+    if len(roles) != 1 or any(size != 1 for size in whole):
+        return Tracked(_algebra.per_axis(leaf, cut), x.path)
+    ev.note(x, "dynamic_slice")  # a lookup of one row
+    row = _algebra.dense(_algebra.per_axis(dataclasses.replace(leaf, c=None), cut))
+    if leaf.c is None or roles == {"o"}:
+        return row
+    labels = _algebra.bias_labels(leaf.axes)
+    c = cut(_algebra.scaled_c(leaf), labels)
+    return row + _algebra.spread(c, labels, sizes, range(leaf.ndim)).astype(row.dtype)
 
 
 @_rule("all_gather", "all_gather_invariant")
@@ -396,7 +430,7 @@ def _times_scalar(ev: Evaluation, eqn: Any, *args: Any) -> Tracked:
         isinstance(c, Tracked) or np.ndim(c) for c in rest
     ):
         raise _algebra.NotFactored
-    w = _compat.bind(eqn, [v.leaf.w if v is x else v for v in args])[0]
+    w = _bind(eqn, args)[0]
     # The number goes into b and not into scale, which has no gradient: it may train.
     if not jnp.issubdtype(w.dtype, jnp.floating):
         raise _algebra.NotFactored
@@ -405,7 +439,7 @@ def _times_scalar(ev: Evaluation, eqn: Any, *args: Any) -> Tracked:
     b = _SCALAR[eqn.primitive.name](
         *(jnp.asarray(x.leaf.b if v is x else v, wide) for v in args)
     )
-    return Tracked(dataclasses.replace(x.leaf, w=w, b=b), x.path)
+    return Tracked(_based(dataclasses.replace(x.leaf, b=b), w), x.path)
 
 
 # Higher order: rebuilt with JAX's own functions.
@@ -420,10 +454,11 @@ def _constrained(x: Any, sharding: Any) -> Any:
         # The axes of a mesh that are explicit are part of an array's type.
         if jax.sharding.AxisType.Explicit in sharding.mesh.axis_types:
             constrain = jax.sharding.reshard
-    if isinstance(x, Tracked):
-        w = constrain(x.leaf.w, sharding)
-        return Tracked(dataclasses.replace(x.leaf, w=w), x.path)
-    return constrain(x, sharding)
+    if not isinstance(x, Tracked):
+        return constrain(x, sharding)
+    if x.leaf.w is None:
+        return x
+    return Tracked(_based(x.leaf, constrain(x.leaf.w, sharding)), x.path)
 
 
 @_rule("jit", "pjit")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import operator
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,6 +19,7 @@ from jlora._leaf import (
     Adapted,
     Full,
     LoRA,
+    bias_shape,
     factor_shapes,
     is_adapted,
     missing,
@@ -43,6 +43,7 @@ def wrap(
     train: Pattern | Iterable[Pattern] = (),
     bias: str = "none",
     init: str = "kaiming",
+    lora_bias: bool = False,
     dtype: Any = jnp.float32,
     key: jax.Array | None = None,
 ) -> Any:
@@ -64,7 +65,9 @@ def wrap(
       train: patterns of leaves that train whole (`Full`), such as a new head.
       bias: "none"; "all" trains every bias; "lora_only" those of adapted weights.
       init: "kaiming": a ~ U(±1/√fan_in) and b = 0; for embeddings a = 0, b ~ N(0, 1).
-      dtype: of a, b and of `Full` values.
+      lora_bias: give every adapter a trainable output bias, zero at the start, which
+        adds scale * c to the weight's products, as peft's option of that name.
+      dtype: of a, b, c and of `Full` values.
       key: for the factors; None is ``jax.random.key(0)``.  Each leaf's key is folded
         from its path, so the result does not depend on which other leaves there are.
 
@@ -119,9 +122,12 @@ def wrap(
     def leaf(path: str, x: Any) -> Any:
         if trains(path, x):
             return _full(path, x, dtype)
-        if path in plan:
-            return _init.make(x, path, plan[path], init=init, dtype=dtype, key=key)
-        return x
+        if path not in plan:
+            return x
+        spec = plan[path]
+        if spec.lora_bias is None:
+            spec = dataclasses.replace(spec, lora_bias=lora_bias)
+        return _init.make(x, path, spec, init=init, dtype=dtype, key=key)
 
     return _paths.map_leaves(leaf, params)
 
@@ -197,10 +203,12 @@ def merge(tree: Any) -> Any:
     """Plain params with the deltas in: w + scale * a·b, rounded once to w's dtype.
 
     Computed in float32 (float64 where a base or factor is).  A `Full` leaf gives its
-    value in the base's dtype.
+    value in the base's dtype.  An output bias goes into the bias of the weight's layer.
+    A base that was dropped counts as zero.
 
     Raises:
-      ValueError: a leaf without its base.
+      ValueError: a leaf without its base; one with an output bias whose layer has no
+        bias to take it, or one of another shape.
 
     Example:
       >>> import jax.numpy as jnp, jlora
@@ -214,11 +222,45 @@ def merge(tree: Any) -> Any:
         merged = _algebra.dense(leaf)
         return jnp.array(merged, copy=True) if isinstance(leaf, Full) else merged
 
-    return _map_adapted(dense, tree, "merge")
+    return _with_output_biases(_map_adapted(dense, tree, "merge"), tree, "merge")
+
+
+def _with_output_biases(params: Any, adapter: Any, what: str, sign: int = 1) -> Any:
+    """The params with the output biases of an adapter added to those of the layers."""
+    leaves = dict(_paths.flatten(params)[0])
+    added: dict[str, list[jax.Array]] = {}
+    for path, x in _paths.flatten(adapter)[0]:
+        if not isinstance(x, LoRA) or x.c is None:
+            continue
+        c = _algebra.scaled_c(x)
+        bias = None if x.bias is None else _paths.resolve(x.bias, path)
+        if bias not in leaves:
+            raise ValueError(
+                f"{what}: {path!r} has an output bias (lora_bias), but its layer has "
+                f"no bias{f' at {bias!r}' if bias else ''} to take it: expected one. "
+                "Give the layer a bias of zeros, or lift the tree as it is."
+            )
+        if (found := jnp.shape(leaves[bias])) != c.shape:
+            raise ValueError(
+                f"{what}: the output bias of {path!r} has shape {c.shape}, its layer's "
+                f"{bias!r} {found}: expected the same, to add one to the other."
+            )
+        added.setdefault(bias, []).append(c)
+
+    def leaf(path: str, x: Any) -> Any:
+        if path not in added:
+            return x
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        return (x.astype(wide) + sign * sum(added[path])).astype(x.dtype)
+
+    return _paths.map_leaves(leaf, params) if added else params
 
 
 def unwrap(tree: Any) -> Any:
     """Plain params without the deltas: the same base arrays that were wrapped.
+
+    A base that was dropped is a ``jax.ShapeDtypeStruct``: what `attach` and
+    ``checkpoint.restore`` need to know of it.
 
     Raises:
       ValueError: a leaf without its base.
@@ -229,7 +271,13 @@ def unwrap(tree: Any) -> Any:
       >>> jlora.unwrap(jlora.wrap(params, rank=2))["kernel"] is params["kernel"]
       True
     """
-    return _map_adapted(operator.attrgetter("w"), tree, "unwrap")
+
+    def base(leaf: Adapted) -> Any:
+        if leaf.w is None:
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        return leaf.w
+
+    return _map_adapted(base, tree, "unwrap")
 
 
 def _map_adapted(fn: Any, tree: Any, what: str) -> Any:
@@ -278,7 +326,7 @@ def adapter(tree: Any) -> Adapter:
             )
         bare: dict[str, Any] = {"w": None}
         if isinstance(x, LoRA):
-            bare |= {"key": None, "rate": 0.0}
+            bare |= {"key": None, "rate": 0.0, "mean": None, "std": None}
         out[path] = dataclasses.replace(x, **bare)
     if not out:
         _refuse_layers(tree, "adapter")
@@ -308,7 +356,10 @@ def attach(params: Any, adapter: Adapter) -> Any:
     _fitting("attach", params, adapter)
 
     def leaf(path: str, x: Any) -> Any:
-        return dataclasses.replace(adapter[path], w=x) if path in adapter else x
+        if path not in adapter:
+            return x
+        dropped = getattr(adapter[path], "dropped", None) is not None
+        return dataclasses.replace(adapter[path], w=None if dropped else x)
 
     return _paths.map_leaves(leaf, params)
 
@@ -344,7 +395,9 @@ def unmerge(params: Any, adapter: Adapter) -> Any:
             return x
         return _algebra.dense(dataclasses.replace(found, w=x, scale=-found.scale))
 
-    return _paths.map_leaves(leaf, params)
+    merged = _paths.map_leaves(leaf, params)
+    # The leaves of an adapter stand under their whole paths, as those of a tree do.
+    return _with_output_biases(merged, adapter, "unmerge", sign=-1)
 
 
 def _fitting(what: str, params: Any, adapter: Adapter) -> None:
@@ -396,10 +449,13 @@ def _fitting(what: str, params: Any, adapter: Adapter) -> None:
 
 
 def _check_factors(what: str, path: str, x: LoRA) -> None:
-    """Raises unless a, b and scale are of one rank and one stack."""
-    shapes = factor_shapes(x.shape, x.axes, x.rank, x.form)
+    """Raises unless a, b, c and scale are of one rank and one stack."""
+    a, b = factor_shapes(x.shape, x.axes, x.rank, x.form)
     batch = tuple(n for n, role in zip(x.shape, x.axes, strict=True) if role == "b")
-    for name, want in zip(("a", "b", "scale"), (*shapes, batch), strict=True):
+    shapes = {"a": a, "b": b, "scale": batch}
+    if x.c is not None:
+        shapes["c"] = bias_shape(x.shape, x.axes)
+    for name, want in shapes.items():
         if (found := tuple(getattr(x, name).shape)) != want:
             raise ValueError(
                 f"{what}: {path!r} has {name} of shape {found}: expected {want}, by "
@@ -424,7 +480,7 @@ def _renaming(adapter: Adapter, leaves: Any) -> str:
 def partition(tree: Any) -> tuple[Any, Any]:
     """(trainable, frozen): two trees of the same structure with None in the holes.
 
-    Trainable are a, b and `Full` values; everything else is frozen.  Differentiate
+    Trainable are a, b, c and `Full` values; everything else is frozen.  Differentiate
     with respect to the first half and `combine` inside the loss: the base then goes
     into the step and never out of it.
 
@@ -496,7 +552,7 @@ def scaled(tree: Any, s: Any) -> Any:
 
 
 def labels(tree: Any) -> Any:
-    """The tree with "lora" (a, b), "full" (`Full` values) or "frozen" for each array.
+    """The tree with "lora" (a, b, c), "full" (`Full` values) or "frozen" for an array.
 
     Example:
       >>> import jax.numpy as jnp, jlora
@@ -603,6 +659,12 @@ def _sizes(x: Any) -> tuple[int, int]:
     return sum(_size(getattr(x, name)) for name in trained(x)), _size(x.w)
 
 
+def _dtype(x: Adapted) -> str:
+    if isinstance(x, LoRA) and x.dropped is not None:
+        return "dropped"
+    return "" if x.w is None else str(x.dtype)
+
+
 class Summary(str):
     """A table that prints as it is, also at the interpreter's prompt."""
 
@@ -629,7 +691,7 @@ def summary(tree: Any) -> Summary:
                 (
                     path,
                     "×".join(map(str, x.shape)),
-                    "" if x.w is None else str(x.dtype),
+                    _dtype(x),
                     (x.axes + (f", {x.form}" if x.form else "")) if low else "full",
                     str(x.rank) if low else "",
                     f"{_sizes(x)[0]:,}",

@@ -215,9 +215,12 @@ class _Walk:
                 own = zip(other.parts[0][1], v.aval.shape, strict=True)
                 if math.prod(n for origin, n in own if origin) != product.size:
                     continue
-                for path in product.paths:
+                biases = [path for path, _ in other.parts]
+                if len(biases) != len(product.paths):  # else fused as the weights are
+                    biases = biases[:1] * len(product.paths)
+                for path, bias in zip(product.paths, biases, strict=True):
                     seen = self.seen[path]
-                    seen.bias = seen.bias or other.parts[0][0]
+                    seen.bias = seen.bias or bias
                 return _DATA
         return None
 

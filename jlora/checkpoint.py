@@ -26,7 +26,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from jlora import _paths
-from jlora._leaf import Blocks, Form, Full, Kernel, LoRA, is_adapted
+from jlora._leaf import Blocks, Form, Full, Kernel, LoRA, is_adapted, missing
 from jlora._tree import adapter as adapter_of
 from jlora._tree import attach
 
@@ -35,8 +35,6 @@ VERSION = 1
 
 # Two saves that race for one directory would delete each other's.
 _SAVING: set[epath.Path] = set()
-
-_FIELDS = {"lora": ("a", "b", "scale"), "full": ("value",)}
 
 
 class Handle:
@@ -102,7 +100,7 @@ def save(
             "earlier adapter is lost. Save elsewhere, or move it away first."
         )
     for leaf_path, x in _paths.flatten(tree)[0]:
-        if is_adapted(x) and x.w is None:
+        if is_adapted(x) and "w" in missing(x):
             raise ValueError(
                 f"checkpoint.save: {leaf_path!r} has no base (w=None): expected the "
                 "whole tree, whose base the checkpoint describes. Attach it first: "
@@ -118,7 +116,11 @@ def save(
             if x.form is not None:
                 form = {"name": type(x.form).__name__, **dataclasses.asdict(x.form)}
                 plan[leaf_path]["form"] = form
-        for name in _FIELDS[kind]:
+            static = {"bias": x.bias, "dropped": x.dropped and str(x.dropped)}
+            plan[leaf_path] |= {k: v for k, v in static.items() if v is not None}
+            if x.c is not None:
+                plan[leaf_path]["lora_bias"] = True
+        for name in _fields(plan[leaf_path]):
             arrays["adapter"][f"{leaf_path}:{name}"] = getattr(x, name)
     values: dict[str, Any] = {}
     keys: dict[str, Any] = {}
@@ -233,12 +235,19 @@ def restore(
     read = _read(path, document["arrays"], items, templates)
     leaves: dict[str, Any] = {}
     for p, spec in document["plan"].items():
-        fields = {n: read["adapter"][f"{p}:{n}"] for n in _FIELDS[spec["kind"]]}
+        fields = {n: read["adapter"][f"{p}:{n}"] for n in _fields(spec)}
         if spec["kind"] == "full":
             leaves[p] = Full(None, **fields)
         else:
-            form = _form(spec.get("form"))
-            leaves[p] = LoRA(None, **fields, roles=spec["roles"], form=form)
+            dropped = spec.get("dropped")
+            leaves[p] = LoRA(
+                None,
+                **fields,
+                roles=spec["roles"],
+                form=_form(spec.get("form")),
+                bias=spec.get("bias"),
+                dropped=None if dropped is None else jnp.dtype(dropped),
+            )
     tree = attach(params, leaves)
     if extra is None:
         return tree
@@ -259,6 +268,13 @@ def _path(directory: str | os.PathLike[str]) -> epath.Path:
     return path if "://" in os.fspath(directory) else path.expanduser().absolute()
 
 
+def _fields(spec: dict[str, Any]) -> tuple[str, ...]:
+    """The arrays of a leaf that the document describes."""
+    if spec["kind"] == "full":
+        return ("value",)
+    return ("a", "b", "scale", "c") if spec.get("lora_bias") else ("a", "b", "scale")
+
+
 def _form(stored: dict[str, Any] | None) -> Form | None:
     """A leaf's form from its fields in the document, where JSON made tuples lists."""
     if stored is None:
@@ -274,7 +290,10 @@ def _leaves(extra: Any) -> list[tuple[str, Any]]:
 
 
 def _base(tree: Any) -> dict[str, Any]:
-    pairs = [(p, x.w if is_adapted(x) else x) for p, x in _paths.flatten(tree)[0]]
+    def base(x: Any) -> Any:
+        return x if not is_adapted(x) or x.w is None else x.w
+
+    pairs = [(p, base(x)) for p, x in _paths.flatten(tree)[0]]
     return {p: x for p, x in pairs if hasattr(x, "shape") and hasattr(x, "dtype")}
 
 

@@ -74,7 +74,8 @@ class _Adapted(nn.Module, kw_only=True):
             w = nn.meta.unbox(self.get_variable("params", name))
             roles = axes(w.ndim)
             fits = fitted(form, "/".join(self.path), w.shape, roles, kind)
-            spec = Spec.of(kind, roles, self.rank, self.alpha, form=fits)
+            bias = "bias" if self.has_variable("params", "bias") else None
+            spec = Spec.of(kind, roles, self.rank, self.alpha, bias, fits)
             # The module's own key, folded by name: make_rng would advance the counter
             # from which the twin's parameters are made under nn.scan.
             key = cast(Any, self.scope).rngs["params"].as_jax_rng()

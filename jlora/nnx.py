@@ -81,14 +81,19 @@ class _Adapted:
         check_rank(rank, name)
         w = getattr(self, self._weight)[...]
         form = fitted(self._form(), name, w.shape, self._roles(w.ndim), self._kind)
-        spec = Spec.of(self._kind, self._roles(w.ndim), rank, alpha, form=form)
+        bias = None if getattr(self, "bias", None) is None else "bias"
+        spec = Spec.of(self._kind, self._roles(w.ndim), rank, alpha, bias, form)
         # A key of its own without a draw: drawing would move the twins' that follow.
         stream = rngs.params
         key = jax.random.fold_in(stream.key[...], stream.count[...])
         leaf = _init.make(w, "lora", spec, init="kaiming", dtype=jnp.float32, key=key)
         self.lora_a, self.lora_b = nnx.LoRAParam(leaf.a), nnx.LoRAParam(leaf.b)
         self.lora_scale = Scale(leaf.scale)
-        self.lora_roles, self.lora_form = leaf.roles, leaf.form
+        self.lora_roles, self.lora_form, self.lora_bias = (
+            leaf.roles,
+            leaf.form,
+            leaf.bias,
+        )
         self.dropout_rngs: Any = nnx.data(None)
         if dropout_rate:
             key = jax.random.fold_in(rngs["dropout"].key[...], stream.count[...])
@@ -109,7 +114,13 @@ class _Adapted:
 
     def _leaf(self, w: Any = None) -> LoRA:
         fields = (self.lora_a[...], self.lora_b[...], self.lora_scale[...])
-        return LoRA(w, *fields, roles=self.lora_roles, form=self.lora_form)
+        return LoRA(
+            w,
+            *fields,
+            roles=self.lora_roles,
+            form=self.lora_form,
+            bias=self.lora_bias,
+        )
 
     def _call(
         self,
@@ -344,10 +355,10 @@ def attach(model: nnx.Module, adapter: Adapter) -> Any:
     attach_leaves(weights, adapter)  # verifies that it fits
     for path, leaf in adapter.items():
         layer = layers[path]
-        if not isinstance(leaf, LoRA):
+        if not isinstance(leaf, LoRA) or leaf.c is not None or leaf.dropped is not None:
             raise ValueError(
-                f"nnx.attach: {path!r} was trained whole: expected low-rank leaves "
-                "only, which these layers have."
+                f"nnx.attach: {path!r} was trained whole, has an output bias or lost "
+                "its base: expected leaves of a and b only, which these layers have."
             )
         have, want = ((x.axes, x.form) for x in (layer._leaf(), leaf))
         if have != want:

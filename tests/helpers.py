@@ -72,6 +72,8 @@ def randomise(tree, seed=7, scale=True):
         if scale:
             draw = rng.uniform(0.5, 1.5, leaf.scale.shape)
             new["scale"] = jnp.asarray(np.asarray(draw, leaf.scale.dtype))
+        if leaf.c is not None:
+            new["c"] = normal(leaf.c, 1)
         return dataclasses.replace(leaf, **new)
 
     return jax.tree.map(one, tree, is_leaf=is_adapted)
@@ -98,16 +100,31 @@ def delta(leaf, spec, xp=np):
     return xp.einsum(form, a, b, scale)
 
 
+def output_biases(tree, plan, xp=jnp):
+    """scale * c by the path of the bias that it is merged into."""
+    wide = np.float64 if xp is np else None
+    found = {}
+    for path, leaf in adapted(tree).items():
+        if getattr(leaf, "c", None) is not None:
+            c, scale = (xp.asarray(v, wide) for v in (leaf.c, leaf.scale))
+            scale = scale.reshape(scale.shape + (1,) * (c.ndim - scale.ndim))
+            found.setdefault(plan[path].bias, []).append(scale * c)
+    return {path: sum(parts) for path, parts in found.items()}
+
+
 def by_hand(tree, plan, xp=jnp):
-    """Plain params in which every adapted leaf is W + scale * a·b, formed here."""
-    specs = dict(plan)
+    """Plain params in which every adapted leaf is W + scale * a·b, formed here.
+
+    Output biases are in the layers' biases.
+    """
+    specs, extra = dict(plan), output_biases(tree, plan, xp)
 
     def one(path, leaf):
         if isinstance(leaf, jlora.Full):
             return xp.asarray(leaf.value).astype(leaf.w.dtype)
-        if not isinstance(leaf, jlora.LoRA):
-            return leaf
         path = jax.tree_util.keystr(path, simple=True, separator="/")
+        if not isinstance(leaf, jlora.LoRA):
+            return leaf + extra[path].astype(leaf.dtype) if path in extra else leaf
         w = xp.asarray(leaf.w)
         if xp is np:
             return w.astype(np.float64) + delta(leaf, specs[path], np)
@@ -117,14 +134,16 @@ def by_hand(tree, plan, xp=jnp):
     return jax.tree_util.tree_map_with_path(one, tree, is_leaf=is_adapted)
 
 
-def adapt(fn, params, *args, rank=3, targets=EVERYTHING, seed=7, **kwargs):
+def adapt(
+    fn, params, *args, rank=3, targets=EVERYTHING, seed=7, lora_bias=False, **kwargs
+):
     """A tree planned from `fn` and wrapped, with random factors; and its plan.
 
     Wrapped as shapes and filled here, which compiles no initialiser for every shape.
     """
     plan = jlora.plan(fn, params, *args, rank=rank, targets=list(targets), **kwargs)
     shapes = jax.eval_shape(lambda: params)
-    tree = jlora.wrap(shapes, plan=plan)
+    tree = jlora.wrap(shapes, plan=plan, lora_bias=lora_bias)
 
     def fill(leaf, base):
         return dataclasses.replace(leaf, w=base) if is_adapted(leaf) else base

@@ -1,0 +1,372 @@
+"""lora_bias: a trainable output bias of the low-rank branch, for every kind of weight.
+
+Against the dense matrix and the layer's own bias with scale * c added to it, which is
+also what merging makes of it.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import (
+    adapt,
+    adapted,
+    by_hand,
+    check_lift,
+    close,
+    integers,
+    normal,
+    randomise,
+    same,
+    says,
+    silent,
+)
+from jax import lax
+
+import jlora
+import jlora.checkpoint
+import jlora.linen
+import jlora.nnx
+from jlora.loralib import Blocks, Kernel
+
+X = normal(11, 5)
+IDS = integers(11, below=13)
+SIZES = jnp.array([4, 0, 7])
+
+
+def params(shape, *bias, seed=0):
+    return {"w": normal(*shape, seed=seed), "bias": normal(*bias, seed=1)}
+
+
+def conv(dims, **options):
+    options = {"window_strides": (1,) * (len(dims[0]) - 2), "padding": "SAME"} | options
+
+    def fn(p, x):
+        y = lax.conv_general_dilated(x, p["w"], dimension_numbers=dims, **options)
+        return y + p["bias"]
+
+    return fn
+
+
+def ragged(p, x):
+    experts = jnp.repeat(jnp.arange(3), SIZES, total_repeat_length=len(x))
+    return lax.ragged_dot(x, p["w"], SIZES) + p["bias"][experts]
+
+
+def layers(p, x):
+    def layer(x, p):
+        return jnp.tanh(x @ p["w"] + p["bias"]), None
+
+    return lax.scan(jax.checkpoint(layer), x, p)[0]
+
+
+def fused(p, x):
+    w = jnp.concatenate([p["q"]["w"], p["v"]["w"]], axis=1)
+    return x @ w + jnp.concatenate([p["q"]["bias"], p["v"]["bias"]])
+
+
+def stacked(p, x):
+    w = jnp.stack([p["q"]["w"], p["v"]["w"]])
+    bias = jnp.stack([p["q"]["bias"], p["v"]["bias"]])
+    return jnp.einsum("bi,lio->lbo", x, w) + bias[:, None]
+
+
+def inputs_in_two(p, x):
+    """Two weights, one above the other: their output biases are summed."""
+    w = jnp.concatenate([p["q"]["w"][:3], p["v"]["w"]])
+    return jnp.concatenate([x[:, :3], x], 1) @ w + p["q"]["bias"] + p["v"]["bias"]
+
+
+def row(p, x):
+    return lax.dynamic_index_in_dim(p["w"], x[0], keepdims=False) + p["bias"]
+
+
+TWO = {"q": params((5, 7), 7), "v": params((5, 7), 7, seed=2)}
+IMAGE = normal(2, 6, 6, 4)
+NHWC = ("NHWC", "HWIO", "NHWC")
+
+# A function, its params, what it is called with.
+CASES = {
+    "dense": (lambda p, x: x @ p["w"] + p["bias"], params((5, 7), 7), X),
+    "weight first": (
+        lambda p, x: p["w"].T @ x.T + p["bias"][:, None],
+        params((5, 7), 7),
+        X,
+    ),
+    "half precision": (
+        lambda p, x: x.astype(jnp.bfloat16) @ p["w"] + p["bias"],
+        jax.tree.map(lambda x: x.astype(jnp.bfloat16), params((5, 7), 7)),
+        X,
+    ),
+    "heads": (
+        lambda p, x: jnp.einsum("bi,iho->bho", x, p["w"]) + p["bias"],
+        params((5, 2, 7), 2, 7),
+        X,
+    ),
+    "of heads": (
+        lambda p, x: jnp.einsum("bhi,hio->bo", x, p["w"]) + p["bias"],
+        params((2, 5, 7), 7),
+        normal(11, 2, 5),
+    ),
+    "experts, all": (
+        lambda p, x: jnp.einsum("bei,eio->beo", x, p["w"]) + p["bias"],
+        params((2, 5, 7), 2, 7),
+        normal(11, 2, 5),
+    ),
+    "experts, ragged": (ragged, params((3, 5, 7), 3, 7), X),
+    "experts, each token's": (
+        lambda p, x: jnp.einsum("bi,bio->bo", x, p["w"][IDS % 3]) + p["bias"][IDS % 3],
+        params((3, 5, 7), 3, 7),
+        X,
+    ),
+    "layers": (layers, params((3, 5, 5), 3, 5), X),
+    "lookup": (lambda p, x: p["w"][x] + p["bias"], params((13, 7), 7), IDS),
+    "lookup of columns": (
+        lambda p, x: jnp.take(p["w"], x, 1).T + p["bias"],
+        params((7, 13), 7),
+        IDS,
+    ),
+    "lookup of a row": (row, params((13, 7), 7), IDS),
+    "lookup and head": (
+        lambda p, x: jnp.tanh(p["w"][x] + p["bias"]) @ p["w"].T,
+        params((13, 7), 7),
+        IDS,
+    ),
+    "conv 1-D": (conv(("NWC", "WIO", "NWC")), params((3, 4, 6), 6), normal(2, 9, 4)),
+    "conv 2-D": (conv(NHWC, padding="VALID"), params((3, 3, 4, 6), 6), IMAGE),
+    "conv in groups": (
+        conv(NHWC, feature_group_count=2, rhs_dilation=(1, 2)),
+        params((3, 3, 2, 6), 6),
+        IMAGE,
+    ),
+    "conv, depthwise": (
+        conv(NHWC, feature_group_count=4),
+        params((3, 3, 1, 8), 8),
+        IMAGE,
+    ),
+    "conv, channels first": (
+        lambda p, x: lax.conv(x, p["w"], (1, 1), "SAME") + p["bias"][:, None, None],
+        params((7, 4, 3, 3), 7),
+        IMAGE.transpose(0, 3, 1, 2),
+    ),
+    "fused": (fused, TWO, X),
+    "stacked": (stacked, TWO, X),
+    "split": (
+        lambda p, x: [
+            x @ w + b
+            for w, b in zip(
+                jnp.split(p["w"], 2, 1), jnp.split(p["bias"], 2), strict=True
+            )
+        ],
+        params((5, 14), 14),
+        X,
+    ),
+    "reshaped": (
+        lambda p, x: x @ p["w"].reshape(5, 14) + p["bias"].reshape(14),
+        params((5, 2, 7), 2, 7),
+        X,
+    ),
+    "times a number": (
+        lambda p, x: x @ (p["w"] * 0.5) + p["bias"],
+        params((5, 7), 7),
+        X,
+    ),
+    "flipped": (
+        lambda p, x: x @ p["w"][::-1, ::-1] + p["bias"][::-1],
+        params((5, 7), 7),
+        X,
+    ),
+    "branches": (
+        lambda p, x: (
+            lax.cond(x[0, 0] > 0, lambda: x @ p["w"], lambda: -x @ p["w"]) + p["bias"]
+        ),
+        params((5, 7), 7),
+        X,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_value_and_gradient(name):
+    fn, tree, x = CASES[name]
+    rounding = 2e-2 if name == "half precision" else 1e-5
+    tree, plan = adapt(fn, tree, x, lora_bias=True)
+    if name.startswith("experts, "):
+        tree, plan = experts(tree, plan)
+    modes = name != "experts, ragged"  # JAX has no such vmap
+    check_lift(fn, tree, plan, x, modes=modes, tol=rounding, eager=True)
+    merged = silent(jlora.merge, tree)
+    close(merged, by_hand(tree, plan), rounding)
+    assert all(leaf.c.dtype == jnp.float32 for leaf in adapted(tree).values())
+
+
+def experts(tree, plan):
+    """With a bias that is a bias: a lookup of each token's is planned as a table."""
+    specs = {"w": dataclasses.replace(plan["w"], bias="bias")}
+    w = dataclasses.replace(tree["w"], bias="bias")
+    bias = tree["bias"].w if jlora.is_adapted(tree["bias"]) else tree["bias"]
+    return {"w": w, "bias": bias}, dataclasses.replace(plan, specs=specs)
+
+
+@pytest.mark.parametrize(
+    "form, shape, x",
+    [
+        (Blocks((True, False, True)), (5, 6), X),
+        (Kernel(), (3, 3, 4, 6), IMAGE),
+        (Kernel(groups=2), (3, 3, 2, 6), IMAGE),
+    ],
+)
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_the_forms_of_loralib(form, shape, x, rate):
+    groups = getattr(form, "groups", 1)
+    fn = conv(NHWC, feature_group_count=groups) if x is IMAGE else CASES["dense"][0]
+    base = params(shape, 6)
+    plan = jlora.plan(fn, base, x, rank=2, rules=[jlora.Rule("w", form=form)])
+    tree = randomise(jlora.wrap(base, plan=plan, lora_bias=True))
+    c, scale = tree["w"].c, tree["w"].scale
+    assert c.shape == (6,)
+    bare = {**tree, "w": dataclasses.replace(tree["w"], c=None)}
+    drop = (
+        (lambda t: jlora.dropout(t, rate, jax.random.key(0))) if rate else lambda t: t
+    )
+    close(jlora.lift(fn)(drop(tree), x), jlora.lift(fn)(drop(bare), x) + scale * c)
+    close(jlora.merge(tree)["bias"], base["bias"] + scale * c)
+
+
+def test_at_the_start_no_bit_changes():
+    for name in ("dense", "conv in groups", "lookup"):
+        fn, base, x = CASES[name]
+        plan = jlora.plan(fn, base, x, targets="w")
+        tree = jlora.wrap(base, plan=plan, lora_bias=True)
+        assert not np.any(tree["w"].c)
+        same(jlora.lift(fn)(tree, x), fn(base, x))
+
+
+def test_scale_zero_turns_it_off_and_unmerge_takes_it_out():
+    fn, base, x = CASES["dense"]
+    tree, _ = adapt(fn, base, x, lora_bias=True)
+    close(jlora.lift(fn)(jlora.scaled(tree, 0.0), x), fn(base, x))
+    close(jlora.unmerge(jlora.merge(tree), jlora.adapter(tree)), base)
+
+
+def test_it_trains_counts_and_is_saved(tmp_path):
+    fn, base, x = CASES["heads"]
+    rule = jlora.Rule("w", lora_bias=True)
+    plan = jlora.plan(fn, base, x, rank=2, rules=[rule])
+    tree = jlora.wrap(base, plan=plan)
+    size = 5 * 2 + 2 * 2 * 7
+    assert jlora.count(tree)[0] == size + 14 == plan["w"].size((5, 2, 7))
+    assert f"{size + 14:,} adapter parameters" in str(plan)
+    assert jlora.labels(tree)["w"].c == "lora"
+    assert jlora.partition(tree)[0]["w"].c is tree["w"].c
+
+    grads = jax.grad(lambda t: (jlora.lift(fn)(t, x) ** 2).sum())(tree)
+    tx = jlora.optimizer(optax.sgd(0.1), tree)
+    updates, _ = tx.update(grads, tx.init(tree), tree)
+    moved = optax.apply_updates(tree, updates)
+    close(moved["w"].c, -0.1 * grads["w"].c)
+    same(jlora.unwrap(moved), base)
+
+    jlora.checkpoint.save(tmp_path / "adapter", moved)
+    back = jlora.checkpoint.restore(tmp_path / "adapter", base)
+    same(jlora.adapter(back), jlora.adapter(moved))
+    assert jax.tree.structure(back) == jax.tree.structure(moved)
+
+
+def test_who_has_one():
+    base = {"a": params((5, 7), 7), "b": params((5, 7), 7)}
+
+    def fn(p, x):
+        return x @ p["a"]["w"] + p["a"]["bias"] + x @ p["b"]["w"] + p["b"]["bias"]
+
+    def having(rules=(), **said):
+        tree = jlora.wrap(base, plan=jlora.plan(fn, base, X, rules=rules), **said)
+        return [path for path, leaf in adapted(tree).items() if leaf.c is not None]
+
+    not_a, only_a = (jlora.Rule("a/w", lora_bias=flag) for flag in (False, True))
+    assert having() == []
+    assert having([only_a]) == ["a/w"]
+    assert having(lora_bias=True) == ["a/w", "b/w"]
+    assert having([not_a], lora_bias=True) == ["b/w"]
+
+
+def test_abstract_and_stacked_leaves():
+    shapes = jax.eval_shape(lambda: params((3, 5, 7), 3, 7))
+    fn = lambda p, x: jnp.einsum("bei,eio->beo", x, p["w"]) + p["bias"]  # noqa: E731
+    plan = jlora.plan(fn, shapes, jax.ShapeDtypeStruct((2, 3, 5), jnp.float32))
+    tree = jlora.wrap(shapes, plan=plan, lora_bias=True)
+    assert tree["w"].c == jax.ShapeDtypeStruct((3, 7), jnp.float32)
+    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), tree)
+    assert one["w"].c.shape == (7,) and one["w"].axes == "io"
+
+
+def test_a_bias_elsewhere_is_found_from_the_weight():
+    base = {"weights": {"up": normal(5, 7)}, "offsets": {"up": normal(7)}}
+
+    def fn(p, x):
+        return x @ p["weights"]["up"] + p["offsets"]["up"]
+
+    tree, plan = adapt(fn, base, X, lora_bias=True)
+    assert plan["weights/up"].bias == "offsets/up"
+    check_lift(fn, tree, plan, X)
+    nested = jlora.merge({"params": tree})["params"]  # wherever the tree stands
+    close(nested, by_hand(tree, plan))
+
+
+# ------------------------------------------------------------------------- bad input
+
+
+def test_a_layer_without_a_bias_cannot_be_merged():
+    base = {"layer": {"kernel": normal(5, 7)}}
+    tree = jlora.wrap(base, rank=2, lora_bias=True)
+    y = jlora.lift(lambda p, x: x @ p["layer"]["kernel"])(tree, X)
+    close(y, X @ base["layer"]["kernel"])
+    for use in (jlora.merge, lambda t: jlora.unmerge(base, jlora.adapter(t))):
+        with pytest.raises(ValueError) as error:
+            use(tree)
+        says(error, "'layer/kernel' has an output bias", "no bias", "bias of zeros")
+
+
+def test_a_bias_of_another_shape():
+    base = {"kernel": normal(5, 7), "bias": normal(1)}
+    tree = jlora.wrap(base, rank=2, lora_bias=True)
+    with pytest.raises(ValueError, match=r"'kernel' has shape \(7,\), .*'bias' \(1,\)"):
+        jlora.merge(tree)
+
+
+@pytest.mark.parametrize(
+    "fn, shape",
+    [
+        (lambda p, x: x @ jnp.sin(p["w"]), (5, 7)),
+        (lambda p, x: x[:, :2] @ p["w"][:2], (5, 7)),
+        (lambda p, x: jnp.einsum("bi,iho->bho", x, p["w"]).sum(1), (5, 2, 7)),
+    ],
+    ids=["formed", "some inputs", "partly contracted"],
+)
+def test_uses_where_it_has_no_place(fn, shape):
+    spec = jlora.Spec.of("dense", "io" if len(shape) == 2 else "iio", 2, None)
+    specs = {"w": dataclasses.replace(spec, lora_bias=True)}
+    tree = jlora.wrap({"w": normal(*shape)}, plan=jlora.Plan(specs, {"w": shape}))
+    for call in (jlora.lift(fn), jax.jit(jlora.lift(fn))):
+        with pytest.raises(ValueError) as error:
+            call(tree, X)
+        says(error, "'w' is used by", "output bias has no place", "lora_bias=False")
+
+
+def test_an_output_bias_that_does_not_fit():
+    tree = jlora.wrap(params((5, 7), 7), rank=2, targets="w", lora_bias=True)
+    adapter = {"w": dataclasses.replace(jlora.adapter(tree)["w"], c=jnp.zeros(5))}
+    with pytest.raises(ValueError, match=r"'w' has c of shape \(5,\): expected \(7,\)"):
+        jlora.attach(params((5, 7), 7), adapter)
+
+
+def test_the_layers_have_none():
+    from flax import nnx
+
+    layer = jlora.nnx.Linear(5, 7, rank=2, rngs=nnx.Rngs(0))
+    tree = jlora.wrap(nnx.Linear(5, 7, rngs=nnx.Rngs(0)), rank=2, lora_bias=True)
+    with pytest.raises(ValueError, match="'kernel' .* has an output bias"):
+        jlora.nnx.attach(layer, jlora.adapter(tree))
