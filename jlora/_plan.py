@@ -324,7 +324,7 @@ def plan(
     paths: list[str | None] = [p for p, _ in _paths.flatten(hidden[0][0])[0]]
     paths += [None] * (len(jaxpr.jaxpr.invars) - len(paths))
     seen = _uses.watch(jaxpr, paths)
-    bias_by_name = {path: _sibling_bias(path, leaves) for path in leaves}
+    bias_by_name = {path: sibling_bias(path, leaves) for path in leaves}
 
     def candidate(path: str, x: Any) -> Candidate:
         if path not in seen:
@@ -360,7 +360,7 @@ def plan_from_names(
     named = [*_paths.as_patterns(targets), *(r.pattern for r in rules)]
 
     def candidate(path: str, x: Any) -> Candidate:
-        bias = _sibling_bias(path, leaves)
+        bias = sibling_bias(path, leaves)
         *_, parent, name = ("", "", *path.split("/"))
 
         def fits(out: int) -> bool:
@@ -440,7 +440,8 @@ def leaves_of(params: Any) -> dict[str, Any]:
     return out
 
 
-def _sibling_bias(path: str, leaves: Mapping[str, Any]) -> str | None:
+def sibling_bias(path: str, leaves: Mapping[str, Any]) -> str | None:
+    """The path of the bias that stands beside a weight, by its name."""
     parent = path.rpartition("/")[0]
     siblings = (f"{parent}/{name}" if parent else name for name in ("bias", "b"))
     return next((s for s in siblings if s in leaves and s != path), None)

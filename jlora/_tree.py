@@ -227,9 +227,9 @@ def merge(tree: Any) -> Any:
 
 def _with_output_biases(params: Any, adapter: Any, what: str, sign: int = 1) -> Any:
     """The params with the output biases of an adapter added to those of the layers."""
-    leaves = dict(_paths.flatten(params)[0])
+    leaves, old = (dict(_paths.flatten(tree)[0]) for tree in (params, adapter))
     added: dict[str, list[jax.Array]] = {}
-    for path, x in _paths.flatten(adapter)[0]:
+    for path, x in old.items():
         if not isinstance(x, LoRA) or x.c is None:
             continue
         c = _algebra.scaled_c(x)
@@ -250,8 +250,10 @@ def _with_output_biases(params: Any, adapter: Any, what: str, sign: int = 1) -> 
     def leaf(path: str, x: Any) -> Any:
         if path not in added:
             return x
-        wide = jnp.promote_types(x.dtype, jnp.float32)
-        return (x.astype(wide) + sign * sum(added[path])).astype(x.dtype)
+        was = old.get(path)  # so that what trained whole is rounded once, too
+        value = was.value if isinstance(was, Full) else x
+        wide = jnp.promote_types(value.dtype, jnp.float32)
+        return (value.astype(wide) + sign * sum(added[path])).astype(x.dtype)
 
     return _paths.map_leaves(leaf, params) if added else params
 

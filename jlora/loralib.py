@@ -33,7 +33,7 @@ from jlora import _paths, _torch_file
 from jlora._leaf import Blocks as Blocks
 from jlora._leaf import Form, Full, LoRA, factor_shapes
 from jlora._leaf import Kernel as Kernel
-from jlora._plan import Plan, Spec, fitted, leaves_of
+from jlora._plan import Plan, Spec, fitted, leaves_of, sibling_bias
 from jlora._tree import Adapter
 
 # What a weight is called in Flax (the first two), Equinox and Haiku.
@@ -192,7 +192,11 @@ def load(
             specs[path] = _planned(plan, path, a, b)
         if (own := alphas.find(path, bases[path])) is not None:
             specs[path] = dataclasses.replace(specs[path], alpha=float(own))
-        out[path] = _leaf(tuple(bases[path].shape), specs[path], a, b)
+        bias = specs[path].bias
+        if plan is None and tree.leaves is not None:
+            bias = sibling_bias(path, tree.leaves)
+        bias = None if bias is None else _paths.relative(bias, path)
+        out[path] = _leaf(tuple(bases[path].shape), specs[path], bias, a, b)
     if plan is not None and (lacks := [path for path in plan if path not in specs]):
         raise ValueError(
             f"load: the plan has {', '.join(map(repr, lacks[:3]))}"
@@ -450,7 +454,13 @@ def _sizes(
     return lora_a, (k * math.prod(b[blocks + 1 :]), b[blocks])
 
 
-def _leaf(shape: tuple[int, ...], spec: Spec, a: np.ndarray, b: np.ndarray) -> LoRA:
+def _leaf(
+    shape: tuple[int, ...],
+    spec: Spec,
+    bias: str | None,
+    a: np.ndarray,
+    b: np.ndarray,
+) -> LoRA:
     """The adapted leaf of factors that have the sizes of the spec."""
     to_a, to_b = factor_shapes(shape, spec.axes, spec.rank, spec.form)
     blocks = isinstance(spec.form, Blocks)
@@ -459,7 +469,13 @@ def _leaf(shape: tuple[int, ...], spec: Spec, a: np.ndarray, b: np.ndarray) -> L
     b = b.reshape(k, -1, to_b[blocks]).swapaxes(1, 2).reshape(to_b)
     scale = jnp.full((), spec.alpha / spec.rank, jnp.float32)
     return LoRA(
-        None, jnp.array(a), jnp.array(b), scale, roles=spec.axes, form=spec.form
+        None,
+        jnp.array(a),
+        jnp.array(b),
+        scale,
+        roles=spec.axes,
+        form=spec.form,
+        bias=bias,
     )
 
 
