@@ -93,7 +93,7 @@ def with_output_bias(
     if leaf.c is None:
         return h, factor
     at = hl.index(RANK)
-    one = jnp.ones((*h.shape[:at], 1, *h.shape[at + 1 :]), h.dtype)
+    one = jnp.ones_like(lax.slice_in_dim(h, 0, 1, axis=at))
     row = lax.expand_dims(scaled_c(leaf), [fl.index(RANK)]).astype(factor.dtype)
     return (
         lax.concatenate([h, one], at),
@@ -380,9 +380,9 @@ def per_axis(leaf: LoRA, fn: Callable[..., Any]) -> LoRA:
         the whole product.
     """
     part = _fields(leaf, lambda w: fn(w, range(leaf.ndim)), leaf.axes, fn)
-    if leaf.c is not None and part.a.size != leaf.a.size:
+    if leaf.c is not None:
         ins = [k for k, c in enumerate(leaf.axes) if c == "i"]
-        if any(part.shape[k] != leaf.shape[k] for k in ins):
+        if any(part.shape[k] < leaf.shape[k] for k in ins):
             raise NotFactored
     return part
 
@@ -395,6 +395,10 @@ def specs(leaf: LoRA | Full, spec: Any) -> Any:
     if isinstance(leaf, Full):
         return dataclasses.replace(leaf, w=spec, value=spec)
     names = dict(enumerate(spec))
+    if leaf.c is not None and any(
+        names.get(k) for k, role in enumerate(leaf.axes) if role == "i"
+    ):
+        raise NotFactored  # every device would add it to its part of the sum
 
     def own(labels: Sequence[int]) -> Any:
         return jax.sharding.PartitionSpec(*(names.get(k) for k in labels))

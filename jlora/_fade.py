@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora import _algebra, _init, _paths
-from jlora._leaf import LoRA, is_adapted
+from jlora._leaf import LoRA, is_adapted, missing
 from jlora._tree import _require_adapted
 
 
@@ -79,11 +79,17 @@ def fade(
     for path, x in _paths.flatten(tree)[0]:
         if not isinstance(x, LoRA):
             continue
-        if x.w is None:
-            what = "was dropped" if x.dropped is not None else "is not there (w=None)"
+        if x.dropped is not None:
             raise ValueError(
-                f"fade: the base of {path!r} {what}: expected the whole adapted tree, "
-                "as jlora.wrap or jlora.combine gives it."
+                f"fade: the base of {path!r} was dropped: expected the tree that still "
+                "has its bases. Without them there is nothing to fade: leave the call "
+                "out."
+            )
+        if missing(x) or isinstance(x.w, jax.ShapeDtypeStruct):
+            what = ", ".join(f"{name}=None" for name in missing(x)) or "only shapes"
+            raise ValueError(
+                f"fade: {path!r} has {what}: expected the whole adapted tree, as "
+                "jlora.wrap or jlora.combine gives it (in jax.eval_shape for shapes)."
             )
         if x.bias is not None:
             biases.add(_paths.resolve(x.bias, path))
@@ -97,7 +103,9 @@ def fade(
         if still:
             return x
         assert own is not None
-        return dataclasses.replace(x, w=_noisy(x, d, amount, _init.path_key(own, path)))
+        return dataclasses.replace(
+            x, w=_noisy(x, d, amount, _init.path_key(own, f"{path}:noise"))
+        )
 
     return _paths.map_leaves(leaf, tree, share=True)
 
@@ -108,7 +116,12 @@ def _number(name: str, x: Any, most: float) -> Any:
         if x.shape:
             raise ValueError(f"fade: {name} of shape {x.shape}: expected a scalar.")
         return x
-    if jnp.shape(x) or not 0 <= float(x) <= most:
+    if callable(x) or x is None or isinstance(x, str):
+        raise TypeError(
+            f"fade: {name} is a {type(x).__name__}: expected a number, such as what a "
+            "schedule gives for the step: schedule(step)."
+        )
+    if jnp.shape(x) or not 0 <= float(x) <= most or math.isinf(float(x)):
         range_ = "[0, 1]" if most == 1 else "[0, ∞)"
         raise ValueError(f"fade: {name} {x!r}: expected a number in {range_}.")
     return float(x)
@@ -164,8 +177,10 @@ def drop_base(tree: Any, *, force: bool = False) -> Any:
     params, of full size.
 
     Args:
-      tree: an adapted tree whose adapted bases are zero, as ``fade(tree, 0.0)`` gives.
-      force: drop bases that are not zero, which changes what the model computes.
+      tree: an adapted tree whose adapted bases, and their layers' biases, are zero, as
+        ``fade(tree, 0.0)`` gives.
+      force: drop bases that are not zero, and set those biases to zero, which changes
+        what the model computes.
 
     Raises:
       ValueError: no adapted leaf; a base that is not zero, or whose values are not
@@ -178,29 +193,42 @@ def drop_base(tree: Any, *, force: bool = False) -> Any:
       (14, 14)
     """
     _require_adapted(tree, "drop_base")
-
-    def leaf(path: str, x: Any) -> Any:
+    leaves = dict(_paths.flatten(tree)[0])
+    biases = set()
+    for path, x in leaves.items():
         if not isinstance(x, LoRA) or x.dropped is not None:
-            return x
+            continue
         if x.w is None:
             raise ValueError(
                 f"drop_base: {path!r} has no base (w=None): expected the whole tree."
             )
         if not force:
-            _require_faded(path, x)
+            _require_faded(path, x.w)
+        if x.bias is None or is_adapted(leaves.get(at := _paths.resolve(x.bias, path))):
+            continue
+        if at in leaves:
+            biases.add(at)
+            if not force:
+                _require_faded(at, leaves[at])
+
+    def leaf(path: str, x: Any) -> Any:
+        if path in biases:
+            return jnp.zeros_like(x)
+        if not isinstance(x, LoRA) or x.dropped is not None:
+            return x
         return dataclasses.replace(x, w=None, mean=None, std=None, dropped=x.w.dtype)
 
     return _paths.map_leaves(leaf, tree)
 
 
-def _require_faded(path: str, x: LoRA) -> None:
+def _require_faded(path: str, w: Any) -> None:
     advice = "Fade it first: jlora.drop_base(jlora.fade(tree, 0.0)); or pass force=True"
-    if isinstance(x.w, (jax.core.Tracer, jax.ShapeDtypeStruct)):
+    if isinstance(w, (jax.core.Tracer, jax.ShapeDtypeStruct)):
         raise ValueError(
             f"drop_base: the values of {path!r} are not known here: expected concrete "
             f"arrays, so that a base that has not faded is not lost. {advice}."
         )
-    largest = float(jnp.max(jnp.abs(x.w), initial=0))
+    largest = float(jnp.max(jnp.abs(w), initial=0))
     if largest != 0:  # also where it is NaN
         raise ValueError(
             f"drop_base: the base of {path!r} has not faded: expected zeros, found "

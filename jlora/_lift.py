@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jlora import _algebra, _compat
+from jlora import _algebra, _compat, _output_bias
 from jlora._leaf import LoRA, is_adapted, missing, trained
 from jlora._paths import flatten, variables
 from jlora._rules import Evaluation, Tracked
@@ -76,6 +76,29 @@ def _frozen(x: Any) -> Any:
     return x if x.w is None else dataclasses.replace(x, w=_stop(x.w))
 
 
+def _settled(leaves: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    """The leaves with their output biases in the biases of the layers."""
+    by_path = dict(leaves)
+    found, _ = _output_bias.homes(by_path)
+    taken = {
+        weight
+        for bias, weights in found.items()
+        if not isinstance(by_path[bias], LoRA)
+        for weight in weights
+    }
+
+    def settle(path: str, x: Any) -> Any:
+        if isinstance(x, LoRA):  # statistics are of the base, not of its use
+            c = None if path in taken else x.c
+            return dataclasses.replace(x, c=c, mean=None, std=None)
+        if path not in found:
+            return x
+        new = _output_bias.plus(x, [by_path[p] for p in found[path]])
+        return dataclasses.replace(x, value=new) if is_adapted(x) else new
+
+    return [(path, settle(path, x)) for path, x in leaves]
+
+
 def _base(x: Any) -> Any:
     """What the function is traced on in place of a leaf."""
     if not is_adapted(x):
@@ -97,12 +120,10 @@ def _lifted(
 
     def swap(tree: Any) -> Any:
         leaves, treedef = flatten(tree)
-        adapted = freeze and any(is_adapted(x) for _, x in leaves)
-        for path, x in leaves:
-            x = _frozen(x) if adapted else x
-            if isinstance(x, LoRA):  # statistics are of the base, not of its use
-                x = dataclasses.replace(x, mean=None, std=None)
-            values.append(Tracked(x, path) if is_adapted(x) else x)
+        if freeze and any(is_adapted(x) for _, x in leaves):
+            leaves = [(path, _frozen(x)) for path, x in leaves]
+        leaves = _settled(leaves)
+        values.extend(Tracked(x, path) if is_adapted(x) else x for path, x in leaves)
         return jax.tree.unflatten(treedef, [_base(x) for _, x in leaves])
 
     args = [swap(a) for a in args]

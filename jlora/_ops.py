@@ -416,6 +416,8 @@ def lookup(leaf: LoRA, indices: jax.Array, params: Params) -> jax.Array:
     la, lb, _ = _algebra.labels_of(leaf.axes)
     first, second = (leaf.a, la), (_algebra.scaled_b(leaf), lb)
     if gather.roles == {"o"}:
+        if leaf.c is not None:
+            raise NotFactored
         first, second = second, first
     elif gather.roles != {"i"}:
         raise NotFactored

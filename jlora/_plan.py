@@ -58,6 +58,11 @@ class Rule:
     def __post_init__(self) -> None:
         if self.rank is not None:
             check_rank(self.rank, f"Rule({self.pattern!r})")
+        if self.lora_bias not in (None, True, False):
+            raise TypeError(
+                f"Rule({self.pattern!r}): lora_bias {self.lora_bias!r}: expected True, "
+                "False or None."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -334,7 +339,10 @@ def plan(
             return axes
         # What is used as a weight itself is nobody's bias.
         bias = seen[path].bias or bias_by_name[path]
-        used = bias in seen and bool(seen[bias].uses)
+        # One that is looked up may be a stack of biases.
+        lookups = "gather", "dynamic_slice"
+        uses = seen[bias].uses if bias in seen else []
+        used = any(use.primitive not in lookups for use in uses)
         return kind, axes, None if used else bias
 
     idle = "not used as a weight (no product, convolution or lookup)"

@@ -354,9 +354,11 @@ def _dynamic_slice(ev: Evaluation, eqn: Any, x: Any, *starts: Any) -> Any:
     whole = [size for role, size in zip(leaf.axes, sizes, strict=True) if role in roles]
     if len(roles) != 1 or any(size != 1 for size in whole):
         return Tracked(_algebra.per_axis(leaf, cut), x.path)
+    if leaf.c is not None and roles == {"o"}:
+        raise _algebra.NotFactored
     ev.note(x, "dynamic_slice")  # a lookup of one row
     row = _algebra.dense(_algebra.per_axis(dataclasses.replace(leaf, c=None), cut))
-    if leaf.c is None or roles == {"o"}:
+    if leaf.c is None:
         return row
     labels = _algebra.bias_labels(leaf.axes)
     c = cut(_algebra.scaled_c(leaf), labels)

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora import _algebra, _init, _paths
+from jlora import _algebra, _init, _output_bias, _paths
 from jlora._leaf import (
     Adapted,
     Full,
@@ -26,7 +26,17 @@ from jlora._leaf import (
     trained,
 )
 from jlora._paths import Pattern
-from jlora._plan import RANK, Plan, Rule, check_rank, leaves_of, plan_from_names, table
+from jlora._plan import (
+    RANK,
+    Plan,
+    Rule,
+    check_rank,
+    leaves_of,
+    plan_from_names,
+    sibling_bias,
+    table,
+)
+from jlora._trace import is_array
 
 Adapter = dict[str, Adapted]
 
@@ -66,7 +76,8 @@ def wrap(
       bias: "none"; "all" trains every bias; "lora_only" those of adapted weights.
       init: "kaiming": a ~ U(±1/√fan_in) and b = 0; for embeddings a = 0, b ~ N(0, 1).
       lora_bias: give every adapter a trainable output bias, zero at the start, which
-        adds scale * c to the weight's products, as peft's option of that name.
+        adds scale * c to the layer's own bias; where there is none of that shape, to
+        the weight's products, and then it cannot be merged.  peft's option.
       dtype: of a, b, c and of `Full` values.
       key: for the factors; None is ``jax.random.key(0)``.  Each leaf's key is folded
         from its path, so the result does not depend on which other leaves there are.
@@ -87,6 +98,8 @@ def wrap(
     """
     check_rank(rank, "wrap")
     _refuse_layers(params, "wrap")
+    if not isinstance(lora_bias, bool):
+        raise TypeError(f"wrap: lora_bias {lora_bias!r}: expected True or False.")
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"wrap: dtype {dtype!r}: expected a floating-point one.")
     leaves = leaves_of(params)
@@ -226,36 +239,24 @@ def merge(tree: Any) -> Any:
 
 
 def _with_output_biases(params: Any, adapter: Any, what: str, sign: int = 1) -> Any:
-    """The params with the output biases of an adapter added to those of the layers."""
+    """The params with the output biases of an adapter in those of the layers."""
     leaves, old = (dict(_paths.flatten(tree)[0]) for tree in (params, adapter))
-    added: dict[str, list[jax.Array]] = {}
-    for path, x in old.items():
-        if not isinstance(x, LoRA) or x.c is None:
-            continue
-        c = _algebra.scaled_c(x)
-        bias = None if x.bias is None else _paths.resolve(x.bias, path)
-        if bias not in leaves:
-            raise ValueError(
-                f"{what}: {path!r} has an output bias (lora_bias), but its layer has "
-                f"no bias{f' at {bias!r}' if bias else ''} to take it: expected one. "
-                "Give the layer a bias of zeros, or lift the tree as it is."
-            )
-        if (found := jnp.shape(leaves[bias])) != c.shape:
-            raise ValueError(
-                f"{what}: the output bias of {path!r} has shape {c.shape}, its layer's "
-                f"{bias!r} {found}: expected the same, to add one to the other."
-            )
-        added.setdefault(bias, []).append(c)
+    weights = {path: x for path, x in old.items() if isinstance(x, LoRA)}
+    found, homeless = _output_bias.homes({**leaves, **weights})
+    for path, why in homeless.items():
+        raise ValueError(
+            f"{what}: {path!r} has an output bias (lora_bias), but {why}, to take it. "
+            "Give the layer a bias of zeros, or lift the tree as it is."
+        )
 
     def leaf(path: str, x: Any) -> Any:
-        if path not in added:
+        if path not in found:
             return x
         was = old.get(path)  # so that what trained whole is rounded once, too
-        value = was.value if isinstance(was, Full) else x
-        wide = jnp.promote_types(value.dtype, jnp.float32)
-        return (value.astype(wide) + sign * sum(added[path])).astype(x.dtype)
+        whole = was if isinstance(was, Full) else x
+        return _output_bias.plus(whole, [weights[p] for p in found[path]], sign)
 
-    return _paths.map_leaves(leaf, params) if added else params
+    return _paths.map_leaves(leaf, params) if found else params
 
 
 def unwrap(tree: Any) -> Any:
@@ -357,11 +358,24 @@ def attach(params: Any, adapter: Adapter) -> Any:
     """
     _fitting("attach", params, adapter)
 
+    leaves = dict(_paths.flatten(params)[0])
+    gone = {
+        _paths.resolve(x.bias, path)
+        for path, x in adapter.items()
+        if isinstance(x, LoRA) and x.dropped is not None and x.bias is not None
+    }
+
     def leaf(path: str, x: Any) -> Any:
-        if path not in adapter:
-            return x
-        dropped = getattr(adapter[path], "dropped", None) is not None
-        return dataclasses.replace(adapter[path], w=None if dropped else x)
+        if path not in adapter:  # a bias faded with the base, and was dropped as zero
+            return jnp.zeros_like(x) if path in gone and is_array(x) else x
+        new = adapter[path]
+        if not isinstance(new, LoRA):
+            return dataclasses.replace(new, w=x)
+        bias = new.bias
+        if bias is None and (beside := sibling_bias(path, leaves)) is not None:
+            bias = _paths.relative(beside, path)
+        w = x if new.dropped is None else None
+        return dataclasses.replace(new, w=w, bias=bias)
 
     return _paths.map_leaves(leaf, params)
 

@@ -129,7 +129,7 @@ class _Walk:
         if name == "dynamic_slice" and isinstance(infos[0], _Weight):
             return [self.window(eqn, infos[0])]
         products = [i for i in infos if isinstance(i, _Product)]
-        mixed = len(products) > 1 or any(isinstance(i, _Data) for i in infos)
+        mixed = len(products) > 1 or any(isinstance(i, (_Data, _Weight)) for i in infos)
         if products and name in _KEEPS_PRODUCT and n_out == 1 and not mixed:
             return [products[0]]
         if any(isinstance(i, (_Data, _Product)) for i in infos):

@@ -382,6 +382,12 @@ def attach(variables: Any, adapter: Adapter) -> dict[str, Any]:
                 f"one of {_paths.near(path, known)}. Attach it to the plain twin: "
                 "jlora.attach({'params': params}, adapter)."
             )
+        if isinstance(leaf, LoRA) and leaf.dropped is not None:
+            raise ValueError(
+                f"linen.attach: the base of {path!r} was dropped: expected one that "
+                "stays, which the layer reads. Lift the plain twin on "
+                "jlora.attach({'params': params}, adapter)."
+            )
         if not isinstance(leaf, LoRA):
             raise ValueError(
                 f"linen.attach: {path!r} was trained whole: expected low-rank leaves "

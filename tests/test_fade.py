@@ -476,6 +476,51 @@ def test_nothing_that_is_called_changes_what_trains():
         same(jax.tree.map(np.asarray, tree), before)
 
 
+def test_a_dropped_model_is_restored_on_the_pretrained_params(tmp_path):
+    """Whose biases have not faded."""
+    params = mlp_params()
+    tree = wrapped(mlp, params, X, lora_bias=True)
+    dropped = jlora.drop_base(jlora.fade(tree, 0.0))
+    jlora.checkpoint.save(tmp_path / "adapter", dropped)
+    for back in (
+        jlora.checkpoint.restore(tmp_path / "adapter", params),
+        jlora.attach(params, jlora.adapter(dropped)),
+    ):
+        same(back, dropped)
+        same(jlora.lift(mlp)(back, X), jlora.lift(mlp)(dropped, X))
+
+
+def test_layers_that_read_their_base_refuse_to_lose_it():
+    layer, x = jlora.linen.Dense(7, rank=2), normal(11, 5)
+    variables = layer.init(KEY, x)
+    tree = jlora.wrap({"params": variables["params"]}, rank=2)
+    dropped = jlora.adapter(jlora.drop_base(tree, force=True))
+    with pytest.raises(ValueError, match="'params/kernel' was dropped"):
+        jlora.linen.attach(variables, dropped)
+
+
+def test_adapters_from_elsewhere_know_the_bias_beside_their_weight():
+    import jlora.loralib
+
+    file = {"up.lora_A": normal(2, 5), "up.lora_B": normal(13, 2)}
+    params = {"up": mlp_params()["up"]}
+    for adapter in (jlora.loralib.load(file), jlora.loralib.load(file, params)):
+        tree = jlora.attach(params, adapter)
+        assert not np.any(jlora.fade(tree, 0.0)["up"]["bias"])
+
+
+def test_the_noise_is_not_what_the_factors_began_with():
+    """Both are drawn by key and path; here of one shape, from the same key."""
+    key = jax.random.key(0)  # also wrap's
+    spec = jlora.Spec.of("embed", "io", 8)
+    plan = jlora.Plan({"w": spec}, {"w": (8, 64)})
+    tree = jlora.wrap({"w": normal(8, 64)}, plan=plan)
+    noise = jlora.fade(tree, 0.0, noise=1.0, key=key)["w"].w
+    assert tree["w"].b.shape == noise.shape
+    correlation = np.corrcoef(noise.ravel(), tree["w"].b.ravel())[0, 1]
+    assert abs(correlation) < SURE / np.sqrt(noise.size)
+
+
 def test_dropped_leaves_slice_and_stack():
     dropped = jlora.drop_base(jlora.fade(wrapped(stack, STACK, X), 0.0))
     one = jax.tree.map(lambda x: x[1], dropped)
@@ -568,8 +613,20 @@ TREE = jlora.wrap(mlp_params(), rank=2)
         (lambda: jlora.fade(TREE, 0.5, noise=-1, key=KEY), ["noise -1", "[0, ∞)"]),
         (lambda: jlora.fade(TREE, 0.5, noise=1.0), ["noise without a key", "fold_in"]),
         (lambda: jlora.fade(TREE, 0.5, per="row"), ["per='row'", "'output'"]),
+        (lambda: jlora.fade(TREE, 0.5, noise=jnp.inf, key=KEY), ["noise", "[0, ∞)"]),
+        (
+            lambda: jlora.fade(jlora.partition(TREE)[1], 0.5, noise=1.0, key=KEY),
+            ["'down/kernel' has a=None, b=None"],
+        ),
+        (
+            lambda: jlora.fade(jax.eval_shape(lambda: TREE), 0.5),
+            ["only shapes", "eval_shape"],
+        ),
         (lambda: jlora.fade(mlp_params(), 0.5), ["fade: the tree has no adapted leaf"]),
-        (lambda: jlora.fade(jlora.adapter(TREE), 0.5), ["is not there (w=None)"]),
+        (
+            lambda: jlora.fade(jlora.adapter(TREE), 0.5),
+            ["'down/kernel' has w=None", "whole adapted tree"],
+        ),
         (
             lambda: jlora.fade(jlora.drop_base(jlora.fade(TREE, 0.0)), 0.5),
             ["the base of 'down/kernel' was dropped"],
@@ -599,9 +656,25 @@ def test_bad_input(call, parts):
     says(error, *parts)
 
 
+@pytest.mark.parametrize("factor", [jlora.schedules.decay(10), None, "0.5"])
+def test_a_factor_that_is_no_number(factor):
+    with pytest.raises(
+        TypeError, match=r"expected a number, such as .* schedule\(step"
+    ):
+        jlora.fade(TREE, factor)
+
+
+def test_a_bias_that_has_not_faded():
+    tree = jlora.fade(TREE, 0.0)
+    tree["up"]["bias"] = jnp.ones(13)
+    with pytest.raises(ValueError, match="the base of 'up/bias' has not faded"):
+        jlora.drop_base(tree)
+
+
 def test_a_base_may_be_dropped_by_force():
     dropped = jax.jit(functools.partial(jlora.drop_base, force=True))(TREE)
     assert jlora.count(dropped)[0] == jlora.count(TREE)[0]
+    assert not np.any(dropped["up"]["bias"])
     assert "nan" in str(
         pytest.raises(
             ValueError,

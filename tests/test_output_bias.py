@@ -25,6 +25,8 @@ from helpers import (
     silent,
 )
 from jax import lax
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import jlora
 import jlora.checkpoint
@@ -316,6 +318,113 @@ def test_a_bias_elsewhere_is_found_from_the_weight():
     close(nested, by_hand(tree, plan))
 
 
+# ------------------------------------------------- in the bias, wherever that is used
+
+DENSE = params((5, 7), 7)
+
+
+@pytest.mark.parametrize(
+    "fn, shape, x",
+    [
+        (lambda p, x: jnp.tanh(x @ p["w"]) + p["bias"], (7,), X),
+        (lambda p, x: (x @ p["w"]) * 0.5 + 2 * p["bias"], (7,), X),
+        (lambda p, x: x @ p["w"] + x @ jnp.sin(p["w"]) + p["bias"], (7,), X),
+        (lambda p, x: x[:, :2] @ p["w"][:2] + p["bias"], (7,), X),
+        (lambda p, x: x @ p["w"][:, IDS % 7] + p["bias"][IDS % 7], (7,), X),
+        (
+            lambda p, x: jax.jvp(lambda x: x @ p["w"] + p["bias"], (x,), (x,)),
+            (7,),
+            X,
+        ),
+    ],
+    ids=["later", "scaled", "formed", "some inputs", "some outputs", "tangent"],
+)
+def test_lift_and_merge_agree_whatever_the_layer_does(fn, shape, x):
+    base = {"w": normal(5, 7), "bias": normal(*shape)}
+    specs = {"w": jlora.Spec.of("dense", "io", 2, None, "bias")}
+    plan = jlora.Plan(specs, {"w": (5, 7), "bias": shape})
+    tree = randomise(jlora.wrap(base, plan=plan, lora_bias=True))
+
+    def loss(call, trainable, frozen):
+        out = silent(call, jlora.combine(trainable, frozen), x)
+        return sum((y**2).sum() for y in jax.tree.leaves(out)), out
+
+    halves = jlora.partition(tree)
+    got, want = (
+        jax.value_and_grad(lambda t, f: loss(call, t, f), has_aux=True)(*halves)  # noqa: B023
+        for call in (jlora.lift(fn), lambda t, x: fn(jlora.merge(t), x))
+    )
+    close(got, want)
+
+
+def test_a_row_parallel_layer_adds_it_once():
+    mesh = jax.make_mesh((jax.device_count(),), ("d",), axis_types=(AxisType.Auto,))
+    part = jax.shard_map(
+        lambda x, w: lax.psum(x @ w, "d"),
+        mesh=mesh,
+        in_specs=(P(None, "d"), P("d")),
+        out_specs=P(),
+    )
+
+    def fn(p, x):
+        return part(x, p["w"]) + p["bias"]
+
+    tree, plan = adapt(fn, params((6, 10), 10), normal(8, 6), lora_bias=True)
+    check_lift(fn, tree, plan, normal(8, 6), modes=False)
+    bare = {"w": tree["w"], "b": jnp.zeros(10)}  # without a bias that could take it
+    with pytest.raises(ValueError, match="output bias has no place"):
+        jlora.lift(lambda p, x: part(x, p["w"]))(bare, normal(8, 6))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_products_that_add_it_themselves_on_a_mesh(kind):
+    """Fully sharded by hand, and activations that are sharded by their type."""
+    mesh = jax.make_mesh((jax.device_count(),), ("d",), axis_types=(kind,))
+    base, x = {"w": normal(6, 10)}, normal(8, 6)
+    tree = randomise(jlora.wrap(base, rank=2, targets="w", lora_bias=True))
+    leaf = tree["w"]
+    want = x @ (leaf.w + leaf.scale * leaf.a @ leaf.b) + leaf.scale * leaf.c
+
+    def fn(p, x):
+        if kind == AxisType.Explicit:
+            return x @ p["w"]
+        body = lambda x, w: x @ lax.all_gather(w, "d", axis=1, tiled=True)  # noqa: E731
+        specs = P("d"), P(None, "d")
+        return jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=P("d"))(
+            x, p["w"]
+        )
+
+    with jax.set_mesh(mesh):
+        y = jlora.lift(fn)(tree, jax.device_put(x, jax.NamedSharding(mesh, P("d"))))
+    close(jax.device_get(y), jax.device_get(want))
+
+
+def test_an_indexed_stack_of_biases_is_of_its_weights():
+    def fn(p, x):
+        def layer(i, x):
+            q = jax.tree.map(lambda a: a[i], p)
+            return jnp.tanh(x @ q["w"] + q["bias"])
+
+        return lax.fori_loop(0, 3, layer, x)
+
+    base = params((3, 5, 5), 3, 5)
+    plan = jlora.plan(fn, base, X)
+    assert list(plan) == ["w"] and plan["w"].bias == "bias"
+    tree = randomise(jlora.wrap(base, plan=plan, lora_bias=True))
+    close(jlora.lift(fn)(tree, X), fn(jlora.merge(tree), X))
+    assert not np.any(jlora.fade(tree, 0.0)["bias"])
+
+
+def test_a_bias_that_trains_whole_takes_it_and_is_rounded_once():
+    base = jax.tree.map(lambda x: x.astype(jnp.bfloat16), DENSE)
+    plan = jlora.plan(CASES["dense"][0], base, X)
+    tree = randomise(jlora.wrap(base, plan=plan, bias="all", lora_bias=True))
+    w = tree["w"]
+    want = (tree["bias"].value + w.scale * w.c).astype(jnp.bfloat16)
+    same(jlora.merge(tree)["bias"], want)
+    close(jlora.lift(lambda p, x: p["bias"] * 1)(tree, X), want)
+
+
 # ------------------------------------------------------------------------- bad input
 
 
@@ -333,7 +442,9 @@ def test_a_layer_without_a_bias_cannot_be_merged():
 def test_a_bias_of_another_shape():
     base = {"kernel": normal(5, 7), "bias": normal(1)}
     tree = jlora.wrap(base, rank=2, lora_bias=True)
-    with pytest.raises(ValueError, match=r"'kernel' has shape \(7,\), .*'bias' \(1,\)"):
+    with pytest.raises(
+        ValueError, match=r"'kernel' has .*'bias' has shape \(1,\).* \(7,\)"
+    ):
         jlora.merge(tree)
 
 
@@ -361,6 +472,18 @@ def test_an_output_bias_that_does_not_fit():
     adapter = {"w": dataclasses.replace(jlora.adapter(tree)["w"], c=jnp.zeros(5))}
     with pytest.raises(ValueError, match=r"'w' has c of shape \(5,\): expected \(7,\)"):
         jlora.attach(params((5, 7), 7), adapter)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda: jlora.wrap(DENSE, targets="w", lora_bias="no"),
+        lambda: jlora.Rule("w", lora_bias="yes"),
+    ],
+)
+def test_an_option_that_is_no_boolean(use):
+    with pytest.raises(TypeError, match="lora_bias 'no'|lora_bias 'yes'"):
+        use()
 
 
 def test_the_layers_have_none():

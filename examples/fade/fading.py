@@ -19,7 +19,7 @@ from tqdm import tqdm
 import jlora
 import jlora.schedules
 
-VALIDATIONS = 10
+VALIDATIONS = 8
 
 
 @dataclasses.dataclass(frozen=True)
