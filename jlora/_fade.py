@@ -44,7 +44,8 @@ def fade(
         distribution above, 0 or None for none.
       per: "tensor" for one m and δ a weight (each layer or expert of a stack has its
         own), "output" for those of each output.
-      key: a PRNG key for the noise; each leaf's is folded from its path.
+      key: a PRNG key for the noise; each leaf's is folded from its path.  In a loop
+        over layers, or on each shard of a mesh, give each a key of its own.
 
     Returns:
       The faded tree: `unwrap` gives the faded weights, in their own dtype.  With noise
