@@ -6,6 +6,7 @@ of torch's files, the counts and the errors are tested everywhere.
 
 import functools
 import itertools
+import json
 import math
 import os
 import pickle
@@ -24,6 +25,7 @@ from jax import lax
 
 import jlora
 import jlora.loralib
+from jlora import _torch_file
 from jlora.loralib import Blocks, Kernel, load, read
 
 
@@ -1187,3 +1189,24 @@ def test_other_files_are_refused(tmp_path):
     for name in "none.pt", "none.safetensors":
         with pytest.raises(FileNotFoundError):
             load(tmp_path / name, PARAMS)
+
+
+def test_safetensors_of_a_type_that_numpy_lacks(tmp_path):
+    header = {"x.lora_A": {"dtype": "F8_E4M3", "shape": [2], "data_offsets": [0, 2]}}
+    text = json.dumps(header).encode()
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(2))
+    with pytest.raises(ValueError, match="no whole safetensors file .* in float32 say"):
+        read(path)
+
+
+def test_an_expanded_tensor_may_not_be_of_any_size():
+    """Four bytes that ask for 400 GB."""
+    storage = _torch_file._Storage(np.zeros(1, np.float32))
+
+    def rebuilt(*size):
+        return _torch_file._tensor(storage, 0, size, (0, 0), False, None)
+
+    assert rebuilt(4, 3).shape == (4, 3)
+    with pytest.raises(pickle.UnpicklingError, match=r"shape \(100000, 1000000\)"):
+        rebuilt(10**5, 10**6)

@@ -10,20 +10,15 @@ the base is trained here first, on movie reviews.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import fading
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
-from fading import Variant
+from reviews import Reviews, sentences
 
 import jlora
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "minilm"))
-import sentences
 
 RANK = ALPHA = 32
 WATCH = "backbone/layer_0/attention/query/kernel"
@@ -117,11 +112,6 @@ def counts() -> dict[str, int]:
     }
 
 
-def few(rows: np.ndarray, n: int) -> np.ndarray:
-    """A sample of them: the sentences are in an order."""
-    return np.random.default_rng(0).permutation(rows)[:n]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -135,63 +125,30 @@ def main() -> None:
     for name, n in counts().items():
         print(f"  {n:>9,}  {name}")
 
-    data = sentences.movie_reviews()
-    parts = data.split()
-    tokens = sentences.Tokens.encode(
-        data.texts, sentences.snapshot(args.model), [32, 64]
-    )
     steps, size = (12, 16) if args.quick else (500, 32)
+    snapshot = sentences.snapshot(args.model)
+    reviews = Reviews(sentences.movie_reviews(), snapshot, [32, 64], size)
     if args.quick:
-        parts = {name: few(rows, 64) for name, rows in parts.items()}
-    per_epoch = len(parts["train"]) // size
-
-    def batches(i):
-        epoch, position = divmod(i, per_epoch)
-        rng = np.random.default_rng([0, epoch])
-        rows = tokens.epoch(parts["train"], size, rng)[position]
-        return tokens.batch(rows), data.labels[rows]
-
-    def accuracy(predict, part):
-        right = 0
-        for rows in tokens.batches(parts[part], size=64):
-            right += (
-                predict(*tokens.batch(rows)).argmax(-1) == data.labels[rows]
-            ).sum()
-        return float(right) / len(parts[part])
+        reviews.keep(64)
 
     params = init(jax.random.key(0))
-    params = fading.train_whole(logits, params, batches, steps, learning_rate=1e-3)
-    whole = accuracy(lambda *x: jax.jit(logits)(params, *x), "test")
-    total = counts()["with the head"]
-
-    results = []
-    for variant in (
-        Variant("LoRA, the base kept", None, RANK, lora_bias=True),
-        Variant("decay", "decay", RANK),
-        Variant("decay + noise", "compensate", RANK),
-        Variant("decay + noise + C", "compensate", RANK, lora_bias=True),
-        Variant("decay + noise, cleared + C", "clear", RANK, lora_bias=True),
-    ):
-        tree = wrap(params, lora_bias=variant.lora_bias)
-        results.append(
-            fading.train(
-                logits,
-                tree,
-                variant,
-                batches,
-                steps,
-                accuracy,
-                watch=WATCH,
-                learning_rate=2e-3,
-            )
+    params = fading.train_whole(logits, params, reviews.batches, steps, 1e-3)
+    whole = reviews.accuracy(lambda *x: jax.jit(logits)(params, *x), "test")
+    results = [
+        fading.train(
+            logits,
+            wrap(params, lora_bias=variant.lora_bias),
+            variant,
+            reviews.batches,
+            steps,
+            reviews.accuracy,
+            watch=WATCH,
+            learning_rate=2e-3,
         )
-    text = fading.table(results, ("the base, trained whole", total, whole))
-    print(text)
-    import pictures  # matplotlib, once it is needed
-
-    pictures.draw(results, whole, WATCH, args.out / "bert_tiny.png")
-    if not args.quick:
-        fading.into_readme("bert_tiny", text)
+        for variant in fading.variants(RANK)
+    ]
+    reference = "the base, trained whole", counts()["with the head"], whole
+    fading.show("bert_tiny", results, reference, WATCH, args.out, record=not args.quick)
 
 
 if __name__ == "__main__":

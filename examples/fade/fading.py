@@ -32,6 +32,17 @@ class Variant:
     lora_bias: bool = False
 
 
+def variants(rank: int, kept_c: bool = True) -> list[Variant]:
+    """What 3L was compared by; `kept_c` gives ordinary LoRA a C as well."""
+    return [
+        Variant("LoRA, the base kept", None, rank, kept_c),
+        Variant("decay", "decay", rank),
+        Variant("decay + noise", "compensate", rank),
+        Variant("decay + noise + C", "compensate", rank, lora_bias=True),
+        Variant("decay + noise, cleared + C", "clear", rank, lora_bias=True),
+    ]
+
+
 @dataclasses.dataclass
 class Result:
     """What came of a variant.
@@ -207,6 +218,30 @@ def table(results: Sequence[Result], reference: tuple[str, int, float]) -> str:
         for r in results
     ]
     return "\n".join(rows)
+
+
+def show(
+    name: str,
+    results: Sequence[Result],
+    reference: tuple[str, int, float],
+    watch: str,
+    out: Path,
+    *,
+    record: bool,
+    words: str = "",
+) -> None:
+    """Prints the table, draws the picture and, to record them, writes into README.
+
+    `reference` is the name, size and accuracy of what the variants are compared with.
+    """
+    import pictures  # and matplotlib, once they are needed
+
+    text = table([r for r in results if r.variant.name != reference[0]], reference)
+    text = f"{text}\n\n{words}".rstrip()
+    print(text)
+    pictures.draw(results, reference[2], watch, out / f"{name}.png")
+    if record:
+        into_readme(name, text)
 
 
 def into_readme(name: str, text: str) -> None:

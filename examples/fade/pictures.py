@@ -1,36 +1,17 @@
 """The pictures of 3L: what fades, what it is replaced by, and how well it goes."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from fading import Result
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+sys.path.insert(0, str(Path(__file__).parents[1] / "minilm"))
+from figure import BLUE, GREY, ORANGE, STYLE, plt, smooth
 
-BLUE, ORANGE, GREEN, GREY = "#1f5fa8", "#d9730d", "#3a7d44", "#8a8a8a"
-STYLE = {
-    "font.size": 11,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e6e6e6",
-    "legend.frameon": False,
-}
-
-
-def smooth(values: np.ndarray, width: int) -> np.ndarray:
-    """The mean over a trailing window, shorter at the start."""
-    sums = np.cumsum(np.concatenate([[0.0], values]))
-    end = np.arange(1, len(values) + 1)
-    start = np.maximum(end - width, 0)
-    return (sums[end] - sums[start]) / (end - start)
+GREEN = "#3a7d44"
 
 
 def draw(results: Sequence[Result], reference: float, watch: str, path: Path) -> None:

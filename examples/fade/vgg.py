@@ -147,29 +147,12 @@ def main() -> None:
     params = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 1)))["params"]
     params = fading.train_whole(logits, params, batches, 2 * steps, 2e-3)
     whole = accuracy(lambda x: jax.jit(logits)(params, x), "test")
-    total = sum(x.size for x in jax.tree.leaves(params))
-
-    own, loralib = None, Kernel()
+    last = Variant("the same, loralib's form", "clear", 2, lora_bias=True)
     results = []
-    for form, variant in (
-        (own, Variant("LoRA, the base kept", None, args.rank, lora_bias=True)),
-        (own, Variant("decay", "decay", args.rank)),
-        (own, Variant("decay + noise", "compensate", args.rank)),
-        (own, Variant("decay + noise + C", "compensate", args.rank, lora_bias=True)),
-        (
-            own,
-            Variant("decay + noise, cleared + C", "clear", args.rank, lora_bias=True),
-        ),
-        (loralib, Variant("the same, loralib's form", "clear", 2, lora_bias=True)),
-    ):
-        tree = wrap(
-            model,
-            params,
-            jnp.zeros((1, 32, 32, 1)),
-            variant.rank,
-            form,
-            variant.lora_bias,
-        )
+    for variant in (*fading.variants(args.rank), last):
+        form = Kernel() if variant is last else None
+        image = jnp.zeros((1, 32, 32, 1))
+        tree = wrap(model, params, image, variant.rank, form, variant.lora_bias)
         results.append(
             fading.train(
                 logits,
@@ -182,13 +165,9 @@ def main() -> None:
                 learning_rate=3e-3,
             )
         )
-    text = fading.table(results, ("the base, trained whole", total, whole))
-    print(text)
-    import pictures  # matplotlib, once it is needed
-
-    pictures.draw(results, whole, WATCH, args.out / "vgg.png")
-    if not args.quick:
-        fading.into_readme("vgg", text)
+    total = sum(x.size for x in jax.tree.leaves(params))
+    reference = "the base, trained whole", total, whole
+    fading.show("vgg", results, reference, WATCH, args.out, record=not args.quick)
 
 
 if __name__ == "__main__":
