@@ -24,18 +24,18 @@ from jlora._plan import Plan as Plan
 from jlora._plan import Rule as Rule
 from jlora._plan import Spec as Spec
 from jlora._plan import plan as plan
+from jlora._summary import count as count
+from jlora._summary import summary as summary
+from jlora._training import combine as combine
+from jlora._training import dropout as dropout
+from jlora._training import labels as labels
+from jlora._training import partition as partition
+from jlora._training import scaled as scaled
 from jlora._tree import adapter as adapter
 from jlora._tree import attach as attach
-from jlora._tree import combine as combine
-from jlora._tree import count as count
-from jlora._tree import dropout as dropout
-from jlora._tree import labels as labels
 from jlora._tree import merge as merge
-from jlora._tree import partition as partition
-from jlora._tree import scaled as scaled
-from jlora._tree import summary as summary
 from jlora._tree import unmerge as unmerge
 from jlora._tree import unwrap as unwrap
-from jlora._tree import wrap as wrap
+from jlora._wrap import wrap as wrap
 
 __version__ = "0.1.0"

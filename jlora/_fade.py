@@ -18,7 +18,6 @@ from jax import lax
 
 from jlora import _algebra, _init, _paths
 from jlora._leaf import LoRA, is_adapted, missing
-from jlora._tree import _require_adapted
 
 
 def fade(
@@ -62,7 +61,7 @@ def fade(
       >>> float(jlora.unwrap(jlora.fade(t, 0.25))["kernel"].mean())
       0.25
     """
-    _require_adapted(tree, "fade")
+    _paths.require_adapted(tree, "fade")
     d, amount = _number("factor", factor, 1.0), None
     if noise is not None:
         amount = _number("noise", noise, math.inf)
@@ -193,7 +192,7 @@ def drop_base(tree: Any, *, force: bool = False) -> Any:
       >>> jlora.count(jlora.drop_base(jlora.fade(t, 0.0)))
       (14, 14)
     """
-    _require_adapted(tree, "drop_base")
+    _paths.require_adapted(tree, "drop_base")
     leaves = dict(_paths.flatten(tree)[0])
     biases = set()
     for path, x in leaves.items():

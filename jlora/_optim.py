@@ -11,7 +11,7 @@ import optax
 
 from jlora import _paths
 from jlora._leaf import is_adapted, trained
-from jlora._tree import _require_adapted, adapter
+from jlora._tree import adapter
 
 
 def optimizer(
@@ -51,7 +51,7 @@ def optimizer(
             "NNX: a wrapped module is optimised wrt=nnx.Param; one of jlora.nnx layers "
             "by plain optax, wrt=nnx.LoRAParam."
         )
-    _require_adapted(tree, "optimizer", advice)
+    _paths.require_adapted(tree, "optimizer", advice)
     if not advice:  # of NNX's variables `wrt` says which are optimised
         _require_floating(tree)
 
@@ -72,7 +72,7 @@ def optimizer(
     inner = optax.multi_transform(kinds, label)
 
     def init(params: Any) -> Any:
-        _require_adapted(params, "optimizer", advice)
+        _paths.require_adapted(params, "optimizer", advice)
         adapter(params)  # two of one path are an error
         _require_floating(params)
         return inner.init(flat(params))

@@ -118,6 +118,27 @@ def others(tree: Any) -> dict[str, str]:
     return found
 
 
+def refuse_layers(tree: Any, what: str) -> None:
+    """Raises for a module of jlora.nnx layers, whose factors are variables."""
+    if of_adapters(tree):
+        raise ValueError(
+            f"{what}: the module has layers with factors of their own (nnx.LoRAParam): "
+            "expected a tree of jlora.wrap. Carry them to the plain twin: "
+            "jlora.attach(twin, jlora.nnx.adapter(module))."
+        )
+
+
+def require_adapted(tree: Any, what: str, advice: str = "") -> None:
+    """Raises for a tree without adapted leaves."""
+    if not any(is_adapted(x) for _, x in flatten(tree)[0]):
+        if not advice:
+            refuse_layers(tree, what)
+        raise ValueError(
+            f"{what}: the tree has no adapted leaf: expected the result of "
+            f"jlora.wrap(params, ...), found plain params. {advice}".rstrip()
+        )
+
+
 @functools.lru_cache(maxsize=4096)
 def _compile(glob: str) -> re.Pattern[str]:
     """`*`, `?` and `[...]` within one key; `**` for zero or more whole keys."""

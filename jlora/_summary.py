@@ -1,0 +1,85 @@
+"""Counts of parameters, and a table of the adapted leaves."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from jlora import _paths
+from jlora._leaf import Adapted, LoRA, is_adapted, trained
+from jlora._plan import table
+
+
+def count(tree: Any) -> tuple[int, int]:
+    """(trainable, total) numbers of parameters: adapters, and base plus adapters.
+
+    Scales and dropout keys are no parameters.  A `Full` leaf has its base and its
+    value.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> jlora.count(jlora.wrap({"kernel": jnp.ones((3, 4))}, rank=2))
+      (14, 26)
+    """
+    sizes = [_sizes(x) for _, x in _paths.flatten(tree)[0]]
+    trainable = sum(t for t, _ in sizes)
+    return trainable, trainable + sum(base for _, base in sizes)
+
+
+def _size(x: Any) -> int:
+    return math.prod(x.shape) if hasattr(x, "shape") else 0
+
+
+def _sizes(x: Any) -> tuple[int, int]:
+    """(trainable, base) parameters of a leaf."""
+    if not is_adapted(x):
+        return 0, _size(x)
+    return sum(_size(getattr(x, name)) for name in trained(x)), _size(x.w)
+
+
+def _dtype(x: Adapted) -> str:
+    if isinstance(x, LoRA) and x.dropped is not None:
+        return "dropped"
+    return "" if x.w is None else str(x.dtype)
+
+
+class Summary(str):
+    """A table that prints as it is, also at the interpreter's prompt."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def summary(tree: Any) -> Summary:
+    """A printable table of the adapted leaves, with the totals of `count`.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> print(jlora.summary(jlora.wrap({"kernel": jnp.ones((3, 4))}, rank=2)))
+      path    shape  dtype    adapted  rank  trainable
+      ------------------------------------------------
+      kernel  3×4    float32  io          2         14
+      1 adapted leaf: 14 trainable of 26 parameters (53.8 %)
+    """
+    rows = []
+    for path, x in _paths.flatten(tree)[0]:
+        if is_adapted(x):
+            low = isinstance(x, LoRA)
+            rows.append(
+                (
+                    path,
+                    "×".join(map(str, x.shape)),
+                    _dtype(x),
+                    (x.axes + (f", {x.form}" if x.form else "")) if low else "full",
+                    str(x.rank) if low else "",
+                    f"{_sizes(x)[0]:,}",
+                )
+            )
+    trainable, total = count(tree)
+    leaves = f"{len(rows)} adapted lea{'f' if len(rows) == 1 else 'ves'}"
+    head = ("path", "shape", "dtype", "adapted", "rank", "trainable")
+    share = 100 * trainable / max(total, 1)
+    return Summary(
+        f"{table(head, rows)}\n"
+        f"{leaves}: {trainable:,} trainable of {total:,} parameters ({share:.3g} %)"
+    )

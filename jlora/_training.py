@@ -1,0 +1,147 @@
+"""What a training loop does to an adapted tree: which half trains, how strongly."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jlora import _init, _paths
+from jlora._leaf import LoRA, is_adapted, trained
+
+
+def partition(tree: Any) -> tuple[Any, Any]:
+    """(trainable, frozen): two trees of the same structure with None in the holes.
+
+    Trainable are a, b, c and `Full` values; everything else is frozen.  Differentiate
+    with respect to the first half and `combine` inside the loss: the base then goes
+    into the step and never out of it.
+
+    Raises:
+      ValueError: the tree has no adapted leaf.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jlora
+      >>> t = jlora.wrap({"kernel": jnp.ones((3, 4))}, rank=2)
+      >>> [x.shape for x in jax.tree.leaves(jlora.partition(t)[0])]
+      [(3, 2), (2, 4)]
+    """
+    found = labels(tree)
+    _paths.require_adapted(tree, "partition")
+
+    def half(frozen: bool) -> Any:
+        return jax.tree.map(
+            lambda x, label: x if (label == "frozen") is frozen else None, tree, found
+        )
+
+    return half(False), half(True)
+
+
+def combine(trainable: Any, frozen: Any) -> Any:
+    """The whole tree from the halves of `partition`.
+
+    Raises:
+      ValueError: the halves are of different trees.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> t = jlora.wrap({"kernel": jnp.ones((3, 4))}, rank=2)
+      >>> jlora.combine(*jlora.partition(t))["kernel"].w is t["kernel"].w
+      True
+    """
+    try:
+        return jax.tree.map(
+            lambda x, y: y if x is None else x,
+            trainable,
+            frozen,
+            is_leaf=lambda x: x is None,
+        )
+    except ValueError as e:
+        raise ValueError(
+            f"combine: expected the two halves of one jlora.partition, found {e}"
+        ) from None
+
+
+def labels(tree: Any) -> Any:
+    """The tree with "lora" (a, b, c), "full" (`Full` values) or "frozen" for an array.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> t = jlora.wrap({"kernel": jnp.ones((3, 4))}, rank=2)
+      >>> (x := jlora.labels(t)["kernel"]).w, x.a, x.scale
+      ('frozen', 'lora', 'frozen')
+    """
+
+    def leaf(_: str, x: Any) -> Any:
+        all_frozen = jax.tree.map(lambda _: "frozen", x)
+        if not is_adapted(x):
+            return all_frozen
+        label = "lora" if isinstance(x, LoRA) else "full"
+        return dataclasses.replace(all_frozen, **dict.fromkeys(trained(x), label))
+
+    return _paths.map_leaves(leaf, tree)
+
+
+def scaled(tree: Any, s: Any) -> Any:
+    """The tree with every adapter's scale multiplied by s; 0 turns adapters off.
+
+    The scale is data: a jitted function is not recompiled.  `Full` leaves are as they
+    were.  Works on an adapter as well.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> t = jlora.wrap({"kernel": jnp.ones((3, 4))}, rank=2)
+      >>> float(jlora.scaled(t, 0.5)["kernel"].scale)
+      0.5
+    """
+    _paths.require_adapted(tree, "scaled")
+
+    def leaf(_: str, x: Any) -> Any:
+        if not isinstance(x, LoRA):
+            return x
+        return dataclasses.replace(x, scale=(x.scale * s).astype(jnp.float32))
+
+    return _paths.map_leaves(leaf, tree, share=True)
+
+
+def dropout(tree: Any, rate: float, key: jax.Array) -> Any:
+    """The tree with dropout on the activation that enters each low-rank branch.
+
+    Call it inside the loss, with a new key each step; `lift` then computes
+    x·w + (drop(x)·a)·b.  Masks are independent per leaf, per use and per scan step.
+    Lookups have no activation, and no dropout.
+
+    Args:
+      tree: an adapted tree.
+      rate: the probability of a zero, a Python float in [0, 1); 0 for none.
+      key: a PRNG key; each leaf's is folded from its path.
+
+    Raises:
+      ValueError: a rate outside [0, 1), or one that is traced; no adapted leaf.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jlora
+      >>> t = jlora.wrap({"kernel": jnp.ones((3, 4))}, rank=2)
+      >>> jlora.dropout(t, 0.1, jax.random.key(0))["kernel"].rate
+      0.1
+    """
+    if isinstance(rate, jax.core.Tracer) or not 0 <= rate < 1:
+        raise ValueError(
+            f"dropout: rate {rate!r}: expected a Python number in [0, 1), since it is "
+            "part of the compiled function."
+        )
+    _paths.require_adapted(tree, "dropout")
+    key = _init.typed(key)
+
+    def leaf(path: str, x: Any) -> Any:
+        if not isinstance(x, LoRA):
+            return x
+        if rate == 0:
+            return dataclasses.replace(x, key=None, rate=0.0)
+        own = _init.path_key(key, path)
+        keys = jax.random.split(own, x.scale.shape) if x.scale.shape else own
+        return dataclasses.replace(x, key=keys, rate=float(rate))
+
+    return _paths.map_leaves(leaf, tree, share=True)

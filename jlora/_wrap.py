@@ -1,0 +1,186 @@
+"""Wrap: adapted leaves at the planned paths of a params tree."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jlora import _init, _paths
+from jlora._leaf import Full
+from jlora._paths import Pattern
+from jlora._plan import RANK, Plan, Rule, check_rank, leaves_of, plan_from_names
+
+
+def wrap(
+    params: Any,
+    rank: int = RANK,
+    *,
+    alpha: float | None = None,
+    targets: Pattern | Iterable[Pattern] | None = None,
+    exclude: Pattern | Iterable[Pattern] = (),
+    rules: Iterable[Rule] = (),
+    plan: Plan | None = None,
+    train: Pattern | Iterable[Pattern] = (),
+    bias: str = "none",
+    init: str = "kaiming",
+    lora_bias: bool = False,
+    dtype: Any = jnp.float32,
+    key: jax.Array | None = None,
+) -> Any:
+    """The params tree with adapted leaves at the planned paths (arXiv:2106.09685).
+
+    The base arrays are the objects that were passed, never copies.  At the start the
+    delta is exactly zero.
+
+    Args:
+      params: any pytree of arrays, or of ``jax.ShapeDtypeStruct``s.
+      rank: r of every adapter that no rule names.
+      alpha: the delta is alpha / rank * a·b; None for alpha = rank.
+      targets: patterns of the paths that are adapted, as in `plan`.  Without a plan
+        Flax's names say what a kernel's axes are, where they leave no doubt.
+      exclude: patterns of paths that stay as they are.
+      rules: `Rule`s for ranks and alphas of their own, the first match wins.
+      plan: a `Plan` made for this very tree; it then decides all of the above, but a
+        rank or alpha given here too replaces the plan's where the plan has only one.
+      train: patterns of leaves that train whole (`Full`), such as a new head.
+      bias: "none"; "all" trains every bias; "lora_only" those of adapted weights.
+      init: "kaiming": a ~ U(±1/√fan_in) and b = 0; for embeddings a = 0, b ~ N(0, 1).
+      lora_bias: give every adapter a trainable output bias, zero at the start, which
+        adds scale * c to the layer's own bias; where there is none of that shape, to
+        the weight's products, and then it cannot be merged.  peft's option.
+      dtype: of a, b, c and of `Full` values.
+      key: for the factors; None is ``jax.random.key(0)``.  Each leaf's key is folded
+        from its path, so the result does not depend on which other leaves there are.
+
+    Returns:
+      A tree of the same structure, `LoRA` and `Full` leaves in place of arrays.
+
+    Raises:
+      ValueError: a bad rank; an adapted tree; a pattern that matches nothing; a kernel
+        whose roles its name does not tell; a plan made for another tree; a target or
+        train leaf that is not floating-point.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> params = {"dense": {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)}}
+      >>> jlora.wrap(params, rank=2)["dense"]["kernel"].a.shape
+      (3, 2)
+    """
+    check_rank(rank, "wrap")
+    _paths.refuse_layers(params, "wrap")
+    if not isinstance(lora_bias, bool):
+        raise TypeError(f"wrap: lora_bias {lora_bias!r}: expected True or False.")
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"wrap: dtype {dtype!r}: expected a floating-point one.")
+    leaves = leaves_of(params)
+    if plan is None:
+        plan = (
+            plan_from_names(
+                params,
+                rank=rank,
+                alpha=alpha,
+                targets=targets,
+                exclude=exclude,
+                rules=rules,
+            )
+            if not _only_full(targets)
+            else Plan({}, {})
+        )
+    else:
+        plan = _checked_plan(plan, leaves, rank, alpha, targets, exclude, rules)
+    if bias not in ("none", "all", "lora_only"):
+        raise ValueError(f"bias {bias!r}: expected 'none', 'all' or 'lora_only'.")
+    patterns = _paths.as_patterns(train)
+    _paths.check_matched("train", patterns, _paths.flatten(params)[0])
+    adapted_biases = {s.bias for s in plan.values()}
+
+    def trains(path: str, x: Any) -> bool:
+        is_bias = path.rpartition("/")[2] in ("bias", "b") and path not in plan
+        return (
+            any(_paths.matches(p, path, x) for p in patterns)
+            or (bias == "all" and is_bias)
+            or (bias == "lora_only" and path in adapted_biases)
+        )
+
+    def leaf(path: str, x: Any) -> Any:
+        if trains(path, x):
+            return _full(path, x, dtype)
+        if path not in plan:
+            return x
+        spec = plan[path]
+        if spec.lora_bias is None:
+            spec = dataclasses.replace(spec, lora_bias=lora_bias)
+        return _init.make(x, path, spec, init=init, dtype=dtype, key=key)
+
+    return _paths.map_leaves(leaf, params)
+
+
+def _only_full(targets: Any) -> bool:
+    """targets=[] adapts nothing: only `train` and `bias` leaves train."""
+    return isinstance(targets, (list, tuple)) and not targets
+
+
+def _full(path: str, x: Any, dtype: Any) -> Full:
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(
+            f"{path!r} is to be trained, but its dtype is {x.dtype}: expected a "
+            "floating-point array. Leave the path out of train."
+        )
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return Full(x, jax.ShapeDtypeStruct(x.shape, dtype))
+    # A buffer of its own, also where the dtype is the same: base and value are both
+    # in the state, and one buffer cannot be donated twice.
+    return Full(x, jnp.array(x, dtype, copy=True))
+
+
+def _checked_plan(
+    plan: Plan,
+    leaves: dict[str, Any],
+    rank: int,
+    alpha: Any,
+    targets: Any,
+    exclude: Any,
+    rules: Any,
+) -> Plan:
+    """The plan, if it is one of this very tree; with the rank and alpha given."""
+    if targets is not None or exclude or rules:
+        raise ValueError(
+            "targets, exclude and rules are said to jlora.plan(...), which decides "
+            "them: expected none beside plan=."
+        )
+    for path in plan:
+        if path not in leaves:
+            raise ValueError(
+                f"the plan is of another tree: it has {path!r}, params has "
+                f"{_paths.near(path, leaves)}. Pass wrap the same tree as plan "
+                "(model.apply takes {'params': params}: wrap that too)."
+            )
+        if (found := tuple(leaves[path].shape)) != plan.shapes[path]:
+            raise ValueError(
+                f"the plan is of another tree: {path!r} has shape "
+                f"{plan.shapes[path]} in the plan and {found} in params. Plan the tree "
+                "that is wrapped."
+            )
+    changes: dict[str, Any] = {}
+    for name, value, default in (("rank", rank, RANK), ("alpha", alpha, None)):
+        planned = {getattr(s, name) for s in plan.values()}
+        if value is default or planned == {value}:
+            continue
+        if len(planned) > 1:
+            raise ValueError(
+                f"{name}={value} beside a plan with several ({sorted(planned)}): say "
+                "it in jlora.plan(...)."
+            )
+        changes[name] = value
+    specs = {}
+    for path, spec in plan.items():
+        specs[path] = dataclasses.replace(spec, **changes)
+        if alpha is None and path in plan.unsaid:  # alpha = rank stays so
+            specs[path] = dataclasses.replace(
+                specs[path], alpha=float(specs[path].rank)
+            )
+    return dataclasses.replace(plan, specs=specs)
