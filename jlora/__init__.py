@@ -24,6 +24,7 @@ from jlora._plan import Plan as Plan
 from jlora._plan import Rule as Rule
 from jlora._plan import Spec as Spec
 from jlora._plan import plan as plan
+from jlora._sharding import shardings as shardings
 from jlora._summary import count as count
 from jlora._summary import summary as summary
 from jlora._training import combine as combine

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -116,9 +116,13 @@ def dot(
     y: jax.Array,
     yl: Sequence[int],
     keep: set[int],
+    sharding: tuple[Any, Sequence[int]] = (None, ()),
     **params: Any,
 ) -> tuple[jax.Array, list[int]]:
     """dot_general on labels: what x and y share outside ``keep`` is summed over.
+
+    ``sharding`` is one that was asked for, and the labels of the array that it is for;
+    of the product those axes get it that it has, too.
 
     Returns the product and its labels, in dot_general's own order.
     """
@@ -129,7 +133,12 @@ def dot(
         ([xl.index(k) for k in batch], [yl.index(k) for k in batch]),
     )
     rest = [k for k in [*xl, *yl] if k not in batch and k not in summed]
-    return lax.dot_general(x, y, dims, **params), [*batch, *rest]
+    labels, (wanted, places) = [*batch, *rest], sharding
+    if wanted is not None:
+        names = dict(zip(places, wanted.spec, strict=False))
+        spec = jax.sharding.PartitionSpec(*map(names.get, labels))
+        params["out_sharding"] = jax.NamedSharding(wanted.mesh, spec)
+    return lax.dot_general(x, y, dims, **params), labels
 
 
 def order(x: jax.Array, labels: Sequence[int], wanted: Sequence[int]) -> jax.Array:
@@ -387,35 +396,35 @@ def per_axis(leaf: LoRA, fn: Callable[..., Any]) -> LoRA:
     return part
 
 
-def specs(leaf: LoRA | Full, spec: Any) -> Any:
+def specs(leaf: LoRA | Full, spec: Iterable[Any]) -> Any:
     """The leaf with the PartitionSpec of each field, where its weight has ``spec``.
 
-    A field's axes are those of the weight, sharded alike; the rank is whole.
+    A field's axes are those of the weight, sharded alike; the rank is whole.  Factors
+    of another form are small, and whole on every device.
     """
+    whole = jax.sharding.PartitionSpec(*spec)
     if isinstance(leaf, Full):
-        return dataclasses.replace(leaf, w=spec, value=spec)
+        return Full(None if leaf.w is None else whole, whole)
     names = dict(enumerate(spec))
-    if leaf.c is not None and any(
-        names.get(k) for k, role in enumerate(leaf.axes) if role == "i"
-    ):
-        raise NotFactored  # every device would add it to its part of the sum
 
-    def own(labels: Sequence[int]) -> Any:
+    def own(field: Any, labels: Sequence[int]) -> Any:
+        if field is None:
+            return None
         return jax.sharding.PartitionSpec(*(names.get(k) for k in labels))
 
     la, lb, ls = labels_of(leaf.axes)
-    if leaf.form is not None:  # small, and whole on every device
-        if any(names.values()):
-            raise NotFactored
-        la = lb = []
+    lc, plain = bias_labels(leaf.axes), leaf.form is None
+    each = leaf.mean is not None and leaf.mean.ndim > len(ls)  # of the outputs
     return dataclasses.replace(
         leaf,
-        w=None if leaf.w is None else spec,
-        a=own(la),
-        b=own(lb),
-        scale=own(ls),
-        c=None if leaf.c is None else own(bias_labels(leaf.axes)),
-        key=None if leaf.key is None else own(ls),
+        w=None if leaf.w is None else whole,
+        a=own(leaf.a, la if plain else []),
+        b=own(leaf.b, lb if plain else []),
+        scale=own(leaf.scale, ls),
+        c=own(leaf.c, lc),
+        key=own(leaf.key, ls),
+        mean=own(leaf.mean, lc if each else ls),
+        std=own(leaf.std, lc if each else ls),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -39,6 +39,32 @@ def manual_axes(params: dict[str, Any]) -> frozenset[Any]:
 def varying(x: Any) -> frozenset[Any]:
     """The manual mesh axes along which x may differ between devices."""
     return jax.typeof(x).manual_axis_type.varying
+
+
+def explicit_sharding(x: Any) -> jax.sharding.NamedSharding | None:
+    """The sharding in the type of a traced array; None without explicit axes."""
+    sharding = jax.typeof(x).sharding
+    explicit = jax.sharding.AxisType.Explicit in sharding.mesh.axis_types
+    return sharding if explicit else None
+
+
+def place(sharding: Any) -> Callable[[Any, Any], Any] | None:
+    """What puts a traced array under such a sharding; None where there is none.
+
+    The axes of a mesh that are explicit are part of an array's type.
+    """
+    if not isinstance(sharding, jax.sharding.Sharding):
+        return None
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        if jax.sharding.AxisType.Explicit in sharding.mesh.axis_types:
+            return jax.sharding.reshard
+    return jax.lax.with_sharding_constraint
+
+
+def target_sharding(eqn: Any) -> Any:
+    """The sharding that a constraint or a reshard asks for."""
+    p = eqn.params
+    return p["sharding"] if "sharding" in p else p["dst_sharding"]
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora import _paths
+from jlora import _paths, _sharding
 from jlora._leaf import Blocks, Kernel, LoRA, bias_shape, factor_shapes
 from jlora._plan import Spec
 
@@ -62,21 +63,41 @@ _INITS: dict[str, Initialiser] = {"kaiming": kaiming}
 def make(
     w: Any, path: str, spec: Spec, *, init: str, dtype: Any, key: jax.Array | None
 ) -> LoRA:
-    """The adapted leaf of a weight; an abstract base gets abstract factors."""
+    """The adapted leaf of a weight, its factors where the weight is (`sharding`).
+
+    An abstract base gets abstract factors.
+    """
     if init not in _INITS:
         raise ValueError(f"init {init!r}: expected one of {', '.join(_INITS)}.")
-    shape_a, shape_b = factor_shapes(tuple(w.shape), spec.axes, spec.rank, spec.form)
     stack = tuple(w.shape[k] for k in spec.batch_axes)
+
+    def factors(key: jax.Array, scale: Any) -> dict[str, jax.Array]:
+        shapes = factor_shapes(tuple(w.shape), spec.axes, spec.rank, spec.form)
+        a, b = _INITS[init](key, spec, *shapes, dtype)
+        fields = {"a": a, "b": b, "scale": jnp.full(stack, scale, jnp.float32)}
+        if spec.lora_bias:
+            fields["c"] = jnp.zeros(bias_shape(tuple(w.shape), spec.axes), dtype)
+        return fields
+
     static: dict[str, Any] = {"roles": spec.axes.lstrip("b"), "form": spec.form}
     if spec.bias is not None:
         static["bias"] = _paths.relative(spec.bias, path)
-    shape_c = bias_shape(tuple(w.shape), spec.axes) if spec.lora_bias else None
+    args = path_key(typed(key), path), spec.alpha / spec.rank
+    shapes = jax.eval_shape(factors, *args)
+    leaf = LoRA(w, **shapes, **static)
+    sharding = _sharding.of_array(w)
+    placed = _sharding.of_fields(leaf, sharding)
+    own = {name: getattr(placed, name) for name in shapes}
+    made: dict[str, Any]
     if isinstance(w, jax.ShapeDtypeStruct):
-        a, b = (jax.ShapeDtypeStruct(shape, dtype) for shape in (shape_a, shape_b))
-        c = None if shape_c is None else jax.ShapeDtypeStruct(shape_c, dtype)
-        scale = jax.ShapeDtypeStruct(stack, jnp.float32)
-        return LoRA(w, a, b, scale, c, **static)
-    a, b = _INITS[init](path_key(typed(key), path), spec, shape_a, shape_b, dtype)
-    c = None if shape_c is None else jnp.zeros(shape_c, dtype)
-    scale = jnp.full(stack, spec.alpha / spec.rank, jnp.float32)
-    return LoRA(w, a, b, scale, c, **static)
+        made = {
+            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own[name])
+            for name, x in shapes.items()
+        }
+    elif sharding is None:
+        made = factors(*args)
+    elif isinstance(w, jax.core.Tracer):  # of explicit axes, which are in its type
+        made = jax.tree.map(jax.sharding.reshard, factors(*args), own)
+    else:  # every device makes its own part, of the numbers that no mesh changes
+        made = jax.jit(factors, out_shardings=own)(*args)
+    return dataclasses.replace(leaf, **made)

@@ -177,7 +177,9 @@ class LoRA(_NotAnArray):
 
     @property
     def ndim(self) -> int:
-        """Number of axes of the weight, known from the factors alone."""
+        """Number of axes of the weight, known from it or from the factors alone."""
+        if self.w is not None:
+            return len(self.w.shape)
         if isinstance(self.form, Kernel):
             return self.a.ndim + 2
         blocks = isinstance(self.form, Blocks)

@@ -119,12 +119,12 @@ def _lifted(
     values: list[Any] = []
 
     def swap(tree: Any) -> Any:
-        leaves, treedef = flatten(tree)
+        leaves, build = flatten(tree)
         if freeze and any(is_adapted(x) for _, x in leaves):
             leaves = [(path, _frozen(x)) for path, x in leaves]
         leaves = _settled(leaves)
         values.extend(Tracked(x, path) if is_adapted(x) else x for path, x in leaves)
-        return jax.tree.unflatten(treedef, [_base(x) for _, x in leaves])
+        return build([_base(x) for _, x in leaves])
 
     args = [swap(a) for a in args]
     kwargs = {k: swap(v) for k, v in sorted(kwargs.items())}

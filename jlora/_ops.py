@@ -72,7 +72,6 @@ def contract(
     """
     n, axes, rest = leaf.ndim, leaf.axes, dict(params)
     dimension_numbers = rest.pop("dimension_numbers")
-    # Only the base product has the shape that a requested sharding is for.
     out_sharding = rest.pop("out_sharding", None)
     (lc, rc), (lb, rb) = dimension_numbers
     wc, wb, xc, xb = (lc, lb, rc, rb) if weight_first else (rc, rb, lc, lb)
@@ -111,6 +110,7 @@ def contract(
         first, second = second, first
     dtype = _compute_dtype(x, leaf)
     h, hl = _drop(leaf, x.astype(dtype), use), xl
+    rest["sharding"] = out_sharding, out
     for (factor, fl), keep in ((first, {*out, *second[1]}), (second, {*out, BLOCK})):
         h, factor = h.astype(dtype), factor.astype(dtype)
         if fl is second[1]:

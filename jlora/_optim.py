@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jlora import _paths
+from jlora import _boxes, _paths
 from jlora._leaf import is_adapted, trained
 from jlora._tree import adapter
 
@@ -57,12 +57,12 @@ def optimizer(
 
     # The state is of what trains alone, a flat dict by path: nothing is kept of the
     # base, and NNX, which strips its variables off, finds the same paths again.
+    # Boxes of Linen's are kept, in which the mesh axes of the moments are found.
     def flat(tree: Any) -> dict[str, dict[str, Any]]:
-        found: dict[str, dict[str, Any]] = {}
-        for path, x in _paths.flatten(tree)[0]:
-            if is_adapted(x):
-                found[path] = {name: getattr(x, name) for name in trained(x)}
-        return found
+        return {
+            _paths.path_of(keys): {name: getattr(x, name) for name in trained(x)}
+            for keys, x in _boxes.adapted(tree)
+        }
 
     def label(params: dict[str, dict[str, Any]]) -> dict[str, str]:
         whole = "lora" if full is None else "full"
@@ -83,9 +83,10 @@ def optimizer(
 
         def leaf(path: str, x: Any) -> Any:
             zeros = jax.tree.map(jnp.zeros_like, x)
-            return (
-                dataclasses.replace(zeros, **updates[path]) if is_adapted(x) else zeros
-            )
+            if not is_adapted(x):
+                return zeros
+            new = {name: _boxes.held(y) for name, y in updates[path].items()}
+            return dataclasses.replace(zeros, **new)
 
         return _paths.map_leaves(leaf, grads), state
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from jlora import _boxes
 from jlora._leaf import is_adapted
 
 Pattern = str | re.Pattern[str] | Callable[[str, Any], bool]
@@ -51,10 +52,16 @@ def resolve(name: str, to: str) -> str:
     return posixpath.normpath(f"{posixpath.dirname('/' + to)}/{name}").lstrip("/")
 
 
-def flatten(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
-    """(path, leaf) pairs with adapted leaves whole, and the tree's structure."""
+def flatten(
+    tree: Any,
+) -> tuple[list[tuple[str, Any]], Callable[[Iterable[Any]], Any]]:
+    """(path, leaf) pairs, adapted leaves whole, and what makes a tree of new leaves."""
     pairs, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_adapted)
-    return [(path_of(keys), x) for keys, x in pairs], treedef
+
+    def build(leaves: Iterable[Any]) -> Any:
+        return _boxes.fit(jax.tree.unflatten(treedef, leaves))
+
+    return [(path_of(keys), x) for keys, x in pairs], build
 
 
 def map_leaves(fn: Callable[[str, Any], Any], tree: Any, *, share: bool = False) -> Any:
@@ -63,8 +70,8 @@ def map_leaves(fn: Callable[[str, Any], Any], tree: Any, *, share: bool = False)
     A tree of NNX's variables gets new ones.  With ``share`` those whose leaves stay are
     the old ones, so that what a call writes into them is not lost.
     """
-    pairs, treedef = flatten(tree)
-    out = jax.tree.unflatten(treedef, [fn(path, x) for path, x in pairs])
+    pairs, build = flatten(tree)
+    out = build(fn(path, x) for path, x in pairs)
     if not share or not variables(tree):
         return out
     old, treedef = jax.tree.flatten(tree, is_leaf=is_variable)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jlora import _algebra, _compat, _ops
+from jlora import _algebra, _compat, _ops, _sharding
 from jlora._leaf import Full, Kernel, LoRA
 
 
@@ -211,8 +211,6 @@ def _structural(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any
     "copy",
     "copy_p",
     "name",
-    "sharding_constraint",
-    "reshard",
     "device_put",
     "optimization_barrier",
 )
@@ -250,6 +248,27 @@ def _based(leaf: LoRA, w: Any) -> LoRA:
     if leaf.w is None:
         return dataclasses.replace(leaf, dropped=w.dtype)
     return dataclasses.replace(leaf, w=w)
+
+
+@_rule("sharding_constraint", "reshard")
+def _reshard(ev: Evaluation, eqn: Any, x: Tracked) -> Tracked:
+    """A weight that is to be sharded otherwise: its factors are to be as well."""
+    w, sharding = _bind(eqn, [x])[0], _compat.target_sharding(eqn)
+    return Tracked(_placed(_based(x.leaf, w), sharding), x.path)
+
+
+def _placed(leaf: Any, sharding: Any) -> Any:
+    """The leaf on a base that has this sharding; its factors get theirs of it."""
+    place = _compat.place(sharding)
+    if place is None or not isinstance(sharding, jax.sharding.NamedSharding):
+        return leaf
+    own = _sharding.of_fields(leaf, sharding)
+    fields = {
+        name: place(x, getattr(own, name))
+        for name in ("a", "b", "scale", "c", "value")
+        if (x := getattr(leaf, name, None)) is not None
+    }
+    return dataclasses.replace(leaf, **fields)
 
 
 @_rule("pvary", "pcast")
@@ -449,18 +468,15 @@ def _times_scalar(ev: Evaluation, eqn: Any, *args: Any) -> Tracked:
 
 def _constrained(x: Any, sharding: Any) -> Any:
     """x under a sharding that an inner jit was given; of a leaf it is the base's."""
-    if not isinstance(sharding, jax.sharding.Sharding):
+    place = _compat.place(sharding)
+    if place is None:
         return x
-    constrain: Callable[..., Any] = lax.with_sharding_constraint
-    if isinstance(sharding, jax.sharding.NamedSharding):
-        # The axes of a mesh that are explicit are part of an array's type.
-        if jax.sharding.AxisType.Explicit in sharding.mesh.axis_types:
-            constrain = jax.sharding.reshard
     if not isinstance(x, Tracked):
-        return constrain(x, sharding)
-    if x.leaf.w is None:
-        return x
-    return Tracked(_based(x.leaf, constrain(x.leaf.w, sharding)), x.path)
+        return place(x, sharding)
+    leaf = x.leaf
+    if leaf.w is not None:
+        leaf = dataclasses.replace(leaf, w=place(leaf.w, sharding))
+    return Tracked(_placed(leaf, sharding), x.path)
 
 
 @_rule("jit", "pjit")
@@ -624,7 +640,14 @@ def _shard_map(ev: Evaluation, eqn: Any, *args: Any) -> list[Any]:
     def spec(x: Any, own: Any) -> Any:
         if not isinstance(x, Tracked):
             return own
-        return Tracked(_algebra.specs(x.leaf, own), x.path)
+        leaf, names = x.leaf, dict(enumerate(own))
+        if isinstance(leaf, LoRA):
+            cut = {role for k, role in enumerate(leaf.axes) if names.get(k)}
+            # Factors of another form are whole; and of a sum over in axes every device
+            # would add the output bias to its part.
+            if (leaf.form and cut) or (leaf.c is not None and "i" in cut):
+                raise _algebra.NotFactored
+        return Tracked(_algebra.specs(leaf, own), x.path)
 
     def body(*args: Any) -> tuple[Any, ...]:
         outs = ev.run(p["jaxpr"], args)

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora import _algebra, _output_bias, _paths
+from jlora import _algebra, _output_bias, _paths, _sharding
 from jlora._leaf import (
     Adapted,
     Full,
@@ -34,6 +34,7 @@ def merge(tree: Any) -> Any:
     Computed in float32 (float64 where a base or factor is).  A `Full` leaf gives its
     value in the base's dtype.  An output bias goes into the bias of the weight's layer.
     A base that was dropped counts as zero.
+    What is sharded stays sharded as the base is.
 
     Raises:
       ValueError: a leaf without its base; one with an output bias whose layer has no
@@ -47,9 +48,10 @@ def merge(tree: Any) -> Any:
     """
 
     def dense(leaf: Adapted) -> jax.Array:
+        if isinstance(leaf, LoRA):
+            return _sharding.like(leaf.w, _algebra.dense)(leaf)
         # A Full value has a buffer of its own, which a later step may donate.
-        merged = _algebra.dense(leaf)
-        return jnp.array(merged, copy=True) if isinstance(leaf, Full) else merged
+        return jnp.array(_algebra.dense(leaf), copy=True)
 
     return _with_output_biases(_map_adapted(dense, tree, "merge"), tree, "merge")
 
@@ -225,7 +227,8 @@ def unmerge(params: Any, adapter: Adapter) -> Any:
             )
         if found is None:
             return x
-        return _algebra.dense(dataclasses.replace(found, w=x, scale=-found.scale))
+        minus = dataclasses.replace(found, w=x, scale=-found.scale)
+        return _sharding.like(x, _algebra.dense)(minus)
 
     merged = _paths.map_leaves(leaf, params)
     # The leaves of an adapter stand under their whole paths, as those of a tree do.

@@ -1,0 +1,87 @@
+"""Linen's boxes, which name the mesh axes of an array, around adapted leaves.
+
+A box of a weight becomes one of an adapted leaf.  Its names are still the weight's, so
+its class becomes one that tells each field's own from them: then Flax's
+``get_partition_spec``, ``get_sharding`` and ``unbox`` know where adapters live.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import Any
+
+import jax
+
+from jlora import _algebra
+from jlora._leaf import is_adapted
+
+
+def is_box(x: Any) -> bool:
+    """Whether x is a box of Flax's with names for the axes of what it holds."""
+    meta = sys.modules.get("flax.core.meta")  # without it there is none
+    return meta is not None and isinstance(x, meta.Partitioned)
+
+
+class _Adapted:
+    """What the boxes of adapted leaves share; see `_around`."""
+
+    value: Any
+
+    def fields(self) -> Any:
+        """The leaf, each of its fields in a box of its own, with its own axes' names."""
+        plain, rest = type(self).__mro__[2], vars(self)
+
+        def own(x: Any, names: Any) -> Any:
+            return x if x is None else plain(**rest | {"value": x, "names": (*names,)})
+
+        specs = _algebra.specs(self.value, rest["names"])
+        return jax.tree.map(own, self.value, specs, is_leaf=lambda x: x is None)
+
+    def unbox(self, apply_constraint: bool = True) -> Any:
+        def plain(x: Any) -> Any:
+            return x.unbox(apply_constraint) if is_box(x) else x
+
+        return jax.tree.map(plain, self.fields(), is_leaf=is_box)
+
+    def get_partition_spec(self) -> Any:
+        specs = _algebra.specs(self.value, vars(self)["names"])
+        return self.replace(value=specs)  # type: ignore[attr-defined]
+
+    def get_sharding(self, mesh: jax.sharding.Mesh) -> Any:
+        specs = self.get_partition_spec()
+        return jax.tree.map(lambda spec: jax.sharding.NamedSharding(mesh, spec), specs)
+
+
+@functools.cache
+def _around(cls: Any) -> Any:
+    """The class of a box of this class that holds an adapted leaf."""
+    return type(f"Adapted{cls.__name__}", (_Adapted, cls), {"__module__": __name__})
+
+
+def adapted(tree: Any) -> list[tuple[tuple[Any, ...], Any]]:
+    """(keys, leaf) of the adapted leaves; what stood in a box has fields in boxes."""
+    pairs, _ = jax.tree_util.tree_flatten_with_path(
+        tree, is_leaf=lambda x: is_adapted(x) or isinstance(x, _Adapted)
+    )
+    pairs = [(k, x.fields() if isinstance(x, _Adapted) else x) for k, x in pairs]
+    return [(keys, x) for keys, x in pairs if is_adapted(x)]
+
+
+def held(x: Any) -> Any:
+    """What a box holds; anything else itself."""
+    return x.value if is_box(x) else x
+
+
+def fit(tree: Any) -> Any:
+    """The tree with each box in the class for what it holds now."""
+    if not any(map(is_box, jax.tree.leaves(tree, is_leaf=is_box))):
+        return tree
+
+    def one(x: Any) -> Any:
+        if not is_box(x) or isinstance(x, _Adapted) == is_adapted(x.value):
+            return x
+        cls = _around(type(x)) if is_adapted(x.value) else type(x).__mro__[2]
+        return cls(**vars(x))
+
+    return jax.tree.map(one, tree, is_leaf=is_box)
