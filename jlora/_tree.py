@@ -174,6 +174,7 @@ def attach(params: Any, adapter: Adapter) -> Any:
     """
     _fitting("attach", params, adapter)
 
+    leaves = dict(_paths.flatten(params)[0])
     gone = {
         _paths.resolve(x.bias, path)
         for path, x in adapter.items()
@@ -184,6 +185,9 @@ def attach(params: Any, adapter: Adapter) -> Any:
         if path not in adapter:  # a bias faded with the base, and was dropped as zero
             return jnp.zeros_like(x) if path in gone and is_array(x) else x
         new = adapter[path]
+        if isinstance(new, LoRA) and new.bias is not None:
+            if _paths.resolve(new.bias, path) not in leaves:
+                new = dataclasses.replace(new, bias=None)
         return dataclasses.replace(new, w=x if new.dropped is None else None)
 
     return _paths.map_leaves(leaf, params)
