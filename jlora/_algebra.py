@@ -235,7 +235,7 @@ def in_low_rank(fn: Callable[..., Any]) -> Callable[..., Any]:
 def dense(leaf: LoRA | Full) -> jax.Array:
     """The merged weight, computed in float32 (or wider) and rounded once."""
     if isinstance(leaf, Full):
-        return leaf.value.astype(leaf.w.dtype)
+        return leaf.value.astype(leaf.dtype)
     d = delta(leaf)
     if leaf.w is None:
         return d.astype(leaf.dtype)

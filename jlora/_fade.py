@@ -31,14 +31,19 @@ def fade(
     """The tree with every adapted base scaled by ``factor``, and noise in its place.
 
     Call it inside the loss, with the tree as it is and the factor of the step; the base
-    itself stays as it was.  The faded weight is W' = d·W + noise, where the noise is
+    itself stays as it was (to fade a faded tree multiplies the factors).  To evaluate
+    on the way, fade without noise.  A checkpoint holds no factor: save the step, and
+    fade what was restored.
+
+    The faded weight is W' = d·W + noise, where the noise is
     drawn anew from N((1 - d)·m, (1 - d²)·δ²) for W's mean m and standard deviation δ,
     so that W' has them too.  The bias of the layer is scaled without noise; one that
     trains whole (`Full`) is left to training.
 
     Args:
       tree: an adapted tree.
-      factor: d, a number or a traced scalar in [0, 1]; 1 changes nothing.
+      factor: d, a number or a traced scalar in [0, 1], which of a traced one nothing
+        verifies; 1 changes nothing.
       noise: what the noise is multiplied by, a number or a traced scalar: 1 for the
         distribution above, 0 or None for none.
       per: "tensor" for one m and δ a weight (each layer or expert of a stack has its
@@ -89,7 +94,9 @@ def fade(
             what = ", ".join(f"{name}=None" for name in missing(x)) or "only shapes"
             raise ValueError(
                 f"fade: {path!r} has {what}: expected the whole adapted tree, as "
-                "jlora.wrap or jlora.combine gives it (in jax.eval_shape for shapes)."
+                "jlora.wrap or jlora.combine gives it (in jax.eval_shape for shapes); "
+                "of jlora.linen layers jlora.attach({'params': variables['params']}, "
+                "jlora.linen.adapter(variables)) gives that of the plain twin."
             )
         if x.bias is not None:
             biases.add(_paths.resolve(x.bias, path))
@@ -173,12 +180,14 @@ def drop_base(tree: Any, *, force: bool = False) -> Any:
     """The tree without the bases that have faded: the model is its factors.
 
     `lift` then computes s·(x·a)·b + s·c alone, which is what the faded tree gives.
-    `count`, checkpoints and memory have the smaller model.  `merge` still gives plain
-    params, of full size.
+    `count`, checkpoints and memory have the smaller model; what trained whole (`Full`)
+    goes without its base as well.  `merge` still gives plain params, of full size.
 
     Args:
       tree: an adapted tree whose adapted bases, and their layers' biases, are zero, as
-        ``fade(tree, 0.0)`` gives.
+        ``fade(tree, factor(step))`` gives it for the last step of a schedule.  (With
+        ``fade(tree, 0.0)`` they are zero after any step: nothing then tells that
+        training stopped halfway.)
       force: drop bases that are not zero, and set those biases to zero, which changes
         what the model computes.
 
@@ -196,12 +205,14 @@ def drop_base(tree: Any, *, force: bool = False) -> Any:
     leaves = dict(_paths.flatten(tree)[0])
     biases = set()
     for path, x in leaves.items():
-        if not isinstance(x, LoRA) or x.dropped is not None:
+        if not is_adapted(x) or x.dropped is not None:
             continue
-        if x.w is None:
+        if lacks := missing(x):
             raise ValueError(
-                f"drop_base: {path!r} has no base (w=None): expected the whole tree."
+                f"drop_base: {path!r} has {lacks[0]}=None: expected the whole tree."
             )
+        if not isinstance(x, LoRA):
+            continue
         if not force:
             _require_faded(path, x.w)
         if x.bias is None or is_adapted(leaves.get(at := _paths.resolve(x.bias, path))):
@@ -214,15 +225,20 @@ def drop_base(tree: Any, *, force: bool = False) -> Any:
     def leaf(path: str, x: Any) -> Any:
         if path in biases:
             return jnp.zeros_like(x)
-        if not isinstance(x, LoRA) or x.dropped is not None:
+        if not is_adapted(x) or x.dropped is not None:
             return x
-        return dataclasses.replace(x, w=None, mean=None, std=None, dropped=x.w.dtype)
+        if isinstance(x, LoRA):
+            x = dataclasses.replace(x, mean=None, std=None)
+        return dataclasses.replace(x, w=None, dropped=x.w.dtype)
 
     return _paths.map_leaves(leaf, tree)
 
 
 def _require_faded(path: str, w: Any) -> None:
-    advice = "Fade it first: jlora.drop_base(jlora.fade(tree, 0.0)); or pass force=True"
+    advice = (
+        "Fade it first, by the last step of the schedule: "
+        "jlora.drop_base(jlora.fade(tree, factor(step))); or pass force=True"
+    )
     if isinstance(w, (jax.core.Tracer, jax.ShapeDtypeStruct)):
         raise ValueError(
             f"drop_base: the values of {path!r} are not known here: expected concrete "

@@ -234,10 +234,12 @@ class Full(_NotAnArray):
     Attributes:
       w: the base array, frozen; None in an adapter or in a hole of a partition.
       value: what trains: a copy of ``w`` at the start, float32 unless asked otherwise.
+      dropped: static; the dtype of a base that was dropped.
     """
 
     w: Any
     value: Any
+    dropped: Any = None
 
     @property
     def ndim(self) -> int:
@@ -252,7 +254,7 @@ class Full(_NotAnArray):
     @property
     def dtype(self) -> Any:
         """The dtype that the model sees: the base's."""
-        return self.w.dtype
+        return self.w.dtype if self.dropped is None else self.dropped
 
     def __repr__(self) -> str:
         return f"Full(w={_brief(self.w)}, value={_brief(self.value)})"
@@ -265,7 +267,9 @@ jax.tree_util.register_dataclass(
     data_fields=["w", "a", "b", "scale", "c", "key", "mean", "std"],
     meta_fields=["roles", "rate", "form", "bias", "dropped"],
 )
-jax.tree_util.register_dataclass(Full, data_fields=["w", "value"], meta_fields=[])
+jax.tree_util.register_dataclass(
+    Full, data_fields=["w", "value"], meta_fields=["dropped"]
+)
 
 
 def trained(leaf: Adapted) -> tuple[str, ...]:
@@ -287,9 +291,8 @@ def missing(leaf: Adapted) -> list[str]:
       >>> missing(Full(None, 1.0))
       ['w']
     """
-    names = ("w", "value")
-    if isinstance(leaf, LoRA):
-        names = ("w", "a", "b", "scale")[leaf.dropped is not None :]
+    names = ("w", "a", "b", "scale") if isinstance(leaf, LoRA) else ("w", "value")
+    names = names[leaf.dropped is not None :]
     return [name for name in names if getattr(leaf, name) is None]
 
 

@@ -74,7 +74,9 @@ class Spec:
       rank: r.
       alpha: the delta is alpha / rank * a·b.
       batch_axes, in_axes, out_axes: the weight's axes by role, counted from the end.
-      bias: path of the bias that belongs to the weight, or None.
+      bias: path of the bias that belongs to the weight, or None: the array that was
+        seen to be added to its product; where the product was lost sight of before, or
+        nothing was watched, the array named ``bias`` or ``b`` beside the weight.
       form: of the adapted leaf, as in `Rule`.
       lora_bias: likewise.
     """
@@ -158,6 +160,7 @@ class Plan(Mapping[str, Spec]):
                 s.axes,
                 str(s.rank),
                 f"{s.alpha:g}",
+                "" if s.bias is None else _paths.relative(s.bias, path),
                 f"{s.size(self.shapes[path]):,}",
             )
             for path, s in self.items()
@@ -166,7 +169,11 @@ class Plan(Mapping[str, Spec]):
         base = sum(math.prod(shape) for shape in self.shapes.values())
         lines = [
             table(
-                ("path", "shape", "kind", "roles", "rank", "alpha", "parameters"), rows
+                (
+                    *("path", "shape", "kind", "roles", "rank", "alpha", "bias"),
+                    "parameters",
+                ),
+                rows,
             ),
             f"{len(self)} adapted lea{'f' if len(self) == 1 else 'ves'}, "
             f"{adapters:,} adapter parameters, "
@@ -318,8 +325,9 @@ def plan(
     """
     hidden = hide(((params, *args), kwargs))
 
-    for name in ("train", "bias"):
-        if _paths.are_patterns(kwargs.get(name)):
+    for name in ("train", "bias", "lora_bias"):
+        said = kwargs.get(name)
+        if _paths.are_patterns(said) or (name == "lora_bias" and said is not None):
             raise TypeError(
                 f"plan: {name}={kwargs[name]!r} would go to the function as an "
                 f"argument: expected it in jlora.wrap(params, plan=plan, {name}=...)."
@@ -329,21 +337,17 @@ def plan(
     paths: list[str | None] = [p for p, _ in _paths.flatten(hidden[0][0])[0]]
     paths += [None] * (len(jaxpr.jaxpr.invars) - len(paths))
     seen = _uses.watch(jaxpr, paths)
-    bias_by_name = {path: sibling_bias(path, leaves) for path in leaves}
 
     def candidate(path: str, x: Any) -> Candidate:
-        if path not in seen:
+        if path not in seen or not seen[path].uses:
             return None
         kind, axes = _merged_roles(seen[path].uses, x.ndim)
         if kind is None:
             return axes
-        # What is used as a weight itself is nobody's bias.
-        bias = seen[path].bias or bias_by_name[path]
-        # One that is looked up may be a stack of biases.
-        lookups = "gather", "dynamic_slice"
-        uses = seen[bias].uses if bias in seen else []
-        used = any(use.primitive not in lookups for use in uses)
-        return kind, axes, None if used else bias
+        # By its name only where the product was lost sight of before it was added.
+        bias = seen[path].bias or sibling_bias(path, leaves)
+        fits = bias in seen and seen[bias].may_be_bias_of(path)
+        return kind, axes, bias if fits else None
 
     idle = "not used as a weight (no product, convolution or lookup)"
     others = _paths.others(params)

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from jlora import _paths
-from jlora._leaf import Adapted, LoRA, is_adapted, trained
+from jlora._leaf import Adapted, LoRA, is_adapted, missing, trained
 from jlora._plan import table
 
 
@@ -38,9 +38,16 @@ def _sizes(x: Any) -> tuple[int, int]:
 
 
 def _dtype(x: Adapted) -> str:
-    if isinstance(x, LoRA) and x.dropped is not None:
-        return "dropped"
-    return "" if x.w is None else str(x.dtype)
+    return "" if missing(x) else str(x.dtype)
+
+
+def _words(x: Adapted) -> str:
+    """The roles, and what else a leaf is."""
+    words = [x.axes if isinstance(x, LoRA) else "full"]
+    if isinstance(x, LoRA):
+        words += [str(x.form)] if x.form else []
+        words += ["c"] if x.c is not None else []
+    return ", ".join(words + (["base dropped"] if x.dropped is not None else []))
 
 
 class Summary(str):
@@ -70,7 +77,7 @@ def summary(tree: Any) -> Summary:
                     path,
                     "×".join(map(str, x.shape)),
                     _dtype(x),
-                    (x.axes + (f", {x.form}" if x.form else "")) if low else "full",
+                    _words(x),
                     str(x.rank) if low else "",
                     f"{_sizes(x)[0]:,}",
                 )

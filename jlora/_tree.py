@@ -22,7 +22,6 @@ from jlora._leaf import (
     is_adapted,
     missing,
 )
-from jlora._plan import sibling_bias
 from jlora._trace import is_array
 
 Adapter = dict[str, Adapted]
@@ -64,7 +63,8 @@ def _with_output_biases(params: Any, adapter: Any, what: str, sign: int = 1) -> 
     for path, why in homeless.items():
         raise ValueError(
             f"{what}: {path!r} has an output bias (lora_bias), but {why}, to take it. "
-            "Give the layer a bias of zeros, or lift the tree as it is."
+            "Lift the tree as it is, without merging it; or wrap a model whose layer "
+            "has a bias of zeros, or this path with lora_bias=False."
         )
 
     def leaf(path: str, x: Any) -> Any:
@@ -187,13 +187,10 @@ def attach(params: Any, adapter: Adapter) -> Any:
         if path not in adapter:  # a bias faded with the base, and was dropped as zero
             return jnp.zeros_like(x) if path in gone and is_array(x) else x
         new = adapter[path]
-        if not isinstance(new, LoRA):
-            return dataclasses.replace(new, w=x)
-        bias = new.bias
-        if bias is None and (beside := sibling_bias(path, leaves)) is not None:
-            bias = _paths.relative(beside, path)
-        w = x if new.dropped is None else None
-        return dataclasses.replace(new, w=w, bias=bias)
+        if isinstance(new, LoRA) and new.bias is not None:
+            if _paths.resolve(new.bias, path) not in leaves:
+                new = dataclasses.replace(new, bias=None)
+        return dataclasses.replace(new, w=x if new.dropped is None else None)
 
     return _paths.map_leaves(leaf, params)
 

@@ -40,10 +40,28 @@ class Use:
 
 @dataclasses.dataclass
 class Seen:
-    """All that was seen of one array: its uses, and the bias of its product."""
+    """All that was seen of one array.
+
+    Attributes:
+      uses: as a weight, in order.
+      bias: the path of the array that is added to its product.
+      of: the paths of the weights whose bias it is itself.
+      after: those that had been used when it was last added to data.
+    """
 
     uses: list[Use] = dataclasses.field(default_factory=list)
     bias: str | None = None
+    of: set[str] = dataclasses.field(default_factory=set)
+    after: frozenset[str] = frozenset()
+
+    def may_be_bias_of(self, path: str) -> bool:
+        """Whether it may be the bias of this weight, if its product was lost sight of.
+
+        What is used as a weight is nobody's bias, but a stack of biases is looked up.
+        """
+        lookups = "gather", "dynamic_slice"
+        idle = all(use.primitive in lookups for use in self.uses)
+        return idle and path in self.after and self.of <= {path}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +133,8 @@ class _Walk:
         if name in _COMPUTE and isinstance(infos[1], _Weight):
             shape = eqn.invars[1].aval.shape
             return [self.use(infos[1], name, _COMPUTE[name](eqn), shape)]
+        if name == "add":
+            self.note_added(infos)
         if len([i for i in infos if i is not None]) > 1:  # rows that meet something
             infos = [
                 i.as_product(v.aval.shape)
@@ -207,6 +227,13 @@ class _Walk:
                 out = self.use(info, "dot_general", roles, v.aval.shape)
         return out
 
+    def note_added(self, infos: list[Any]) -> None:
+        """That parameters were added to something, and after which weights' uses."""
+        used = frozenset(path for path, seen in self.seen.items() if seen.uses)
+        for info in infos:
+            for path, _ in info.parts if isinstance(info, _Weight) else ():
+                self.seen.setdefault(path, Seen()).after |= used
+
     def bias(self, eqn: Any, infos: list[Any]) -> Any:
         """A parameter of the size of a product's out axes, added to it, is its bias."""
         pairs = list(zip(infos, eqn.invars, strict=True))
@@ -221,6 +248,7 @@ class _Walk:
                 for path, bias in zip(product.paths, biases, strict=True):
                     seen = self.seen[path]
                     seen.bias = seen.bias or bias
+                    self.seen[bias].of.add(path)
                 return _DATA
         return None
 

@@ -111,13 +111,15 @@ def save(
     for leaf_path, x in adapter_of(tree).items():
         kind = "full" if isinstance(x, Full) else "lora"
         plan[leaf_path] = {"kind": kind}
+        if x.dropped is not None:
+            plan[leaf_path]["dropped"] = str(x.dropped)
         if isinstance(x, LoRA):
             plan[leaf_path] |= {"roles": x.roles, "rank": x.rank}
             if x.form is not None:
                 form = {"name": type(x.form).__name__, **dataclasses.asdict(x.form)}
                 plan[leaf_path]["form"] = form
-            static = {"bias": x.bias, "dropped": x.dropped and str(x.dropped)}
-            plan[leaf_path] |= {k: v for k, v in static.items() if v is not None}
+            if x.bias is not None:
+                plan[leaf_path]["bias"] = x.bias
             if x.c is not None:
                 plan[leaf_path]["lora_bias"] = True
         for name in _fields(plan[leaf_path]):
@@ -236,17 +238,17 @@ def restore(
     leaves: dict[str, Any] = {}
     for p, spec in document["plan"].items():
         fields = {n: read["adapter"][f"{p}:{n}"] for n in _fields(spec)}
+        dropped = None if "dropped" not in spec else jnp.dtype(spec["dropped"])
         if spec["kind"] == "full":
-            leaves[p] = Full(None, **fields)
+            leaves[p] = Full(None, **fields, dropped=dropped)
         else:
-            dropped = spec.get("dropped")
             leaves[p] = LoRA(
                 None,
                 **fields,
                 roles=spec["roles"],
                 form=_form(spec.get("form")),
                 bias=spec.get("bias"),
-                dropped=None if dropped is None else jnp.dtype(dropped),
+                dropped=dropped,
             )
     tree = attach(params, leaves)
     if extra is None:

@@ -196,6 +196,8 @@ def load(
         if plan is None and tree.leaves is not None:
             bias = sibling_bias(path, tree.leaves)
         bias = None if bias is None else _paths.relative(bias, path)
+        if tree.leaves is None:  # the file does not tell; where there is none, nothing
+            bias = "bias"
         out[path] = _leaf(tuple(bases[path].shape), specs[path], bias, a, b)
     if plan is not None and (lacks := [path for path in plan if path not in specs]):
         raise ValueError(

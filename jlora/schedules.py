@@ -127,5 +127,10 @@ def setting(name: str, steps: int) -> Setting:
             f"schedules.setting: {name!r}: expected one of {', '.join(_SETTINGS)}."
         )
     begin, end, noise = _SETTINGS[name]
+    if steps != int(steps) or int(end * steps) <= int(begin * steps):
+        raise ValueError(
+            f"schedules.setting: {steps!r} steps: expected a whole number of them, "
+            f"enough to fade between {begin:.0%} and {end:.0%} of them."
+        )
     factor = decay(steps, begin, end)
     return Setting(factor, noise(factor))

@@ -4,6 +4,7 @@ The oracle of a faded weight is the formula in numpy's float64; that of its stat
 a confidence bound; that of a dropped base the tree whose base is zero.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -521,6 +522,26 @@ def test_the_noise_is_not_what_the_factors_began_with():
     assert abs(correlation) < SURE / np.sqrt(noise.size)
 
 
+def test_what_trains_whole_goes_without_its_base_too(tmp_path):
+    params = mlp_params()
+    tree = jlora.wrap(params, rank=2, targets="up/*", train="down/*")
+    change = jax.tree.map(lambda x: x + 0.5, tree["down"]["kernel"].value)
+    head = dataclasses.replace(tree["down"]["kernel"], value=change)
+    tree = {**tree, "down": {**tree["down"], "kernel": head}}
+    small = jlora.drop_base(jlora.fade(tree, 0.0))
+    size = 2 * (5 + 13) + 13 + 13 * 7 + 7  # factors, the faded bias, and the head
+    assert jlora.count(small) == (size - 13, size)
+    for t in (small, jax.jit(lambda t: t)(small)):
+        same(jlora.lift(mlp)(t, X), jlora.lift(mlp)(jlora.fade(tree, 0.0), X))
+        assert t["down"]["kernel"].dtype == jnp.float32
+    same(jlora.merge(small)["down"]["kernel"], head.value)
+    path = tmp_path / "small"
+    jlora.checkpoint.save(path, small)
+    again = jlora.checkpoint.restore(path, params)
+    assert jax.tree.structure(again) == jax.tree.structure(small)
+    jax.tree.map(same, again, small)
+
+
 def test_dropped_leaves_slice_and_stack():
     dropped = jlora.drop_base(jlora.fade(wrapped(stack, STACK, X), 0.0))
     one = jax.tree.map(lambda x: x[1], dropped)
@@ -637,7 +658,7 @@ TREE = jlora.wrap(mlp_params(), rank=2)
         ),
         (lambda: jax.jit(jlora.drop_base)(TREE), ["not known here", "force=True"]),
         (lambda: jlora.drop_base(mlp_params()), ["drop_base: the tree has no adapted"]),
-        (lambda: jlora.drop_base(jlora.adapter(TREE)), ["has no base (w=None)"]),
+        (lambda: jlora.drop_base(jlora.adapter(TREE)), ["has w=None"]),
         (
             lambda: jlora.schedules.decay(100, 0.1, 1.0),
             ["ends at step 100", "after the last of 100"],
@@ -648,6 +669,18 @@ TREE = jlora.wrap(mlp_params(), rank=2)
         (lambda: jlora.schedules.decay(10, 0.5, 0.51), ["too few to decay"]),
         (lambda: jlora.schedules.clear(lambda s: s, 2), ["below 2", "(0, 1]"]),
         (lambda: jlora.schedules.setting("grow", 9), ["'grow'", "decay, compensate"]),
+        (lambda: jlora.schedules.setting("clear", 1), ["1 steps", "enough to fade"]),
+        (lambda: jlora.schedules.setting("decay", 10.5), ["10.5 steps", "whole"]),
+        (
+            lambda: jlora.drop_base(jlora.fade(TREE, jlora.schedules.decay(9)(5))),
+            ["has not faded", "fade(tree, factor(step))"],
+        ),
+        (
+            lambda: jlora.fade(
+                jlora.linen.Dense(3).init(jax.random.key(0), jnp.ones((1, 2))), 0.5
+            ),
+            ["'lora/kernel' has w=None", "jlora.linen.adapter(variables)"],
+        ),
     ],
 )
 def test_bad_input(call, parts):

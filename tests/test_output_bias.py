@@ -399,6 +399,34 @@ def test_products_that_add_it_themselves_on_a_mesh(kind):
     close(jax.device_get(y), jax.device_get(want))
 
 
+@pytest.mark.parametrize(
+    "fn, want",
+    [
+        pytest.param(
+            lambda p, x: jax.nn.gelu(x @ p["w"]) @ p["v"] + p["bias"], None, id="of-v"
+        ),
+        pytest.param(lambda p, x: (x + p["bias"]) @ p["w"], None, id="before"),
+        pytest.param(lambda p, x: x @ p["w"] * p["bias"], None, id="a-factor"),
+        pytest.param(lambda p, x: x @ p["w"], None, id="never-read"),
+        pytest.param(lambda p, x: x @ p["w"] + p["bias"], "bias", id="added"),
+        pytest.param(
+            lambda p, x: (x @ p["w"]) * p["g"] + p["bias"], "bias", id="after-a-factor"
+        ),
+        pytest.param(
+            lambda p, x: jax.nn.standardize(x @ p["w"]) + p["bias"], "bias", id="norm"
+        ),
+    ],
+)
+def test_a_bias_is_what_was_seen_and_its_name_only_where_that_may_be(fn, want):
+    base = {**{"w": normal(5, 5), "v": normal(5, 5), "bias": normal(5), "g": normal(5)}}
+    plan = jlora.plan(fn, base, X, targets="w")
+    assert plan["w"].bias == want
+    tree = randomise(jlora.wrap(base, plan=plan))
+    assert np.any(jlora.fade(tree, 0.0)["bias"]) == (want is None)
+    again = jlora.attach(base, jlora.adapter(tree))  # which knows no more
+    assert np.any(jlora.fade(again, 0.0)["bias"]) == (want is None)
+
+
 def test_an_indexed_stack_of_biases_is_of_its_weights():
     def fn(p, x):
         def layer(i, x):

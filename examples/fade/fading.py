@@ -147,7 +147,7 @@ def train(
         )
     tree = jlora.combine(trainable, frozen)
     if variant.setting:
-        tree = jlora.drop_base(jlora.fade(tree, 0.0))
+        tree = jlora.drop_base(jlora.fade(tree, factor(steps - 1)))
     test = accuracy(lambda *x: predict(tree, *x), "test")
     return Result(variant, tree, history, test, deployed(tree))
 
@@ -192,16 +192,9 @@ def at(tree: Any, path: str) -> Any:
 
 def deployed(tree: Any) -> int:
     """Parameters of what is deployed: merged weights, or the factors left of them."""
-
-    def size(x: Any) -> int:
-        if isinstance(x, jlora.Full):
-            return x.value.size
-        if isinstance(x, jlora.LoRA):
-            fields = (x.a, x.b, x.c) if x.dropped is not None else (x.w,)
-            return sum(field.size for field in fields if field is not None)
-        return x.size
-
-    return sum(map(size, jax.tree.leaves(tree, is_leaf=jlora.is_adapted)))
+    adapter = jlora.adapter(tree).values()
+    merged = all(x.dropped is None for x in adapter)
+    return jlora.count(jlora.unwrap(tree) if merged else tree)[1]
 
 
 def table(results: Sequence[Result], reference: tuple[str, int, float]) -> str:
