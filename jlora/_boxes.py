@@ -29,20 +29,20 @@ class _Adapted:
     value: Any
 
     def fields(self) -> Any:
-        """The leaf, each of its fields in a box of its own, with its own axes' names."""
+        """The leaf, each of its fields in a box with the names of its own axes."""
         plain, rest = type(self).__mro__[2], vars(self)
 
         def own(x: Any, names: Any) -> Any:
-            return x if x is None else plain(**rest | {"value": x, "names": (*names,)})
+            if x is None:
+                return None
+            return plain(**rest | {"value": x, "names": tuple(names)})
 
-        specs = _algebra.specs(self.value, rest["names"])
+        specs = self.get_partition_spec().value
         return jax.tree.map(own, self.value, specs, is_leaf=lambda x: x is None)
 
     def unbox(self, apply_constraint: bool = True) -> Any:
-        def plain(x: Any) -> Any:
-            return x.unbox(apply_constraint) if is_box(x) else x
-
-        return jax.tree.map(plain, self.fields(), is_leaf=is_box)
+        fields = self.fields()
+        return jax.tree.map(lambda x: x.unbox(apply_constraint), fields, is_leaf=is_box)
 
     def get_partition_spec(self) -> Any:
         specs = _algebra.specs(self.value, vars(self)["names"])
@@ -56,7 +56,8 @@ class _Adapted:
 @functools.cache
 def _around(cls: Any) -> Any:
     """The class of a box of this class that holds an adapted leaf."""
-    return type(f"Adapted{cls.__name__}", (_Adapted, cls), {"__module__": __name__})
+    name = f"Adapted{cls.__name__}"
+    return type(name, (_Adapted, cls), {"__module__": __name__})
 
 
 def adapted(tree: Any) -> list[tuple[tuple[Any, ...], Any]]:
@@ -81,7 +82,8 @@ def fit(tree: Any) -> Any:
     def one(x: Any) -> Any:
         if not is_box(x) or isinstance(x, _Adapted) == is_adapted(x.value):
             return x
-        cls = _around(type(x)) if is_adapted(x.value) else type(x).__mro__[2]
+        own: Any = type(x)
+        cls = _around(own) if is_adapted(x.value) else own.__mro__[2]
         return cls(**vars(x))
 
     return jax.tree.map(one, tree, is_leaf=is_box)

@@ -254,13 +254,18 @@ def _based(leaf: LoRA, w: Any) -> LoRA:
 def _reshard(ev: Evaluation, eqn: Any, x: Tracked) -> Tracked:
     """A weight that is to be sharded otherwise: its factors are to be as well."""
     w, sharding = _bind(eqn, [x])[0], _compat.target_sharding(eqn)
-    return Tracked(_placed(_based(x.leaf, w), sharding), x.path)
+
+    def place(field: Any, own: Any) -> Any:
+        if eqn.primitive.name == "reshard":  # perhaps into a mesh of other axis types
+            return eqn.primitive.bind(field, **{**eqn.params, "dst_sharding": own})
+        return lax.with_sharding_constraint(field, own)
+
+    return Tracked(_placed(_based(x.leaf, w), sharding, place), x.path)
 
 
-def _placed(leaf: Any, sharding: Any) -> Any:
+def _placed(leaf: Any, sharding: Any, place: Callable[[Any, Any], Any]) -> Any:
     """The leaf on a base that has this sharding; its factors get theirs of it."""
-    place = _compat.place(sharding)
-    if place is None or not isinstance(sharding, jax.sharding.NamedSharding):
+    if not isinstance(sharding, jax.sharding.NamedSharding):
         return leaf
     own = _sharding.of_fields(leaf, sharding)
     fields = {
@@ -476,7 +481,7 @@ def _constrained(x: Any, sharding: Any) -> Any:
     leaf = x.leaf
     if leaf.w is not None:
         leaf = dataclasses.replace(leaf, w=place(leaf.w, sharding))
-    return Tracked(_placed(leaf, sharding), x.path)
+    return Tracked(_placed(leaf, sharding, place), x.path)
 
 
 @_rule("jit", "pjit")

@@ -131,7 +131,9 @@ def by_hand(tree, plan, xp=jnp):
         full = w.astype(jnp.promote_types(w.dtype, jnp.float32))
         return (full + delta(leaf, specs[path], jnp)).astype(w.dtype)
 
-    return jax.tree_util.tree_map_with_path(one, tree, is_leaf=is_adapted)
+    pairs, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_adapted)
+    plain = jax.tree.structure(jlora.unwrap(tree))
+    return jax.tree.unflatten(plain, [one(*pair) for pair in pairs])
 
 
 def adapt(
@@ -148,8 +150,10 @@ def adapt(
     def fill(leaf, base):
         return dataclasses.replace(leaf, w=base) if is_adapted(leaf) else base
 
-    tree = jax.tree.map(fill, tree, params, is_leaf=is_adapted)
-    return randomise(tree, seed), plan
+    # Leaf by leaf: Linen's boxes are of another class around adapted leaves.
+    leaves, treedef = jax.tree.flatten(tree, is_leaf=is_adapted)
+    leaves = map(fill, leaves, jax.tree.leaves(params))
+    return randomise(jax.tree.unflatten(treedef, leaves), seed), plan
 
 
 def close(got, want, tol=1e-5, what=""):
