@@ -3,8 +3,12 @@
 A checkpoint is a directory that Orbax commits by an atomic rename.  It holds the
 arrays of the adapter, those of ``extra``, and a JSON document with the format version,
 the plan (roles and rank of each leaf), a fingerprint of the base (the path, shape and
-dtype of every array) and a CRC of every array that is stored.  `restore` verifies all
-of it before it gives anything back.
+dtype of every array) and a checksum of every array that is stored.  `restore` verifies
+all of it before it gives anything back.
+
+Nothing in it depends on the mesh: what was saved on one mesh, or by several processes
+that share a file system, is restored to where the new params and the new ``extra``
+live, on any other.
 
 For a series of checkpoints use Orbax's own CheckpointManager: an adapter is a pytree of
 arrays, so ``ocp.args.StandardSave(jlora.adapter(tree))`` saves it beside the optimizer
@@ -25,8 +29,17 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from jlora import _paths
-from jlora._leaf import Blocks, Form, Full, Kernel, LoRA, is_adapted, missing
+from jlora import _paths, _sharding
+from jlora._leaf import (
+    Adapted,
+    Blocks,
+    Form,
+    Full,
+    Kernel,
+    LoRA,
+    is_adapted,
+    missing,
+)
 from jlora._tree import adapter as adapter_of
 from jlora._tree import attach
 
@@ -70,6 +83,7 @@ def save(
     Args:
       directory: must not exist; parents are made.  Any path that Orbax takes.
       tree: an adapted tree, with its base (of which only the fingerprint is stored).
+        Of several processes each passes its own view of the same global arrays.
       extra: any pytree that must come back with it: batch statistics, optimizer state,
         step.  Its leaves are arrays, PRNG keys, or numbers, strings and booleans.
       block: return once committed.  Otherwise the arrays are copied to the host, a
@@ -149,7 +163,7 @@ def save(
         "plan": plan,
         "base": {p: _signature(x) for p, x in _base(tree).items()},
         "arrays": {
-            k: {p: [*_signature(x), _crc(x)] for p, x in v.items()}
+            k: {p: [*_signature(x), checksum(x)] for p, x in v.items()}
             for k, v in arrays.items()
         },
         "values": values,
@@ -188,10 +202,11 @@ def restore(
     Args:
       directory: as given to `save`.
       params: the base: plain params with the paths, shapes and dtypes of the saved
-        tree's (``jax.ShapeDtypeStruct``s will do).
+        tree's (``jax.ShapeDtypeStruct``s will do).  The adapter is sharded as they are.
       extra: a pytree of the structure of the saved ``extra``; its arrays (or
         ``jax.ShapeDtypeStruct``s, such as ``jax.eval_shape(tx.init, tree)`` gives)
-        need only have the right shapes and dtypes.  A Python number stands for a
+        need only have the right shapes and dtypes; one with a sharding gets its array
+        there.  A Python number stands for a
         scalar array, such as a TrainState's step, and gets a Python number back.
 
     Returns:
@@ -234,22 +249,13 @@ def restore(
             "Pass a pytree of the structure that was saved.",
         )
     items = ["adapter"] if extra is None else ["adapter", "extra"]
-    read = _read(path, document["arrays"], items, templates)
-    leaves: dict[str, Any] = {}
+    arrays = document["arrays"]
+    places = _places(arrays["adapter"], document["plan"], _base(params))
+    read = _read(path, arrays, items, templates, places)
+    leaves = {}
     for p, spec in document["plan"].items():
-        fields = {n: read["adapter"][f"{p}:{n}"] for n in _fields(spec)}
-        dropped = None if "dropped" not in spec else jnp.dtype(spec["dropped"])
-        if spec["kind"] == "full":
-            leaves[p] = Full(None, **fields, dropped=dropped)
-        else:
-            leaves[p] = LoRA(
-                None,
-                **fields,
-                roles=spec["roles"],
-                form=_form(spec.get("form")),
-                bias=spec.get("bias"),
-                dropped=dropped,
-            )
+        fields = {n: _jax(read["adapter"][f"{p}:{n}"], p) for n in _fields(spec)}
+        leaves[p] = _leaf(None, spec, fields)
     tree = attach(params, leaves)
     if extra is None:
         return tree
@@ -275,6 +281,16 @@ def _fields(spec: dict[str, Any]) -> tuple[str, ...]:
     if spec["kind"] == "full":
         return ("value",)
     return ("a", "b", "scale", "c") if spec.get("lora_bias") else ("a", "b", "scale")
+
+
+def _leaf(w: Any, spec: dict[str, Any], fields: dict[str, Any]) -> Adapted:
+    """A leaf from the document's words on it and its arrays, or their shapes."""
+    dropped = None if "dropped" not in spec else jnp.dtype(spec["dropped"])
+    if spec["kind"] == "full":
+        return Full(w, **fields, dropped=dropped)
+    static: dict[str, Any] = {"roles": spec["roles"], "bias": spec.get("bias")}
+    form = _form(spec.get("form"))
+    return LoRA(w, **fields, **static, form=form, dropped=dropped)
 
 
 def _form(stored: dict[str, Any] | None) -> Form | None:
@@ -314,19 +330,34 @@ def _data(x: Any) -> Any:
     """What is stored of an array: the words of a PRNG key, the array itself else."""
     if _is_key(x):
         return jax.random.key_data(x)
-    if isinstance(x, jax.Array):
+    if isinstance(x, jax.Array) and not (
+        jax.process_count() > 1 and x.is_fully_addressable
+    ):
         return x
-    x = np.asarray(x)
+    x = np.asarray(x)  # also of an array of each process's own, which are alike
     return x.astype(x.dtype.newbyteorder("="))
 
 
 def _as_template(x: Any, template: Any, impl: str | None) -> Any:
     """A stored array as the kind of thing that the template is."""
     if impl is not None:
-        return jax.random.wrap_key_data(x, impl=impl)
+        return jax.random.wrap_key_data(jnp.asarray(x), impl=impl)
     if not hasattr(template, "dtype"):
         return type(template)(x)
-    return x[()] if isinstance(template, np.generic) else x
+    if isinstance(template, np.generic):
+        return x[()]
+    return x if isinstance(template, np.ndarray) else _jax(x, "extra")
+
+
+def _jax(x: Any, where: str) -> jax.Array:
+    """An array that was read, as one of JAX's; free to move where it was not placed."""
+    if jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype:
+        raise ValueError(
+            f"checkpoint.restore: {where!r} was saved as {x.dtype}, which JAX would "
+            "narrow here: expected jax.config.update('jax_enable_x64', True), as when "
+            "it was saved."
+        )
+    return jnp.asarray(x)
 
 
 def _signature(x: Any) -> list[Any]:
@@ -354,8 +385,51 @@ def _document_crc(document: dict[str, Any]) -> int:
     return zlib.crc32(text.encode())
 
 
-def _crc(x: Any) -> int:
-    return zlib.crc32(np.ascontiguousarray(jax.device_get(x)).tobytes())
+def checksum(x: Any) -> int:
+    """Σ word·m(position) mod 2³² over the words of an array; m gives odd numbers.
+
+    A word that changed by any of its bits always changes the sum, since m is odd; words
+    that changed places nearly always do.  Sums of parts add up, so it is the same
+    however the array is sharded, and nothing is gathered for it.
+    """
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        return int(_distributed_sum(x))
+    with np.errstate(over="ignore"):
+        return int(_sum(_words_of(np.asarray(x)), np))
+
+
+@jax.jit
+def _distributed_sum(x: jax.Array) -> jax.Array:
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        x = jnp.stack([x.real, x.imag], axis=-1)
+    if x.dtype == bool or jax.dtypes.itemsize_bits(x.dtype) < 8:
+        x = x.astype(jnp.int8)
+    bits = 8 * min(x.dtype.itemsize, 4)
+    return _sum(jax.lax.bitcast_convert_type(x, f"uint{bits}"), jnp)
+
+
+def _words_of(x: np.ndarray) -> np.ndarray:
+    """The array's bytes as unsigned words, those of one number along a last axis."""
+    if x.dtype == bool or jax.dtypes.itemsize_bits(x.dtype) < 8:
+        x = x.astype(np.int8)
+    x = np.ascontiguousarray(x).reshape(x.shape)
+    size = min(x.dtype.itemsize // (x.dtype.kind == "c" and 2 or 1), 4)
+    words = x.reshape(*x.shape, 1).view(f"uint{8 * size}")
+    return words if words.shape[-1] > 1 else words.reshape(x.shape)
+
+
+def _sum(words: Any, xp: Any) -> Any:
+    """The sum of `checksum`, in numpy or in jax.numpy."""
+    at, stride = xp.zeros((), "uint32"), 1
+    for k in reversed(range(words.ndim)):
+        along = xp.arange(words.shape[k], dtype="uint32") * xp.uint32(stride % 2**32)
+        at = at + along.reshape([-1 if j == k else 1 for j in range(words.ndim)])
+        stride *= words.shape[k]
+    # The mixing of MurmurHash3 in short, so that neighbours have unlike multipliers.
+    at = (at + xp.uint32(1)) * xp.uint32(0x9E3779B1)
+    at = (at ^ (at >> xp.uint32(15))) * xp.uint32(0x85EBCA77)
+    at = (at ^ (at >> xp.uint32(13))) | xp.uint32(1)
+    return xp.sum(words.astype("uint32") * at, dtype="uint32")
 
 
 def _same(what: str, want: dict[str, Any], have: dict[str, Any], do: str) -> None:
@@ -409,17 +483,31 @@ def _document(path: epath.Path) -> dict[str, Any]:
     return document
 
 
+def _places(arrays: Any, plan: Any, base: dict[str, Any]) -> dict[str, Any]:
+    """The sharding of each array of the adapter, from that of its base."""
+    places: dict[str, Any] = {}
+    for p, spec in plan.items():
+        names = {n: f"{p}:{n}" for n in _fields(spec)}
+        shapes = {n: jax.ShapeDtypeStruct(*arrays[at][:2]) for n, at in names.items()}
+        leaf = _leaf(base[p], spec, shapes)
+        own = _sharding.of_fields(leaf, _sharding.of_array(base[p]))
+        places |= {at: getattr(own, n) for n, at in names.items()}
+    return places
+
+
 def _read(
-    path: epath.Path, arrays: Any, items: list[str], templates: dict[str, Any]
+    path: epath.Path,
+    arrays: Any,
+    items: list[str],
+    templates: dict[str, Any],
+    places: dict[str, Any],
 ) -> dict[str, Any]:
-    """The arrays of a checkpoint, each verified against its CRC."""
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    """The arrays of a checkpoint where they belong, each verified by its checksum."""
 
     def target(p: str, shape: list[int], dtype: str) -> Any:
-        # NumPy's arrays stay NumPy's: JAX would narrow 64 bits.
-        template = templates.get(p)
-        if isinstance(template, (np.ndarray, np.generic)) or _python(template):
-            return np.empty(shape, dtype)
+        place = places.get(p, _sharding.of_array(templates.get(p)))
+        if place is None:
+            return np.empty(shape, jnp.dtype(dtype))
         return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=place)
 
     signatures = {k: arrays[k] for k in items if arrays[k]}
@@ -442,8 +530,8 @@ def _read(
     except Exception as e:
         raise ValueError(_damaged(path, "its arrays cannot be read", e)) from e
     for k, v in signatures.items():
-        for p, (_, _, crc) in v.items():
-            if _crc(read[k][p]) != crc:
+        for p, (_, _, known) in v.items():
+            if checksum(read[k][p]) != known:
                 raise ValueError(_damaged(path, f"the array {p!r} is damaged"))
     return read
 

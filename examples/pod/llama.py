@@ -122,7 +122,7 @@ LLAMA_3_70B = Llama(8192, 28672, 128256, 64, 8, 128, 80)
 
 
 def split(x: jax.Array) -> jax.Array:
-    """Activations (batch, length, d): the batch is split over "fsdp", if there is one."""
+    """Activations (batch, length, d), the batch split over "fsdp" if there is one."""
     if "fsdp" not in jax.sharding.get_abstract_mesh().axis_names:
         return x
     return jax.lax.with_sharding_constraint(x, P("fsdp", None, None))
