@@ -25,6 +25,7 @@ _BITS = {"pred": 8, "token": 0, "opaque": 0}
 _LINE = re.compile(
     rf"= (?P<out>\(.*?\)|\S+) (?P<kind>{'|'.join(KINDS)})(?P<start>-start)?\("
 )
+_CHANNEL = re.compile(r"channel_id=(\d+)")
 _ARRAY = re.compile(r"(?P<dtype>[a-z]+\d*\w*)\[(?P<dims>[\d,]*)\]")
 
 
@@ -60,16 +61,24 @@ def bits(dtype: str) -> int:
 def collectives(text: str) -> list[Collective]:
     """All collectives of an HLO module, those of several arrays taken apart.
 
+    One that is spread over several fusions, so that computation hides it, stands in the
+    text once for each of them, under one channel: it is counted once.
+
     Example:
       >>> line = "%x = f32[8,3]{1,0} all-gather(%y), dimensions={0}"
       >>> collectives(line), collectives(line)[0].bytes
       ([Collective(kind='all-gather', dtype='f32', shape=(8, 3))], 96)
     """
-    out = []
+    out: list[Collective] = []
+    channels = set()
     for line in text.splitlines():
         found = _LINE.search(line)
         if not found:
             continue
+        if channel := _CHANNEL.search(line):
+            if channel[1] in channels:
+                continue
+            channels.add(channel[1])
         arrays = [
             Collective(
                 found["kind"],

@@ -59,9 +59,17 @@ Params = tuple[tuple[str, Any], ...]  # a primitive's parameters as items: hasha
 
 @functools.partial(_inlined, static_argnames=("params", "weight_first", "use"))
 def contract(
-    leaf: LoRA, x: jax.Array, params: Params, *, weight_first: bool, use: int = 0
+    leaf: LoRA,
+    x: jax.Array,
+    params: Params,
+    *,
+    aside: jax.Array,
+    weight_first: bool,
+    use: int = 0,
 ) -> jax.Array:
     """dot_general of x and the weight, on either side.
+
+    Here and below ``aside`` is x for the low-rank branch (see `Evaluation.aside`).
 
     The factor that holds the contracted axes goes first: (x·a)·b, or (x·b)·a where the
     weight is used transposed (a tied head).  An axis of size one may have any role.
@@ -109,7 +117,7 @@ def contract(
     if "o" in roles:
         first, second = second, first
     dtype = _compute_dtype(x, leaf)
-    h, hl = _drop(leaf, x.astype(dtype), use), xl
+    h, hl = _drop(leaf, aside.astype(dtype), use), xl
     rest["sharding"] = out_sharding, out
     for (factor, fl), keep in ((first, {*out, *second[1]}), (second, {*out, BLOCK})):
         h, factor = h.astype(dtype), factor.astype(dtype)
@@ -151,7 +159,13 @@ def _output_bias(
 @functools.partial(_inlined, static_argnames=("params", "use"))
 @_algebra.in_low_rank
 def ragged(
-    leaf: LoRA, x: jax.Array, sizes: jax.Array, params: Params, *, use: int = 0
+    leaf: LoRA,
+    x: jax.Array,
+    sizes: jax.Array,
+    params: Params,
+    *,
+    aside: jax.Array,
+    use: int = 0,
 ) -> jax.Array:
     """ragged_dot_general of x and the weight: a stack of experts, each on its rows.
 
@@ -198,7 +212,7 @@ def ragged(
     if "o" in roles:
         first, second = second, first
     dtype = _compute_dtype(x, leaf)
-    h, hl = _drop(leaf, x.astype(dtype), use), xl
+    h, hl = _drop(leaf, aside.astype(dtype), use), xl
     for (factor, fl), keep in ((first, {*out, *second[1]}), (second, {*out})):
         if fl is second[1]:
             h, factor = _output_bias(leaf, wc, h, hl, factor, fl)
@@ -221,7 +235,9 @@ def ragged(
 
 
 @functools.partial(_inlined, static_argnames=("params", "use"))
-def conv(leaf: LoRA, x: jax.Array, params: Params, *, use: int = 0) -> jax.Array:
+def conv(
+    leaf: LoRA, x: jax.Array, params: Params, *, aside: jax.Array, use: int = 0
+) -> jax.Array:
     """Convolution of x with the weight as its kernel.
 
     x is convolved with a to r features (the same strides, padding and dilations), and
@@ -257,7 +273,7 @@ def conv(leaf: LoRA, x: jax.Array, params: Params, *, use: int = 0) -> jax.Array
             y = run(x, _algebra.dense(leaf))
         else:
             base = _algebra.of_base(leaf, functools.partial(run, x))
-            x = _drop(leaf, x, use).astype(dtype)
+            x = _drop(leaf, aside, use).astype(dtype)
             y = _algebra.plus(base, run(x, _algebra.delta(leaf).astype(dtype)))
         if leaf.c is None:
             return y
@@ -280,7 +296,7 @@ def conv(leaf: LoRA, x: jax.Array, params: Params, *, use: int = 0) -> jax.Array
         raise NotFactored
 
     base = _algebra.of_base(leaf, functools.partial(run, x))
-    x = _drop(leaf, x, use).astype(dtype)
+    x = _drop(leaf, aside, use).astype(dtype)
     b = _algebra.scaled_b(leaf).astype(dtype)
     at = leaf.axes.index("o")
     kernel_axes = [RANK if k == at else k for k in range(leaf.ndim)]

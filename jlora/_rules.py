@@ -42,6 +42,7 @@ class Evaluation:
         self.strict = strict
         self.seen: dict[str, list[tuple[str, bool]]] = {}
         self.uses: collections.Counter[str] = collections.Counter()
+        self._asides: dict[int, tuple[Any, jax.Array]] = {}
 
     def run(self, jaxpr: Any, args: Sequence[Any], consts: Sequence[Any] = ()) -> list:
         """Evaluates a jaxpr on arrays and `Tracked` leaves."""
@@ -84,6 +85,18 @@ class Evaluation:
                     self.note(v, name, formed=True)
                 values[i] = formed[id(v)]
         return _compat.bind(eqn, values)
+
+    def aside(self, x: Any) -> jax.Array:
+        """The same activation, for the low-rank branches of all weights that it meets.
+
+        What they send back is added up by itself, and to the rest once.  So the parts
+        that the base products send back, which on a mesh are summed over devices, stay
+        next to each other, and XLA sums them over the devices together, as it does
+        without adapters.
+        """
+        if id(x) not in self._asides:
+            self._asides[id(x)] = x, jnp.array(x, copy=True)
+        return self._asides[id(x)][1]
 
     def note(self, x: Tracked, name: str, *, formed: bool = False) -> int:
         """Records a use; returns how many uses of the path came before."""
@@ -142,8 +155,10 @@ def _compute(
 ) -> jax.Array:
     """A use of a weight, with the path in the error where it contradicts its roles."""
     name = eqn.primitive.name
-    if x.leaf.rate and fn is not _ops.lookup:
-        options["use"] = ev.uses[x.path]  # a mask of its own
+    if fn is not _ops.lookup:
+        options["aside"] = ev.aside(others[0])
+        if x.leaf.rate:
+            options["use"] = ev.uses[x.path]  # a mask of its own
     try:
         out = fn(x.leaf, *others, tuple(eqn.params.items()), **options)
     except _algebra.RolesError as e:

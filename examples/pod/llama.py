@@ -86,8 +86,12 @@ class Llama:
 
         return jax.tree.unflatten(treedef, map(array, keys, leaves))
 
-    def __call__(self, params: Any, ids: jax.Array) -> jax.Array:
-        """Logits (batch, length, vocab) of ids (batch, length)."""
+    def __call__(self, params: Any, ids: jax.Array, bump: Any = 0) -> jax.Array:
+        """Logits (batch, length, vocab) of ids (batch, length).
+
+        ``bump`` is added to the embedded ids: the gradient by it is what a backward
+        pass costs where no weight trains.
+        """
         angles = self._angles(ids.shape[1])
 
         def layer(x: jax.Array, p: Any) -> tuple[jax.Array, None]:
@@ -101,13 +105,14 @@ class Llama:
             h = jax.nn.silu(h @ p["w_gate"]) * (h @ p["w_up"])
             return split(x + h @ p["w_down"]), None
 
-        x = split(params["embed"][ids])
+        x = split(params["embed"][ids] + bump)
         x, _ = jax.lax.scan(jax.checkpoint(layer), x, params["layers"])
         return norm(x, params["norm"]) @ params["head"]
 
-    def loss(self, params: Any, ids: jax.Array) -> jax.Array:
+    def loss(self, params: Any, ids: jax.Array, bump: Any = 0) -> jax.Array:
         """Mean cross entropy of the next token, of ids (batch, length + 1)."""
-        scores = jax.nn.log_softmax(self(params, ids[:, :-1]).astype(jnp.float32))
+        logits = self(params, ids[:, :-1], bump)
+        scores = jax.nn.log_softmax(logits.astype(jnp.float32))
         wanted = jax.nn.one_hot(ids[:, 1:], self.vocab, dtype=scores.dtype)
         return -jnp.mean(jnp.sum(scores * wanted, axis=-1))
 

@@ -1,0 +1,297 @@
+"""What a training step of Llama 3 costs on a TPU pod, compiled without one.
+
+    pip install "jlora[tpu-aot]"
+    python benchmarks/tpu_aot.py                               # 8B and 70B, three chips
+    python benchmarks/tpu_aot.py --model 70b --topology v5p:4x4x8 --tp 8
+
+XLA's own compiler for TPU compiles the steps for a topology that is not here, from the
+shapes of the weights: nothing runs and nothing is allocated. Four programs a model, each
+under FSDP and tensor parallelism, with scanned and rematerialised layers in bfloat16:
+
+  floor    frozen forward pass and the gradients of the activations: what no method
+           can do without
+  jlora    LoRA of rank 16 on all seven matrices of every layer, with AdamW
+  merged   the same by W + BA formed in the loss
+  full     full fine-tuning, with AdamW in float32
+
+FLOPs and bytes are those of one chip, as XLA counts them: the body of the scan once,
+and not once a layer. Writes a table for each model and topology into benchmarks/TPU.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import os
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import hlo
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jlora
+
+sys.path.append(str(Path(__file__).parents[1] / "examples" / "pod"))
+import llama
+
+RANK = 16
+MODELS = {"8b": llama.LLAMA_3_8B, "70b": llama.LLAMA_3_70B}
+HBM = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}
+"""Gigabytes (10⁹ bytes) of a chip's memory, from Google's descriptions of them."""
+RUNS = [  # model, topology, tp, sequences of 4,096 tokens
+    ("8b", "v5e:4x8", 4, 32),
+    ("8b", "v5p:2x4x4", 4, 32),
+    ("8b", "v6e:4x8", 4, 32),
+    ("70b", "v5e:16x16", 8, 64),
+    ("70b", "v5p:4x4x8", 8, 64),
+    ("70b", "v6e:16x16", 8, 64),
+]
+TABLES = Path(__file__).with_name("TPU.md")
+
+
+@dataclasses.dataclass
+class Cost:
+    """What the compiler says of a program: bytes and FLOPs of one chip."""
+
+    arguments: int
+    temporaries: int
+    flops: float
+    bytes: float
+    collectives: list[hlo.Collective]
+    seconds: float
+
+
+def mesh_of(topology: str, tp: int) -> Mesh:
+    """A mesh of "fsdp" × "tp" over the chips of a topology such as "v5p:4x4x8"."""
+    from jax.experimental import mesh_utils, topologies
+
+    devices = topologies.get_topology_desc(topology, platform="tpu").devices
+    shape = (len(devices) // tp, tp)
+    try:
+        devices = mesh_utils.create_device_mesh(shape, devices)
+    except (NotImplementedError, AssertionError, ValueError):
+        devices = np.array(devices).reshape(shape)
+    return Mesh(devices, ("fsdp", "tp"))
+
+
+def programs(model: llama.Llama, mesh: Mesh, batch: int, length: int) -> dict[str, Any]:
+    """Name to (function, arguments): shapes with their shardings."""
+
+    def placed(shapes: Any, specs: Any) -> Any:
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(
+                x.shape, x.dtype, sharding=NamedSharding(mesh, s)
+            ),
+            shapes,
+            specs,
+        )
+
+    params = placed(model.shapes(), model.specs())
+    ids = jax.ShapeDtypeStruct(
+        (batch, length + 1), jnp.int32, sharding=NamedSharding(mesh, P("fsdp"))
+    )
+    plan = jlora.plan(model.loss, params, ids, rank=RANK, targets=llama.TARGETS)
+    trainable, frozen = jlora.partition(jlora.wrap(params, plan=plan))
+    lifted = jlora.lift(model.loss)
+    tx = optax.adamw(1e-4)
+
+    def step(loss: Any) -> Any:
+        def run(trains: Any, opt_state: Any, *rest: Any) -> Any:
+            value, grads = jax.value_and_grad(loss)(trains, *rest)
+            updates, opt_state = tx.update(grads, opt_state, trains)
+            return optax.apply_updates(trains, updates), opt_state, value
+
+        return run
+
+    def opt_state(trains: Any) -> Any:
+        """The shapes of the optimizer's state, each where what it is of lives."""
+        whole = NamedSharding(mesh, P())
+        shapes = jax.eval_shape(tx.init, jax.tree.map(wide, trains))
+        places = optax.tree_utils.tree_map_params(
+            tx,
+            lambda _, x: x.sharding,
+            shapes,
+            trains,
+            transform_non_params=lambda _: whole,
+        )
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            shapes,
+            places,
+        )
+
+    def wide(x: Any) -> Any:
+        return jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding)
+
+    def adapted(t: Any, f: Any, ids: Any) -> Any:
+        return lifted(jlora.combine(t, f), ids)
+
+    def merged(t: Any, f: Any, ids: Any) -> Any:
+        whole = jlora.combine(t, jax.lax.stop_gradient(f))
+        return model.loss(jlora.merge(whole), ids)
+
+    def floor(params: Any, ids: Any) -> Any:
+        return jax.value_and_grad(model.loss, argnums=2)(
+            params, ids, jnp.zeros((), jnp.bfloat16)
+        )
+
+    small = opt_state(trainable)
+    return {
+        "floor": (floor, (params, ids), ()),
+        "jlora": (step(adapted), (trainable, small, frozen, ids), (0, 1)),
+        "merged": (step(merged), (trainable, small, frozen, ids), (0, 1)),
+        "full": (step(model.loss), (params, opt_state(params), ids), (0, 1)),
+    }
+
+
+def compiled(mesh: Mesh, fn: Any, args: Any, donate: tuple[int, ...]) -> Cost:
+    """Compiles for the mesh's chips and reads what came out."""
+    out = None
+    if donate:  # a step gives back what it was given, where it was
+        places = [jax.tree.map(lambda x: x.sharding, args[i]) for i in donate]
+        out = (*places, NamedSharding(mesh, P()))
+    start = time.monotonic()
+    jitted = jax.jit(fn, donate_argnums=donate, out_shardings=out)
+    with jax.set_mesh(mesh):
+        program = jitted.lower(*args).compile()
+    seconds = time.monotonic() - start
+    memory, cost = program.memory_analysis(), program.cost_analysis()
+    return Cost(
+        memory.argument_size_in_bytes,
+        memory.temp_size_in_bytes,
+        cost["flops"],
+        cost["bytes accessed"],
+        hlo.collectives(program.as_text()),
+        seconds,
+    )
+
+
+def report(found: dict[str, Cost], topology: str, adapters: int) -> str:
+    """Markdown: the programs side by side, and jlora's collectives beyond the floor's."""
+    head = ["", *found]
+    rows = [
+        ["arguments, GB a chip", *(f"{c.arguments / 1e9:.3f}" for c in found.values())],
+        [
+            "temporaries, GB a chip",
+            *(f"{c.temporaries / 1e9:.2f}" for c in found.values()),
+        ],
+        [
+            "of the floor's temporaries",
+            *(
+                f"{c.temporaries / found['floor'].temporaries:.3f}"
+                for c in found.values()
+            ),
+        ],
+        ["TFLOP, of one layer", *(f"{c.flops / 1e12:.3f}" for c in found.values())],
+        [
+            "GB accessed, of one layer",
+            *(f"{c.bytes / 1e9:.1f}" for c in found.values()),
+        ],
+    ]
+    kinds = sorted({c.kind for cost in found.values() for c in cost.collectives})
+    for kind in kinds:
+        cells = []
+        for cost in found.values():
+            count, size = hlo.table(cost.collectives).get(kind, (0, 0))
+            cells.append(f"{count}, {size / 1e6:,.1f} MB" if count else "")
+        rows.append([kind, *cells])
+    rows.append(["compiled in, s", *(f"{c.seconds:.0f}" for c in found.values())])
+    lines = [
+        "| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]
+    ]
+    chip = HBM[topology.split(":")[0]]
+    ours = found["jlora"]
+    used = (ours.arguments + ours.temporaries) / 1e9
+    lines += [
+        "",
+        f"jlora needs {used:.1f} of a chip's {chip} GB; the adapters of a chip are "
+        f"{adapters / 1e6:.2f} MB, {100 * adapters / (chip * 1e9):.3f} % of it.",
+    ]
+    count = collections.Counter
+    more = count(ours.collectives) - count(found["floor"].collectives)
+    less = count(found["floor"].collectives) - count(ours.collectives)
+    for name, beyond in (
+        ("Collectives of jlora beyond the floor's", more),
+        ("of the floor beyond jlora's", less),
+    ):
+        words = "; ".join(
+            f"{n} {c.kind} {c.dtype}[{','.join(map(str, c.shape))}]"
+            for c, n in sorted(beyond.items())
+        )
+        lines += ["", f"{name}: {words or 'none'}."]
+    return "\n".join(lines)
+
+
+def measure(name: str, topology: str, tp: int, batch: int, length: int) -> str:
+    """The section of one model on one topology."""
+    mesh, model = mesh_of(topology, tp), MODELS[name]
+    found = {}
+    todo = programs(model, mesh, batch, length)
+    for program, (fn, args, donate) in todo.items():
+        print(f"  {program} …", end=" ", flush=True)
+        found[program] = compiled(mesh, fn, args, donate)
+        print(f"{found[program].seconds:.0f} s", flush=True)
+    trainable = todo["jlora"][1][0]
+    adapters = sum(
+        int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
+        for x in jax.tree.leaves(trainable)
+    )
+    chips = mesh.devices.size
+    title = (
+        f"## Llama-3-{name.upper()}, {topology}: {chips} chips, fsdp {chips // tp} × "
+        f"tp {tp}, {batch} × {length:,} tokens"
+    )
+    return f"{title}\n\n{report(found, topology, adapters)}\n"
+
+
+def record(section: str) -> None:
+    """Puts a section into TPU.md, in place of the one of the same title."""
+    text = TABLES.read_text(encoding="utf-8") if TABLES.exists() else HEAD
+    title = section.split("\n", 1)[0]
+    parts = re.split(r"(?m)^(?=## )", text)
+    kept = [p for p in parts if p.split("\n", 1)[0] != title]
+    head, *rest = [p.rstrip() + "\n" for p in kept]
+    TABLES.write_text("\n".join([head, *sorted([*rest, section])]), encoding="utf-8")
+
+
+HEAD = f"""# Llama 3 on TPU pods, compiled without one
+
+Made by `python benchmarks/tpu_aot.py` (jax {jax.__version__}); what it counts and how is said
+there. LoRA of rank {RANK} on all seven matrices of every layer.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", choices=MODELS, help="one only")
+    parser.add_argument("--topology", help="one only, such as v5p:4x4x8")
+    parser.add_argument("--tp", type=int, default=8, help="with --topology")
+    parser.add_argument("--batch", type=int, default=64, help="with --topology")
+    parser.add_argument("--length", type=int, default=4096)
+    args = parser.parse_args()
+    runs = [r for r in RUNS if args.model in (None, r[0])]
+    if args.topology:
+        runs = [(args.model or "70b", args.topology, args.tp, args.batch)]
+    for name, topology, tp, batch in runs:
+        print(f"Llama-3-{name.upper()} on {topology}", flush=True)
+        section = measure(name, topology, tp, batch, args.length)
+        print(section)
+        record(section)
+
+
+if __name__ == "__main__":
+    main()
