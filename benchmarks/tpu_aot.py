@@ -1,7 +1,7 @@
 """What a training step of Llama 3 costs on a TPU pod, compiled without one.
 
     pip install "jlora[tpu-aot]"
-    python benchmarks/tpu_aot.py                               # 8B and 70B, three chips
+    python benchmarks/tpu_aot.py            # 8B and 70B on three kinds of chips
     python benchmarks/tpu_aot.py --model 70b --topology v5p:4x4x8 --tp 8
 
 XLA's own compiler for TPU compiles the steps for a topology that is not here, from the
@@ -179,7 +179,7 @@ def compiled(mesh: Mesh, fn: Any, args: Any, donate: tuple[int, ...]) -> Cost:
 
 
 def report(found: dict[str, Cost], topology: str, adapters: int) -> str:
-    """Markdown: the programs side by side, and jlora's collectives beyond the floor's."""
+    """Markdown: the programs side by side; jlora's collectives beyond the floor's."""
     head = ["", *found]
     rows = [
         ["arguments, GB a chip", *(f"{c.arguments / 1e9:.3f}" for c in found.values())],
@@ -268,8 +268,8 @@ def record(section: str) -> None:
 
 HEAD = f"""# Llama 3 on TPU pods, compiled without one
 
-Made by `python benchmarks/tpu_aot.py` (jax {jax.__version__}); what it counts and how is said
-there. LoRA of rank {RANK} on all seven matrices of every layer.
+Made by `python benchmarks/tpu_aot.py` (jax {jax.__version__}); what it counts and how
+is said there. LoRA of rank {RANK} on all seven matrices of every layer.
 """
 
 

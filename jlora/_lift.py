@@ -19,9 +19,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora import _algebra, _compat, _output_bias
+from jlora import _rules as _rules
+from jlora._evaluate import Evaluation, Tracked
 from jlora._leaf import LoRA, is_adapted, missing, trained
 from jlora._paths import flatten, variables
-from jlora._rules import Evaluation, Tracked
 from jlora._trace import hide, show, trace
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jlora import _algebra
+from jlora import _algebra, _compat
 from jlora._algebra import (
     BLOCK,
     GROUP,
@@ -63,13 +63,15 @@ def contract(
     x: jax.Array,
     params: Params,
     *,
-    aside: jax.Array,
     weight_first: bool,
+    aside: jax.Array | None = None,
+    h: jax.Array | None = None,
     use: int = 0,
 ) -> jax.Array:
     """dot_general of x and the weight, on either side.
 
-    Here and below ``aside`` is x for the low-rank branch (see `Evaluation.aside`).
+    Here and below ``aside`` is x for the low-rank branch; of a product ``h`` is x·a, if
+    that is known already (see `Evaluation.first_product`).
 
     The factor that holds the contracted axes goes first: (x·a)·b, or (x·b)·a where the
     weight is used transposed (a tied head).  An axis of size one may have any role.
@@ -117,9 +119,15 @@ def contract(
     if "o" in roles:
         first, second = second, first
     dtype = _compute_dtype(x, leaf)
-    h, hl = _drop(leaf, aside.astype(dtype), use), xl
     rest["sharding"] = out_sharding, out
-    for (factor, fl), keep in ((first, {*out, *second[1]}), (second, {*out, BLOCK})):
+    steps = [(first, {*out, *second[1]}), (second, {*out, BLOCK})]
+    if h is None:
+        assert aside is not None
+        h, hl = _drop(leaf, aside.astype(dtype), use), xl
+    else:
+        hl = [*new, RANK]
+        del steps[0]
+    for (factor, fl), keep in steps:
         h, factor = h.astype(dtype), factor.astype(dtype)
         if fl is second[1]:
             h, factor = _output_bias(leaf, wc, h, hl, factor, fl)
@@ -133,6 +141,55 @@ def contract(
         else _algebra.order(h, hl, out)
     )
     return _algebra.plus(base, h)
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """A product's part in a product that several weights share; see `joint`.
+
+    Attributes:
+      order: the weight's in axes, in the order of the activation's that they meet.
+      kind: what has to be the same for all: the activation's axes, dtype, parameters.
+    """
+
+    order: tuple[int, ...]
+    kind: tuple[Any, ...]
+
+
+def share(leaf: Any, x: Any, params: Any, weight_first: bool) -> Share | None:
+    """The part of a dot_general in such a product; None where it has to be its own.
+
+    It can be shared where x meets all in axes and nothing else, without dropout.
+    """
+    if not isinstance(leaf, LoRA) or leaf.form is not None or leaf.rate:
+        return None
+    (lc, rc), (lb, _) = params["dimension_numbers"]
+    wc, xc = (lc, rc) if weight_first else (rc, lc)
+    ins = {k for k, role in enumerate(leaf.axes) if role == "i"}
+    if lb or {*wc} != ins or "b" in leaf.axes or params.get("out_sharding") is not None:
+        return None
+    pairs = sorted(zip(xc, wc, strict=True))
+    own = tuple((k, v) for k, v in params.items() if k != "dimension_numbers")
+    axes = tuple(k for k, _ in pairs)
+    kind = axes, _compute_dtype(x, leaf), leaf.a.dtype, own, _compat.varying(leaf.a)
+    return Share(tuple(k for _, k in pairs), kind)
+
+
+@functools.partial(_inlined, static_argnames=("shares",))
+def joint(
+    leaves: Sequence[LoRA], x: jax.Array, shares: Sequence[Share]
+) -> Sequence[jax.Array]:
+    """x·a of several weights by one product: (*the rest of x, r) each."""
+    axes, dtype, _, params, _ = shares[0].kind
+    a = [
+        _algebra.order(leaf.a, _algebra.labels_of(leaf.axes)[0], [*own.order, RANK])
+        for leaf, own in zip(leaves, shares, strict=True)
+    ]
+    wide = lax.concatenate([f.astype(dtype) for f in a], len(axes))
+    dims = ((axes, tuple(range(len(axes)))), ((), ()))
+    h = lax.dot_general(x.astype(dtype), wide, dims, **dict(params))
+    ranks = [leaf.rank for leaf in leaves]
+    return lax.split(h, ranks, axis=h.ndim - 1)
 
 
 def _output_bias(
@@ -172,6 +229,7 @@ def ragged(
     Args:
       leaf: its group axis is a batch axis.
       x: the activation, of which ``sizes`` says how many rows belong to each expert.
+      aside: x for the low-rank branch.
       sizes: as ragged_dot_general takes them.
       params: of the primitive.
       use: how many uses came before, for the dropout.

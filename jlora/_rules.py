@@ -1,17 +1,12 @@
 """How each primitive is evaluated where an operand is an adapted leaf.
 
-A jaxpr is evaluated equation by equation.  An equation without adapted operands is
-bound as it stands; with one, the rule for its primitive computes with (w, a, b).
-Control flow is rebuilt with JAX's own functions, through which adapted leaves travel as
-the pytrees that they are.  A use without a rule materialises the weight, and says so.
+A rule computes with (w, a, b).  Control flow is rebuilt with JAX's own functions,
+through which adapted leaves travel as the pytrees that they are.
 """
 
 from __future__ import annotations
 
-import collections
 import dataclasses
-import functools
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,128 +16,9 @@ import numpy as np
 from jax import lax
 
 from jlora import _algebra, _compat, _ops, _sharding
-from jlora._leaf import Full, Kernel, LoRA
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["leaf"], meta_fields=["path"]
-)
-@dataclasses.dataclass(frozen=True)
-class Tracked:
-    """An adapted leaf on its way through the jaxpr, with its path for messages."""
-
-    leaf: Any
-    path: str
-
-
-class Evaluation:
-    """One evaluation of a jaxpr: the policy and what has been seen so far."""
-
-    def __init__(self, strict: bool):
-        self.strict = strict
-        self.seen: dict[str, list[tuple[str, bool]]] = {}
-        self.uses: collections.Counter[str] = collections.Counter()
-        self._asides: dict[int, tuple[Any, jax.Array]] = {}
-
-    def run(self, jaxpr: Any, args: Sequence[Any], consts: Sequence[Any] = ()) -> list:
-        """Evaluates a jaxpr on arrays and `Tracked` leaves."""
-        jaxpr, own = _compat.jaxpr_and_consts(jaxpr)
-        env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts or own, strict=True))
-        env.update(zip(jaxpr.invars, args, strict=True))
-        formed: dict[int, jax.Array] = {}
-
-        def read(v: Any) -> Any:
-            return v.val if isinstance(v, _compat.Literal) else env[v]
-
-        for eqn in jaxpr.eqns:
-            values = [read(v) for v in eqn.invars]
-            if any(isinstance(v, Tracked) for v in values):
-                outs = self.apply(eqn, values, formed)
-            else:
-                outs = _compat.bind(eqn, values)
-            env.update(zip(eqn.outvars, outs, strict=True))
-        return [read(v) for v in jaxpr.outvars]
-
-    def apply(self, eqn: Any, values: list[Any], formed: dict[int, Any]) -> list[Any]:
-        """Evaluates an equation that reads at least one adapted leaf."""
-        name = eqn.primitive.name
-        for i, v in enumerate(values):
-            if isinstance(v, Tracked) and isinstance(v.leaf, Full):
-                self.note(v, name)
-                values[i] = _algebra.dense(v.leaf)
-        if any(isinstance(v, Tracked) for v in values) and name in _RULES:
-            try:
-                with _compat.context(eqn):
-                    out = _RULES[name](self, eqn, *values)
-                return list(out) if isinstance(out, (list, tuple)) else [out]
-            except _algebra.NotFactored:
-                pass
-        for i, v in enumerate(values):
-            if isinstance(v, Tracked):
-                if id(v) not in formed:
-                    formed[id(v)] = self.materialise(v, name)
-                else:
-                    self.note(v, name, formed=True)
-                values[i] = formed[id(v)]
-        return _compat.bind(eqn, values)
-
-    def aside(self, x: Any) -> jax.Array:
-        """The same activation, for the low-rank branches of all weights that it meets.
-
-        What they send back is added up by itself, and to the rest once.  So the parts
-        that the base products send back, which on a mesh are summed over devices, stay
-        next to each other, and XLA sums them over the devices together, as it does
-        without adapters.
-        """
-        if id(x) not in self._asides:
-            self._asides[id(x)] = x, jnp.array(x, copy=True)
-        return self._asides[id(x)][1]
-
-    def note(self, x: Tracked, name: str, *, formed: bool = False) -> int:
-        """Records a use; returns how many uses of the path came before."""
-        self.seen.setdefault(x.path, []).append((name, formed))
-        self.uses[x.path] += 1
-        return self.uses[x.path] - 1
-
-    def materialise(self, x: Any, name: str) -> Any:
-        """The merged array of an adapted leaf, with the warning that it is formed."""
-        if not isinstance(x, Tracked):
-            return x
-        if isinstance(x.leaf, LoRA):
-            text = f"{x.path!r} is used by {name!r}, which has no low-rank form"
-            if x.leaf.c is not None:
-                raise ValueError(
-                    f"{text}, and there its output bias has no place: expected it in "
-                    "products, convolutions and lookups of whole in axes only. Wrap "
-                    "this path with lora_bias=False, or exclude it."
-                )
-            if self.strict:
-                raise ValueError(
-                    f"{text}, and strict=True: exclude this path from the plan, use "
-                    "the weight in a product, or lift without strict to have "
-                    "W + scale·a·b formed for it."
-                )
-            warnings.warn(
-                f"{text}: W + scale·a·b is formed for it, and its gradient with it"
-                f"{', without dropout' if x.leaf.rate else ''}. "
-                "Exclude the path, or pass strict=True to make this an error.",
-                stacklevel=2,
-            )
-        self.note(x, name, formed=isinstance(x.leaf, LoRA))
-        return _algebra.dense(x.leaf)
-
-
-# ---------------------------------------------------------------------- the rule table
-
-_RULES: dict[str, Callable[..., Any]] = {}
-
-
-def _rule(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    def register(fn: Callable[..., Any]) -> Callable[..., Any]:
-        _RULES.update(dict.fromkeys(names, fn))
-        return fn
-
-    return register
+from jlora._evaluate import Evaluation, Tracked
+from jlora._evaluate import rule as _rule
+from jlora._leaf import Kernel, LoRA
 
 
 def _compute(
@@ -156,7 +32,7 @@ def _compute(
     """A use of a weight, with the path in the error where it contradicts its roles."""
     name = eqn.primitive.name
     if fn is not _ops.lookup:
-        options["aside"] = ev.aside(others[0])
+        options |= ev.first_product(eqn, others[0])
         if x.leaf.rate:
             options["use"] = ev.uses[x.path]  # a mask of its own
     try:

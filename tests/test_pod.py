@@ -8,6 +8,7 @@ import os
 import pathlib
 import random
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -19,7 +20,6 @@ import numpy as np
 import pytest
 from helpers import same
 from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 import jlora
 import jlora.checkpoint
@@ -29,7 +29,7 @@ KILLS = int(os.environ.get("JLORA_KILLS", "4"))
 SMALL = ["--steps", "8", "--every", "2", "--length", "32"]
 
 
-def start(out, *options, cache, local="1x1"):
+def start(out, *options, cache, local="1x1", **how):
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
@@ -38,12 +38,22 @@ def start(out, *options, cache, local="1x1"):
         "PYTHONPATH": os.pathsep.join([str(SCRIPT.parents[2]), *sys.path]),
     }
     return subprocess.Popen(
-        [sys.executable, str(SCRIPT), "--local", local, "--out", str(out), *SMALL, *options],
+        [
+            sys.executable,
+            str(SCRIPT),
+            "--local",
+            local,
+            "--out",
+            str(out),
+            *SMALL,
+            *options,
+        ],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,  # so that all of its processes can be killed at once
+        **how,
     )
 
 
@@ -138,3 +148,148 @@ def test_a_run_goes_on_with_other_processes(undisturbed, tmp_path, cache):
     # are another training than the undisturbed one; its first steps are the same.
     assert losses(out)[0] == want[0]
     assert sorted(losses(out)) == list(range(8))
+
+
+# ---------------------------------------------------------------------------- faults
+
+
+def kill(process):
+    """Kills a run with all of its processes, at once and without a word."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.communicate()
+
+
+def saving(out):
+    """Whether a save is under way: Orbax writes beside the name it will have."""
+    return any("tmp" in path.name for path in out.glob("step_*"))
+
+
+def test_a_run_killed_at_random_moments_goes_on_as_if_it_had_not_been(
+    undisturbed, tmp_path, cache, capsys
+):
+    """Half of the kills strike while a checkpoint is being written."""
+    rng, out = random.Random(0), tmp_path / "run"
+    kills, while_saving, ended = 0, 0, 0
+    while kills < KILLS:
+        if 8 in steps(out):  # a run ended before it was struck: again from the start
+            check_same(undisturbed, out)
+            ended += 1
+            out = tmp_path / f"run_{ended}"
+        before, wants_save = len(losses(out)), kills % 2
+        process = start(out, cache=cache)
+        limit = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < limit:
+            if saving(out) if wants_save else len(losses(out)) > before:
+                break
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.02 if wants_save else 0.2))
+        if process.poll() is None:
+            while_saving += saving(out)
+            kills += 1
+        kill(process)
+    text = finish(start(out, cache=cache))
+    check_same(undisturbed, out)
+    with capsys.disabled():
+        print(
+            f"\n{kills} kills, {while_saving} of them while saving, {ended + 1} runs "
+            "to the end: every loss and the adapter as in the undisturbed run"
+        )
+    assert "Traceback" not in text
+
+
+def steps(out):
+    names = (path.name.removeprefix("step_") for path in out.glob("step_*"))
+    return {int(name) for name in names if name.isdigit()}
+
+
+def check_same(undisturbed, out):
+    """Every loss that was ever recorded, and what came of it, to the bit."""
+    assert losses(out) == losses(undisturbed)
+    same(arrays(out), arrays(undisturbed))
+
+
+def test_one_of_two_processes_is_killed(undisturbed, two_processes, tmp_path, cache):
+    out = tmp_path / "run"
+    process = start(out, "--steps", "6", cache=cache, local="2x4")
+    limit = time.monotonic() + 200
+    while not steps(out) and process.poll() is None and time.monotonic() < limit:
+        time.sleep(0.01)
+    children = [pid for pid in child_pids(process.pid) if pid != process.pid]
+    os.kill(children[-1], signal.SIGKILL)
+    text, _ = process.communicate(timeout=120)
+    assert process.returncode == 1, text[-2000:]
+    assert re.search(r"process 1 \(exit -9\) ended: the others are stopped", text)
+    text = finish(start(out, "--steps", "6", cache=cache, local="2x4"))
+    assert "goes on from step" in text
+    assert losses(out) == losses(two_processes)
+    same(arrays(out, 6), arrays(two_processes, 6))
+
+
+def child_pids(pid):
+    path = pathlib.Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(word) for word in path.read_text().split()]
+
+
+def test_a_damaged_checkpoint_is_passed_over(undisturbed, tmp_path, cache):
+    out = tmp_path / "run"
+    finish(start(out, "--steps", "8", cache=cache))
+    flipped = flip_a_bit(out / "step_8", random.Random(1))
+    text = finish(start(out, cache=cache))
+    assert "is damaged" in text or "cannot be read" in text, (flipped, text)
+    assert "Going on from the one before." in text and "goes on from step 6" in text
+
+
+def flip_a_bit(folder, rng):
+    """Flips one bit of the arrays' data; returns where."""
+    files = [p for p in folder.rglob("*") if p.is_file() and "/d/" in str(p)]
+    path = rng.choice(sorted(files))
+    data = bytearray(path.read_bytes())
+    at = rng.randrange(len(data))
+    data[at] ^= 1 << rng.randrange(8)
+    path.write_bytes(data)
+    return f"{path} at byte {at}"
+
+
+def test_any_flipped_bit_is_found_or_harmless(undisturbed, tmp_path, capsys):
+    import shutil
+
+    want, found, n = arrays(undisturbed), 0, 50
+    for i in range(n):
+        folder = tmp_path / f"{i}" / "step_8"
+        shutil.copytree(undisturbed / "step_8", folder)
+        flip_a_bit(folder, random.Random(i))
+        try:
+            same(arrays(folder.parent), want)
+        except ValueError as e:
+            assert "no whole adapter checkpoint" in str(e)
+            found += 1
+        shutil.rmtree(folder)
+    with capsys.disabled():
+        print(f"\n{found} of {n} flipped bits found, the others changed nothing")
+    assert found > n // 2
+
+
+def small_files():
+    """No file may grow beyond 20 kB: a write fails as it does on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+
+def test_a_full_disk_stops_the_run_and_the_last_checkpoint_stays(tmp_path, cache):
+    out = tmp_path / "run"
+    finish(start(out, "--steps", "4", cache=cache))
+    process = start(out, cache=cache, preexec_fn=small_files)
+    text, _ = process.communicate(timeout=200)
+    assert process.returncode == 1
+    assert re.search("File too large|EFBIG", text), text[-2000:]
+    assert steps(out) == {2, 4}
+    assert "goes on from step 4" in finish(start(out, cache=cache))
+
+
+def test_a_directory_that_cannot_be_written(tmp_path):
+    """Of sysfs, since for root a directory without permissions is none."""
+    tree = jlora.wrap({"kernel": jnp.ones((3, 4))}, rank=2)
+    with pytest.raises(OSError, match="/sys/jlora"):
+        jlora.checkpoint.save("/sys/jlora/adapter", tree)
