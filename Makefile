@@ -3,6 +3,7 @@
 #
 #   make test                          all tests             ARGS="-k lift -n 0" some
 #   make interop                       against PyTorch's loralib
+#   make faults                        kill training 50 times, and see it go on
 #   make demo                          fine-tune MiniLM      ARGS=--help lists the options
 #   make lint                          ruff and mypy
 #   make test PYTHON=python3.13        with another Python
@@ -30,7 +31,7 @@ export UV_HTTP_TIMEOUT ?= 60
 export UV_SYSTEM_CERTS ?= true
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: test interop demo lint format lock env clean
+.PHONY: test interop faults demo lint format lock env clean
 
 test: $(READY)
 	@$(PY) -m pytest -n logical --maxprocesses 4 --dist worksteal $(ARGS)
@@ -39,6 +40,10 @@ test: $(READY)
 interop: $(READY)
 	@$(PY) -m pip install --quiet --timeout 60 torch==2.13.0 loralib==0.1.2
 	@$(PY) -m pytest tests/test_loralib.py $(ARGS)
+
+# Many more kills of training runs than `make test` has.
+faults: $(READY)
+	@JLORA_KILLS=50 $(PY) -m pytest tests/test_pod.py -n 0 $(ARGS)
 
 demo: $(READY)
 	@$(PY) examples/minilm/main.py $(ARGS)

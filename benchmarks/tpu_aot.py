@@ -5,8 +5,9 @@
     python benchmarks/tpu_aot.py --model 70b --topology v5p:4x4x8 --tp 8
 
 XLA's own compiler for TPU compiles the steps for a topology that is not here, from the
-shapes of the weights: nothing runs and nothing is allocated. Four programs a model, each
-under FSDP and tensor parallelism, with scanned and rematerialised layers in bfloat16:
+shapes of the weights: nothing runs and nothing is allocated. Four programs a model,
+each under FSDP and tensor parallelism, with scanned and rematerialised layers in
+bfloat16:
 
   floor    frozen forward pass and the gradients of the activations: what no method
            can do without

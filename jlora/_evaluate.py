@@ -219,6 +219,8 @@ class _Frame:
             weights = [self.ahead(v) for v in eqn.invars]
             second = not isinstance(weights[1], Tracked)  # x is the second operand
             x = self.read(eqn.invars[second])
+            if isinstance(x, Tracked):  # a product of two weights
+                return None
             own, group = _ops.share(weights[not second].leaf, x, eqn.params, second), {}
             for other, at in self.products[self.name(eqn.invars[second])]:
                 w = self.ahead(other.invars[not at])
