@@ -94,6 +94,7 @@ def save(
 
     Raises:
       FileExistsError: the directory exists.
+      OSError: it cannot be made, or the disk is full.
       ValueError: the tree has no adapted leaf, or one without its base.
       TypeError: a leaf of ``extra`` that cannot be stored.
 
@@ -108,6 +109,12 @@ def save(
       (2, 7)
     """
     path = _path(directory)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if "://" not in str(path) and not os.access(path.parent, os.W_OK):
+        raise PermissionError(
+            f"checkpoint.save: {path.parent} cannot be written to: expected a "
+            "directory in which a checkpoint can be made."
+        )
     if path.exists():
         raise FileExistsError(
             f"checkpoint.save: {path} exists: expected a new directory, so that no "

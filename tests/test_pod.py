@@ -3,12 +3,13 @@
 `JLORA_KILLS` says how often a run is killed (CI: few; `make faults`: 50).
 """
 
+import functools
 import json
 import os
 import pathlib
 import random
 import re
-import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,7 +30,7 @@ KILLS = int(os.environ.get("JLORA_KILLS", "4"))
 SMALL = ["--steps", "8", "--every", "2", "--length", "32"]
 
 
-def start(out, *options, cache, local="1x1", **how):
+def start(out, *options, cache, local="1x1", prefix=()):
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
@@ -53,14 +54,19 @@ def start(out, *options, cache, local="1x1", **how):
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,  # so that all of its processes can be killed at once
-        **how,
     )
 
 
-def finish(process, limit=300):
-    """The output of a run that ends well."""
+def ended(process, limit=300):
+    """The output and exit status of a run."""
     text, _ = process.communicate(timeout=limit)
-    assert process.returncode == 0, text[-3000:]
+    return text, process.returncode
+
+
+def finish(process):
+    """The output of a run that ends well."""
+    text, code = ended(process)
+    assert code == 0, text[-3000:]
     return text
 
 
@@ -100,54 +106,57 @@ def undisturbed(tmp_path_factory, cache):
 # ---------------------------------------------------------------- meshes, processes
 
 
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory, cache):
-    out = tmp_path_factory.mktemp("pod") / "two"
-    text = finish(start(out, "--steps", "6", cache=cache, local="2x4"))
+def test_two_processes(undisturbed, tmp_path, cache):
+    """They train as one does; one of them dies; and what they saved knows no mesh."""
+    out = tmp_path / "run"
+    process = start(out, "--steps", "6", cache=cache, local="2x4")
+    limit = time.monotonic() + 200
+    while not steps(out) and process.poll() is None and time.monotonic() < limit:
+        time.sleep(0.01)
+    os.kill(child_pids(process.pid)[-1], signal.SIGKILL)
+    text, code = ended(process)
     assert "2 processes, 8 devices, mesh {'fsdp': 2, 'tp': 4}" in text
-    return out
+    assert code == 1 and "process 1 (exit -9) ended: the others are stopped" in text
 
+    text = finish(start(out, "--steps", "6", cache=cache, local="2x4"))
+    assert "goes on from step" in text
+    check_close(undisturbed, out, 6)
 
-def test_two_processes_train_as_one_does(undisturbed, two_processes):
-    one, two = losses(undisturbed), losses(two_processes)
-    for step in range(6):
-        (a,), (b,) = one[step], two[step]
-        np.testing.assert_allclose(b, a, rtol=2e-5)
-    assert one[5] < one[0] or min(one[5]) < min(one[0])
-    mine, theirs = arrays(undisturbed, 6), arrays(two_processes, 6)
-    for path, leaf in mine.items():
-        np.testing.assert_allclose(theirs[path].a, leaf.a, rtol=1e-3, atol=1e-5)
-
-
-@pytest.mark.parametrize("shape", [(2, 4), (4, 2), (8, 1), (1, 1)])
-def test_what_two_processes_saved_is_restored_on_any_mesh(two_processes, shape):
     import llama
 
-    model, here = llama.Llama(), arrays(two_processes, 6)
-    devices = np.array(jax.devices()[: np.prod(shape)]).reshape(shape)
-    mesh = jax.sharding.Mesh(devices, ("fsdp", "tp"), axis_types=(AxisType.Auto,) * 2)
-    specs = jax.tree.map(lambda s: NamedSharding(mesh, s), model.specs())
-    params = jax.device_put(model.init(jax.random.key(0)), specs)
-    tree = jlora.checkpoint.restore(two_processes / "step_6", params)
-    want = jlora.shardings(tree, specs)
-    for x, sharding in zip(jax.tree.leaves(tree), jax.tree.leaves(want), strict=True):
-        assert x.sharding.is_equivalent_to(sharding, x.ndim)
-    same(jax.device_get(jlora.adapter(tree)), here)
+    model, here = llama.Llama(), arrays(out, 6)
+    for shape in [(2, 4), (4, 2), (8, 1), (1, 1)]:
+        devices = np.array(jax.devices()[: np.prod(shape)]).reshape(shape)
+        auto = (AxisType.Auto,) * 2
+        mesh = jax.sharding.Mesh(devices, ("fsdp", "tp"), axis_types=auto)
+        specs = jax.tree.map(functools.partial(NamedSharding, mesh), model.specs())
+        params = jax.device_put(model.init(jax.random.key(0)), specs)
+        tree = jlora.checkpoint.restore(out / "step_6", params)
+        want = jlora.shardings(tree, specs)
+        for x, place in zip(jax.tree.leaves(tree), jax.tree.leaves(want), strict=True):
+            assert x.sharding.is_equivalent_to(place, x.ndim)
+        same(jax.device_get(jlora.adapter(tree)), here)
+
+    assert "goes on from step 6" in finish(start(out, cache=cache))  # one, on one
+    check_close(undisturbed, out, 8)
 
 
-def test_a_run_goes_on_with_other_processes(undisturbed, tmp_path, cache):
-    """Saved by one process on one device, gone on with by two on eight; and back."""
-    out = tmp_path / "run"
-    finish(start(out, "--steps", "4", cache=cache))
-    text = finish(start(out, "--steps", "6", cache=cache, local="2x4"))
-    assert "goes on from step 4" in text
-    text = finish(start(out, cache=cache))
-    assert "goes on from step 6" in text
-    want = losses(undisturbed)
-    # The schedule of the learning rate knows the number of steps, so these three runs
-    # are another training than the undisturbed one; its first steps are the same.
-    assert losses(out)[0] == want[0]
-    assert sorted(losses(out)) == list(range(8))
+def check_close(undisturbed, out, last):
+    """Losses and adapter are those of one device, but for the order of sums."""
+    one, other = losses(undisturbed), losses(out)
+    assert sorted(other) == list(range(last))
+    for step, found in other.items():
+        for loss in found:
+            np.testing.assert_allclose(loss, min(one[step]), rtol=2e-5)
+    mine, theirs = arrays(undisturbed, last), arrays(out, last)
+    for path, leaf in mine.items():
+        np.testing.assert_allclose(theirs[path].b, leaf.b, rtol=1e-2, atol=1e-4)
+    assert min(one[7]) < min(one[0]) - 0.1
+
+
+def child_pids(pid):
+    path = pathlib.Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(word) for word in path.read_text().split()]
 
 
 # ---------------------------------------------------------------------------- faults
@@ -211,41 +220,22 @@ def check_same(undisturbed, out):
     same(arrays(out), arrays(undisturbed))
 
 
-def test_one_of_two_processes_is_killed(undisturbed, two_processes, tmp_path, cache):
-    out = tmp_path / "run"
-    process = start(out, "--steps", "6", cache=cache, local="2x4")
-    limit = time.monotonic() + 200
-    while not steps(out) and process.poll() is None and time.monotonic() < limit:
-        time.sleep(0.01)
-    children = [pid for pid in child_pids(process.pid) if pid != process.pid]
-    os.kill(children[-1], signal.SIGKILL)
-    text, _ = process.communicate(timeout=120)
-    assert process.returncode == 1, text[-2000:]
-    assert re.search(r"process 1 \(exit -9\) ended: the others are stopped", text)
-    text = finish(start(out, "--steps", "6", cache=cache, local="2x4"))
-    assert "goes on from step" in text
-    assert losses(out) == losses(two_processes)
-    same(arrays(out, 6), arrays(two_processes, 6))
-
-
-def child_pids(pid):
-    path = pathlib.Path(f"/proc/{pid}/task/{pid}/children")
-    return [int(word) for word in path.read_text().split()]
-
-
 def test_a_damaged_checkpoint_is_passed_over(undisturbed, tmp_path, cache):
     out = tmp_path / "run"
-    finish(start(out, "--steps", "8", cache=cache))
-    flipped = flip_a_bit(out / "step_8", random.Random(1))
+    shutil.copytree(undisturbed, out)
+    for path in (out / "step_8").glob("adapter/**/d/*"):
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
     text = finish(start(out, cache=cache))
-    assert "is damaged" in text or "cannot be read" in text, (flipped, text)
+    assert "is no whole adapter checkpoint" in text
     assert "Going on from the one before." in text and "goes on from step 6" in text
 
 
 def flip_a_bit(folder, rng):
-    """Flips one bit of the arrays' data; returns where."""
-    files = [p for p in folder.rglob("*") if p.is_file() and "/d/" in str(p)]
-    path = rng.choice(sorted(files))
+    """Flips a bit of the adapter's data, anywhere in it; returns where."""
+    files = sorted(p for p in folder.glob("adapter/**/d/*") if p.is_file())
+    path = rng.choices(files, [p.stat().st_size for p in files])[0]
     data = bytearray(path.read_bytes())
     at = rng.randrange(len(data))
     data[at] ^= 1 << rng.randrange(8)
@@ -254,8 +244,6 @@ def flip_a_bit(folder, rng):
 
 
 def test_any_flipped_bit_is_found_or_harmless(undisturbed, tmp_path, capsys):
-    import shutil
-
     want, found, n = arrays(undisturbed), 0, 50
     for i in range(n):
         folder = tmp_path / f"{i}" / "step_8"
@@ -269,21 +257,16 @@ def test_any_flipped_bit_is_found_or_harmless(undisturbed, tmp_path, capsys):
         shutil.rmtree(folder)
     with capsys.disabled():
         print(f"\n{found} of {n} flipped bits found, the others changed nothing")
-    assert found > n // 2
-
-
-def small_files():
-    """No file may grow beyond 20 kB: a write fails as it does on a full disk."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    assert found > 0.9 * n
 
 
 def test_a_full_disk_stops_the_run_and_the_last_checkpoint_stays(tmp_path, cache):
+    """No file may grow beyond some kB: a write fails as it does on a full disk."""
     out = tmp_path / "run"
     finish(start(out, "--steps", "4", cache=cache))
-    process = start(out, cache=cache, preexec_fn=small_files)
-    text, _ = process.communicate(timeout=200)
-    assert process.returncode == 1
-    assert re.search("File too large|EFBIG", text), text[-2000:]
+    limited = ["sh", "-c", 'ulimit -f 8; exec "$@"', "--"]
+    text, code = ended(start(out, cache=cache, prefix=limited))
+    assert code == 1 and re.search("File too large|EFBIG", text), text[-2000:]
     assert steps(out) == {2, 4}
     assert "goes on from step 4" in finish(start(out, cache=cache))
 

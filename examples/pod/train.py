@@ -117,6 +117,7 @@ def train(args: argparse.Namespace) -> list[float]:
     import llama
     import numpy as np
     import optax
+    from jax.experimental.multihost_utils import sync_global_devices
     from jax.sharding import NamedSharding
     from jax.sharding import PartitionSpec as P
     from tqdm import tqdm
@@ -144,7 +145,7 @@ def train(args: argparse.Namespace) -> list[float]:
     ids = jax.ShapeDtypeStruct((args.batch, args.length + 1), jnp.int32)
     plan = jlora.plan(model.loss, params, ids, rank=args.rank, targets=llama.TARGETS)
     trainable, frozen = jlora.partition(jlora.wrap(params, plan=plan))
-    tx = optax.adamw(optax.warmup_cosine_decay_schedule(0, 1e-2, 5, args.steps))
+    tx = optax.adamw(optax.linear_schedule(0, 1e-2, 5))  # of any number of steps
     # The moments live where the adapters do, counts everywhere.
     whole = NamedSharding(mesh, P())
     moments = optax.tree_utils.tree_map_params(
@@ -180,20 +181,22 @@ def train(args: argparse.Namespace) -> list[float]:
             ids.shape, NamedSharding(mesh, P("fsdp")), rows
         )
 
-    done = 0
+    done, damaged = 0, []
     for at in sorted(checkpoints(args.out), reverse=True):
-        like = {"opt_state": opt_state, "step": 0}
+        like, path = {"opt_state": opt_state, "step": 0}, args.out / f"step_{at}"
         try:
-            tree, extra = jlora.checkpoint.restore(
-                args.out / f"step_{at}", params, extra=like
-            )
+            tree, extra = jlora.checkpoint.restore(path, params, extra=like)
         except ValueError as e:
             say(f"{e}\nGoing on from the one before.")
+            damaged.append(path)
             continue
         trainable, frozen = jlora.partition(tree)
         opt_state, done = extra["opt_state"], extra["step"]
         say(f"goes on from step {done}")
         break
+    sync_global_devices("all have read what there is")
+    for path in damaged if first else ():
+        path.rename(path.with_name(f"damaged_{path.name}_{time.time_ns()}"))
     trains, total = jlora.count(jlora.combine(trainable, frozen))
     say(
         f"{jax.process_count()} processes, {devices} devices, mesh {dict(mesh.shape)}; "
