@@ -40,14 +40,8 @@ def start(out, *options, cache, local="1x1", prefix=()):
     }
     return subprocess.Popen(
         [
-            sys.executable,
-            str(SCRIPT),
-            "--local",
-            local,
-            "--out",
-            str(out),
-            *SMALL,
-            *options,
+            *(*prefix, sys.executable, str(SCRIPT), "--local", local),
+            *("--out", str(out), *SMALL, *options),
         ],
         env=environment,
         stdout=subprocess.PIPE,

@@ -148,13 +148,28 @@ def rotated(x: jax.Array, angles: jax.Array) -> jax.Array:
     return out.astype(x.dtype)
 
 
+BLOCK = 512
+
+
 def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Causal attention, several heads of q for one of k and v (arXiv:2305.13245)."""
+    """Causal attention, several heads of q for one of k and v (arXiv:2305.13245).
+
+    The scores of a block of queries at a time are in memory (arXiv:2112.05682), also in
+    the backward pass, which computes them again.
+    """
     batch, length, heads, size = q.shape
-    q = q.reshape(batch, length, k.shape[2], -1, size)
-    scores = jnp.einsum("bqngk,bsnk->bngqs", q, k) / math.sqrt(size)
-    causal = jnp.tril(jnp.ones((length, length), bool))
-    scores = jnp.where(causal, scores.astype(jnp.float32), -1e9)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    out = jnp.einsum("bngqs,bsnk->bqngk", weights, v)
-    return out.reshape(batch, length, heads, size)
+    n = length // BLOCK if length % BLOCK == 0 else 1
+    q = q.reshape(batch, n, length // n, k.shape[2], -1, size)
+
+    @jax.checkpoint
+    def block(x: tuple[jax.Array, jax.Array]) -> jax.Array:
+        q, at = x  # (batch, block, kv_heads, heads / kv_heads, size), its positions
+        scores = jnp.einsum("bqngk,bsnk->bngqs", q, k) / math.sqrt(size)
+        causal = at[:, None] >= jnp.arange(length)
+        scores = jnp.where(causal, scores.astype(jnp.float32), -1e9)
+        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+        return jnp.einsum("bngqs,bsnk->bqngk", weights, v)
+
+    positions = jnp.arange(length).reshape(n, -1)
+    out = jax.lax.map(block, (jnp.moveaxis(q, 1, 0), positions))
+    return jnp.moveaxis(out, 0, 1).reshape(batch, length, heads, size)
