@@ -55,7 +55,6 @@ class Evaluation:
         self.seen: dict[str, list[tuple[str, bool]]] = {}
         self.uses: collections.Counter[str] = collections.Counter()
         self._frames: list[_Frame] = []
-        self._asides: dict[int, tuple[Any, jax.Array]] = {}
 
     def run(self, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
         """Evaluates a jaxpr on arrays and `Tracked` leaves."""
@@ -78,11 +77,12 @@ class Evaluation:
         So the parts that the base products send back, which on a mesh are summed over
         devices, stay together, and are summed in one go, as they are without adapters.
         """
-        if (h := self._frames[-1].joined(eqn)) is not None:
+        frame = self._frames[-1]
+        if (h := frame.joined(eqn)) is not None:
             return {"h": h}
-        if id(x) not in self._asides:
-            self._asides[id(x)] = x, jnp.array(x, copy=True)
-        return {"aside": self._asides[id(x)][1]}
+        if id(x) not in frame.asides:
+            frame.asides[id(x)] = x, jnp.array(x, copy=True)
+        return {"aside": frame.asides[id(x)][1]}
 
     def note(self, x: Tracked, name: str, *, formed: bool = False) -> int:
         """Records a use; returns how many uses of the path came before."""
@@ -136,6 +136,7 @@ class _Frame:
         self.done: set[int] = set()
         self.formed: dict[int, jax.Array] = {}
         self.first: dict[int, jax.Array] = {}
+        self.asides: dict[int, tuple[Any, jax.Array]] = {}
 
     def read(self, v: Any) -> Any:
         return v.val if isinstance(v, _compat.Literal) else self.env[v]

@@ -1690,3 +1690,85 @@ def test_lift_warns_once_per_use_and_not_at_every_eager_call():
         for _ in range(3):
             lifted(tree, x)
     assert len(caught) == 1
+
+
+# --------------------------------------------------- activations that weights share
+
+
+def shared_products(fn, *args):
+    """How many products of an activation with several a at once a function makes."""
+    return sum(
+        eqn.primitive.name in ("jit", "pjit") and eqn.params["name"] == "joint"
+        for eqn in equations(jax.make_jaxpr(fn)(*args))
+    )
+
+
+SHARED = {
+    "qkv": (lambda p, x: (x @ p["q"]) * (x @ p["k"]) + x @ p["v"], 1),
+    "either-side": (
+        lambda p, x: (
+            x @ p["q"] + lax.dot_general(p["k"], x, (((0,), (1,)), ((), ()))).T
+        ),
+        1,
+    ),
+    "transposed": (lambda p, x: x @ p["q"] + x @ p["k"].T, 1),
+    "converted": (
+        lambda p, x: (
+            x.astype(jnp.bfloat16) @ p["q"].astype(jnp.bfloat16)
+            + x.astype(jnp.bfloat16) @ p["k"].astype(jnp.bfloat16)
+        ).astype(jnp.float32),
+        1,
+    ),
+    "two-groups": (lambda p, x: jnp.tanh(x @ p["q"] + x @ p["k"]) @ p["v"] @ p["k"], 1),
+    "dtypes": (lambda p, x: x @ p["q"] + (x.astype(jnp.float16) @ p["k"]), 0),
+    "precisions": (
+        lambda p, x: x @ p["q"] + jnp.dot(x, p["k"], precision="highest"),
+        0,
+    ),
+    "one-is-plain": (lambda p, x: x @ p["q"] + x @ p["plain"], 0),
+    "inside-and-after": (
+        lambda p, x: (
+            lax.scan(lambda c, _: (jnp.tanh(c + x @ p["q"]), None), x, None, 3)[0]
+            + x @ p["k"]
+            + x @ p["v"]
+        ),
+        1,
+    ),
+    "in-a-condition": (
+        lambda p, x: (
+            lax.while_loop(
+                lambda c: jnp.sum(x @ p["q"]) + c < 5, lambda c: c + 40.0, 0.0
+            )
+            + x @ p["k"]
+        ),
+        0,
+    ),
+    "in-branches": (
+        lambda p, x: (
+            lax.cond(x[0, 0] > 0, lambda: x @ p["q"] + x @ p["k"], lambda: x @ p["v"])
+            + x @ p["q"]
+        ),
+        1,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_weights_of_one_activation_share_its_first_product(name):
+    fn, shares = SHARED[name]
+    params = {n: normal(6, 6, seed=i) for i, n in enumerate(["q", "k", "v", "plain"])}
+    x = normal(11, 6, seed=9)
+    plan = jlora.plan(fn, params, x, rank=2, targets="?")
+    tree = randomise(jlora.wrap(params, plan=plan))
+    assert shared_products(jlora.lift(fn), tree, x) == shares
+    tol = 5e-2 if name in ("converted", "dtypes") else 1e-5
+    for run in (jlora.lift(fn), jax.jit(jlora.lift(fn))):
+        close(run(tree, x), fn(jlora.merge(tree), x), tol=tol)
+
+
+def test_no_sharing_under_dropout_whose_masks_are_its_own():
+    fn, _ = SHARED["qkv"]
+    params = {n: normal(6, 6, seed=i) for i, n in enumerate("qkv")}
+    tree = randomise(jlora.wrap(params, rank=2, targets="*"))
+    dropped = jlora.dropout(tree, 0.5, jax.random.key(0))
+    assert shared_products(jlora.lift(fn), dropped, normal(11, 6)) == 0
