@@ -1,6 +1,6 @@
 """What fading costs: FLOPs of a training step of 3L against one of plain LoRA.
 
-    python benchmarks/fading.py
+    python benchmarks/fade_cost.py
 
 As XLA counts them when it compiles for this machine. Normals are drawn once a weight,
 so noise costs the less, the more tokens a step has. Asserts what README claims.
