@@ -27,10 +27,11 @@ class _Adapted:
     """What the boxes of adapted leaves share; see `_around`."""
 
     value: Any
+    plain: Any  # the class of Flax's that the box had
 
     def fields(self) -> Any:
         """The leaf, each of its fields in a box with the names of its own axes."""
-        plain, rest = type(self).__mro__[2], vars(self)
+        plain, rest = self.plain, vars(self)
 
         def own(x: Any, names: Any) -> Any:
             if x is None:
@@ -57,7 +58,7 @@ class _Adapted:
 def _around(cls: Any) -> Any:
     """The class of a box of this class that holds an adapted leaf."""
     name = f"Adapted{cls.__name__}"
-    return type(name, (_Adapted, cls), {"__module__": __name__})
+    return type(name, (_Adapted, cls), {"__module__": __name__, "plain": cls})
 
 
 def adapted(tree: Any) -> list[tuple[tuple[Any, ...], Any]]:
@@ -83,7 +84,7 @@ def fit(tree: Any) -> Any:
         if not is_box(x) or isinstance(x, _Adapted) == is_adapted(x.value):
             return x
         own: Any = type(x)
-        cls = _around(own) if is_adapted(x.value) else own.__mro__[2]
+        cls = _around(own) if is_adapted(x.value) else own.plain
         return cls(**vars(x))
 
     return jax.tree.map(one, tree, is_leaf=is_box)

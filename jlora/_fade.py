@@ -35,15 +35,15 @@ def fade(
     on the way, fade without noise.  A checkpoint holds no factor: save the step, and
     fade what was restored.
 
-    The faded weight is W' = d·W + noise, where the noise is
-    drawn anew from N((1 - d)·m, (1 - d²)·δ²) for W's mean m and standard deviation δ,
-    so that W' has them too.  The bias of the layer is scaled without noise; one that
-    trains whole (`Full`) is left to training.
+    The faded weight is W' = d·W + noise, where the noise is drawn anew from
+    N((1 - d)·m, (1 - d²)·δ²) for W's mean m and standard deviation δ, so that W' has
+    them too.  The bias of the layer is scaled without noise; one that trains whole
+    (`Full`) is left to training.
 
     Args:
       tree: an adapted tree.
-      factor: d, a number or a traced scalar in [0, 1], which of a traced one nothing
-        verifies; 1 changes nothing.
+      factor: d, a number or a traced scalar in [0, 1] (a traced one is not verified);
+        1 changes nothing.
       noise: what the noise is multiplied by, a number or a traced scalar: 1 for the
         distribution above, 0 or None for none.
       per: "tensor" for one m and δ a weight (each layer or expert of a stack has its

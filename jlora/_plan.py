@@ -344,10 +344,12 @@ def plan(
         kind, axes = _merged_roles(seen[path].uses, x.ndim)
         if kind is None:
             return axes
-        # By its name only where the product was lost sight of before it was added.
-        bias = seen[path].bias or sibling_bias(path, leaves)
-        fits = bias in seen and seen[bias].may_be_bias_of(path)
-        return kind, axes, bias if fits else None
+        bias = seen[path].bias
+        if bias is None:  # by its name, where the product was lost sight of before
+            beside = sibling_bias(path, leaves)
+            if beside in seen and seen[beside].may_be_bias_of(path):
+                bias = beside
+        return kind, axes, bias if bias in seen and seen[bias].idle else None
 
     idle = "not used as a weight (no product, convolution or lookup)"
     others = _paths.others(params)

@@ -54,14 +54,18 @@ class Seen:
     of: set[str] = dataclasses.field(default_factory=set)
     after: frozenset[str] = frozenset()
 
+    @property
+    def idle(self) -> bool:
+        """Whether it is no weight itself; a stack of biases may be looked up."""
+        lookups = "gather", "dynamic_slice"
+        return all(use.primitive in lookups for use in self.uses)
+
     def may_be_bias_of(self, path: str) -> bool:
         """Whether it may be the bias of this weight, if its product was lost sight of.
 
-        What is used as a weight is nobody's bias, but a stack of biases is looked up.
+        It was added after the weight's use, and was not seen to be another's.
         """
-        lookups = "gather", "dynamic_slice"
-        idle = all(use.primitive in lookups for use in self.uses)
-        return idle and path in self.after and self.of <= {path}
+        return path in self.after and self.of <= {path}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -109,12 +109,6 @@ def save(
       (2, 7)
     """
     path = _path(directory)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if "://" not in str(path) and not os.access(path.parent, os.W_OK):
-        raise PermissionError(
-            f"checkpoint.save: {path.parent} cannot be written to: expected a "
-            "directory in which a checkpoint can be made."
-        )
     if path.exists():
         raise FileExistsError(
             f"checkpoint.save: {path} exists: expected a new directory, so that no "
@@ -170,7 +164,7 @@ def save(
         "plan": plan,
         "base": {p: _signature(x) for p, x in _base(tree).items()},
         "arrays": {
-            k: {p: [*_signature(x), checksum(x)] for p, x in v.items()}
+            k: {p: [*_signature(x), _checksum(x)] for p, x in v.items()}
             for k, v in arrays.items()
         },
         "values": values,
@@ -179,6 +173,12 @@ def save(
     document["crc"] = _document_crc(document)
     stored = {k: {p: x for p, x in v.items() if x.size} for k, v in arrays.items()}
     items = {k: ocp.args.StandardSave(v) for k, v in stored.items() if v}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if "://" not in str(path) and not os.access(path.parent, os.W_OK):
+        raise PermissionError(
+            f"checkpoint.save: {path.parent} cannot be written to: expected a "
+            "directory in which a checkpoint can be made."
+        )
     if path in _SAVING:
         raise FileExistsError(
             f"checkpoint.save: {path} is being saved already: expected a directory of "
@@ -213,8 +213,8 @@ def restore(
       extra: a pytree of the structure of the saved ``extra``; its arrays (or
         ``jax.ShapeDtypeStruct``s, such as ``jax.eval_shape(tx.init, tree)`` gives)
         need only have the right shapes and dtypes; one with a sharding gets its array
-        there.  A Python number stands for a
-        scalar array, such as a TrainState's step, and gets a Python number back.
+        there.  A Python number stands for a scalar array, such as a TrainState's step,
+        and gets a Python number back.
 
     Returns:
       The tree; with ``extra``, the pair (tree, extra).
@@ -269,7 +269,7 @@ def restore(
     found = {**document["values"]}
     for p, x in read.get("extra", {}).items():
         *_, impl = document["keys"].get(p, [None])
-        found[p] = _as_template(x, templates[p], impl)
+        found[p] = _as_template(x, templates[p], impl, p)
     flat, treedef = jax.tree_util.tree_flatten_with_path(extra)
     restored = [found[jax.tree_util.keystr(keys)] for keys, _ in flat]
     return tree, jax.tree.unflatten(treedef, restored)
@@ -345,7 +345,7 @@ def _data(x: Any) -> Any:
     return x.astype(x.dtype.newbyteorder("="))
 
 
-def _as_template(x: Any, template: Any, impl: str | None) -> Any:
+def _as_template(x: Any, template: Any, impl: str | None, p: str) -> Any:
     """A stored array as the kind of thing that the template is."""
     if impl is not None:
         return jax.random.wrap_key_data(jnp.asarray(x), impl=impl)
@@ -353,7 +353,7 @@ def _as_template(x: Any, template: Any, impl: str | None) -> Any:
         return type(template)(x)
     if isinstance(template, np.generic):
         return x[()]
-    return x if isinstance(template, np.ndarray) else _jax(x, "extra")
+    return x if isinstance(template, np.ndarray) else _jax(x, p)
 
 
 def _jax(x: Any, where: str) -> jax.Array:
@@ -392,7 +392,7 @@ def _document_crc(document: dict[str, Any]) -> int:
     return zlib.crc32(text.encode())
 
 
-def checksum(x: Any) -> int:
+def _checksum(x: Any) -> int:
     """Σ word·m(position) mod 2³² over the words of an array; m gives odd numbers.
 
     A word that changed by any of its bits always changes the sum, since m is odd; words
@@ -426,7 +426,7 @@ def _words_of(x: np.ndarray) -> np.ndarray:
 
 
 def _sum(words: Any, xp: Any) -> Any:
-    """The sum of `checksum`, in numpy or in jax.numpy."""
+    """The sum of `_checksum`, in numpy or in jax.numpy."""
     at, stride = xp.zeros((), "uint32"), 1
     for k in reversed(range(words.ndim)):
         along = xp.arange(words.shape[k], dtype="uint32") * xp.uint32(stride % 2**32)
@@ -538,7 +538,7 @@ def _read(
         raise ValueError(_damaged(path, "its arrays cannot be read", e)) from e
     for k, v in signatures.items():
         for p, (_, _, known) in v.items():
-            if checksum(read[k][p]) != known:
+            if _checksum(read[k][p]) != known:
                 raise ValueError(_damaged(path, f"the array {p!r} is damaged"))
     return read
 

@@ -17,6 +17,8 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from helpers import adapt, adapted, normal, paths, randomise, same, says
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import jlora
 import jlora.checkpoint as checkpoint
@@ -562,3 +564,49 @@ def test_a_save_killed_at_any_moment_leaves_the_previous_ones(tmp_path):
     good, halves = (int(word) for word in words[1::2])
     assert good >= 19  # each of the 20 made at least one
     assert halves >= 5  # and enough of them were killed while they wrote
+
+
+# ------------------------------------------------------------------------ checksums
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    "bool int4 int8 uint16 int32 int64 float8_e4m3fn bfloat16 float16 float32 float64 "
+    "complex64 complex128".split(),
+)
+@pytest.mark.parametrize("shape", [(), (8,), (4, 6), (2, 3, 8), (0, 4)])
+def test_a_checksum_is_the_same_wherever_the_array_is(shape, dtype):
+    """In numpy, and in parts on eight devices; every flipped bit changes it."""
+    from jlora.checkpoint import _checksum, _distributed_sum
+
+    with jax.enable_x64(True):
+        draw = np.random.default_rng(0).normal(size=shape) * 3
+        x = jnp.asarray(draw).astype(dtype)
+        if x.ndim and x.shape[-1] % 8 == 0:
+            mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+            spec = P(*[None] * (x.ndim - 1), "d")
+            x = jax.device_put(x, jax.NamedSharding(mesh, spec))
+        here = np.asarray(x)
+        want = _checksum(here)
+        assert int(_distributed_sum(x)) == _checksum(x) == want
+        if here.size and here.dtype.name in ("float32", "bfloat16", "int64"):
+            raw = bytearray(here.tobytes())
+            for at in range(8 * len(raw)):
+                raw[at // 8] ^= 1 << at % 8
+                flipped = np.frombuffer(bytes(raw), here.dtype).reshape(shape)
+                assert _checksum(flipped) != want
+                raw[at // 8] ^= 1 << at % 8
+
+
+def test_what_jax_would_narrow_is_refused_by_name(tmp_path):
+    extra = {"moment": np.ones(3, np.float64)}
+    base = {"kernel": jnp.ones((3, 4))}
+    tree = jlora.wrap(base, rank=2)
+    with jax.enable_x64(True):
+        wide = jlora.wrap(base, rank=2, dtype="float64")
+        jlora.checkpoint.save(tmp_path / "wide", wide)
+    with pytest.raises(ValueError, match="'kernel' was saved as float64.*jax_enable_x"):
+        jlora.checkpoint.restore(tmp_path / "wide", base)
+    jlora.checkpoint.save(tmp_path / "numpy", tree, extra=extra)  # NumPy's stay so
+    _, again = jlora.checkpoint.restore(tmp_path / "numpy", base, extra=extra)
+    assert again["moment"].dtype == np.float64

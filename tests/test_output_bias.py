@@ -427,6 +427,25 @@ def test_a_bias_is_what_was_seen_and_its_name_only_where_that_may_be(fn, want):
     assert np.any(jlora.fade(again, 0.0)["bias"]) == (want is None)
 
 
+def test_a_bias_that_was_seen_of_several_weights_is_that_of_each():
+    """Of a fused product with one bias, and of two layers that share theirs."""
+
+    def fused(p, x):
+        return x @ jnp.concatenate([p["q"], p["k"]], 1) + p["shift"]
+
+    def shared(p, x):
+        return jnp.tanh(x @ p["q"] + p["shift"]) @ p["k"] + p["shift"]
+
+    for fn, size in ((fused, 10), (shared, 5)):
+        base = {"q": normal(5, 5), "k": normal(5, 5), "shift": normal(size)}
+        plan = jlora.plan(fn, base, X)
+        assert {path: spec.bias for path, spec in plan.items()} == {
+            "q": "shift",
+            "k": "shift",
+        }
+        assert not np.any(jlora.fade(jlora.wrap(base, plan=plan), 0.0)["shift"])
+
+
 def test_an_indexed_stack_of_biases_is_of_its_weights():
     def fn(p, x):
         def layer(i, x):
