@@ -25,7 +25,6 @@ import argparse
 import collections
 import dataclasses
 import os
-import re
 import sys
 import time
 from pathlib import Path
@@ -39,6 +38,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import tables
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -209,9 +209,7 @@ def report(found: dict[str, Cost], topology: str, adapters: int) -> str:
             cells.append(f"{count}, {size / 1e6:,.1f} MB" if count else "")
         rows.append([kind, *cells])
     rows.append(["compiled in, s", *(f"{c.seconds:.0f}" for c in found.values())])
-    lines = [
-        "| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]
-    ]
+    lines = tables.markdown([head, *rows]).splitlines()
     chip = HBM[topology.split(":")[0]]
     ours = found["jlora"]
     used = (ours.arguments + ours.temporaries) / 1e9
@@ -257,16 +255,6 @@ def measure(name: str, topology: str, tp: int, batch: int, length: int) -> str:
     return f"{title}\n\n{report(found, topology, adapters)}\n"
 
 
-def record(section: str) -> None:
-    """Puts a section into TPU.md, in place of the one of the same title."""
-    text = TABLES.read_text(encoding="utf-8") if TABLES.exists() else HEAD
-    title = section.split("\n", 1)[0]
-    parts = re.split(r"(?m)^(?=## )", text)
-    kept = [p for p in parts if p.split("\n", 1)[0] != title]
-    head, *rest = [p.rstrip() + "\n" for p in kept]
-    TABLES.write_text("\n".join([head, *sorted([*rest, section])]), encoding="utf-8")
-
-
 HEAD = f"""# Llama 3 on TPU pods, compiled without one
 
 Made by `python benchmarks/tpu_aot.py` (jax {jax.__version__}); what it counts and how
@@ -291,7 +279,7 @@ def main() -> None:
         print(f"Llama-3-{name.upper()} on {topology}", flush=True)
         section = measure(name, topology, tp, batch, args.length)
         print(section)
-        record(section)
+        tables.record(TABLES, HEAD, section)
 
 
 if __name__ == "__main__":

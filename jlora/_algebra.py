@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora._leaf import Blocks, Full, Kernel, LoRA
+from jlora._product import product
 
 # Besides the weight's axes: what a and b share, the blocks of a fused weight, and the
 # input features, groups and output features of a group of a convolution.
@@ -129,8 +130,8 @@ def dot(
     batch = [k for k in xl if k in yl and k in keep]
     summed = [k for k in xl if k in yl and k not in keep]
     dims = (
-        ([xl.index(k) for k in summed], [yl.index(k) for k in summed]),
-        ([xl.index(k) for k in batch], [yl.index(k) for k in batch]),
+        (tuple(map(xl.index, summed)), tuple(map(yl.index, summed))),
+        (tuple(map(xl.index, batch)), tuple(map(yl.index, batch))),
     )
     rest = [k for k in [*xl, *yl] if k not in batch and k not in summed]
     labels, (wanted, places) = [*batch, *rest], sharding
@@ -138,7 +139,8 @@ def dot(
         names = dict(zip(places, wanted.spec, strict=False))
         spec = jax.sharding.PartitionSpec(*map(names.get, labels))
         params["out_sharding"] = jax.NamedSharding(wanted.mesh, spec)
-    return lax.dot_general(x, y, dims, **params), labels
+    params["dimension_numbers"] = dims
+    return product(x, y, tuple(params.items())), labels
 
 
 def order(x: jax.Array, labels: Sequence[int], wanted: Sequence[int]) -> jax.Array:

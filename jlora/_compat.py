@@ -43,7 +43,13 @@ def varying(x: Any) -> frozenset[Any]:
 
 def explicit_sharding(x: Any) -> jax.sharding.NamedSharding | None:
     """The sharding in the type of a traced array; None without explicit axes."""
-    sharding = jax.typeof(x).sharding
+    return explicit_only(jax.typeof(x).sharding)
+
+
+def explicit_only(
+    sharding: jax.sharding.NamedSharding,
+) -> jax.sharding.NamedSharding | None:
+    """A type's sharding; None if its mesh has no explicit axes."""
     explicit = jax.sharding.AxisType.Explicit in sharding.mesh.axis_types
     return sharding if explicit else None
 
@@ -67,12 +73,15 @@ def target_sharding(eqn: Any) -> Any:
     return p["sharding"] if "sharding" in p else p["dst_sharding"]
 
 
-@contextlib.contextmanager
-def context(eqn: Any) -> Iterator[None]:
+def context(eqn: Any) -> contextlib.AbstractContextManager[Any]:
     """The context that an equation was traced in: its names, where it is computed."""
-    name = str(eqn.source_info.name_stack)
-    scope = jax.named_scope(name) if name else contextlib.nullcontext()
-    with scope, eqn.ctx.manager:
+    name, where = str(eqn.source_info.name_stack), eqn.ctx.manager
+    return _named(name, where) if name else where
+
+
+@contextlib.contextmanager
+def _named(name: str, where: contextlib.AbstractContextManager[Any]) -> Iterator[None]:
+    with jax.named_scope(name), where:
         yield
 
 
@@ -82,6 +91,11 @@ def bind(eqn: Any, args: Sequence[Any]) -> list[Any]:
     with context(eqn):
         out = eqn.primitive.bind(*args, **params)
     return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def copied(x: Any) -> Any:
+    """x as a value of its own, of which derivatives are added up by themselves."""
+    return core.primitives.copy_p.bind(x)
 
 
 def evaluate(jaxpr: Any, args: Sequence[Any]) -> list[Any]:

@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jlora import _algebra, _compat, _ops
 from jlora._leaf import Full, LoRA
@@ -81,7 +80,7 @@ class Evaluation:
         if (h := frame.joined(eqn)) is not None:
             return {"h": h}
         if id(x) not in frame.asides:
-            frame.asides[id(x)] = x, jnp.array(x, copy=True)
+            frame.asides[id(x)] = x, _compat.copied(x)
         return {"aside": frame.asides[id(x)][1]}
 
     def note(self, x: Tracked, name: str, *, formed: bool = False) -> int:

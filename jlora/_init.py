@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import math
 from collections.abc import Callable
@@ -60,6 +61,25 @@ def kaiming(
 _INITS: dict[str, Initialiser] = {"kaiming": kaiming}
 
 
+@functools.lru_cache(maxsize=1024)
+def _factors(init: str, spec: Spec, shape: tuple[int, ...], dtype: Any) -> Any:
+    """What makes a weight's factors from a key and its scale.
+
+    The same function for all weights of a kind: JAX traces and compiles it once.
+    """
+    stack = tuple(shape[k] for k in spec.batch_axes)
+
+    def factors(key: jax.Array, scale: Any) -> dict[str, jax.Array]:
+        shapes = factor_shapes(shape, spec.axes, spec.rank, spec.form)
+        a, b = _INITS[init](key, spec, *shapes, dtype)
+        fields = {"a": a, "b": b, "scale": jnp.full(stack, scale, jnp.float32)}
+        if spec.lora_bias:
+            fields["c"] = jnp.zeros(bias_shape(shape, spec.axes), dtype)
+        return fields
+
+    return factors
+
+
 def make(
     w: Any, path: str, spec: Spec, *, init: str, dtype: Any, key: jax.Array | None
 ) -> LoRA:
@@ -69,32 +89,26 @@ def make(
     """
     if init not in _INITS:
         raise ValueError(f"init {init!r}: expected one of {', '.join(_INITS)}.")
-    stack = tuple(w.shape[k] for k in spec.batch_axes)
-
-    def factors(key: jax.Array, scale: Any) -> dict[str, jax.Array]:
-        shapes = factor_shapes(tuple(w.shape), spec.axes, spec.rank, spec.form)
-        a, b = _INITS[init](key, spec, *shapes, dtype)
-        fields = {"a": a, "b": b, "scale": jnp.full(stack, scale, jnp.float32)}
-        if spec.lora_bias:
-            fields["c"] = jnp.zeros(bias_shape(tuple(w.shape), spec.axes), dtype)
-        return fields
-
+    kind = dataclasses.replace(spec, bias=None, alpha=0.0)  # alike for many weights
+    factors = _factors(init, kind, tuple(w.shape), jnp.dtype(dtype))
     static: dict[str, Any] = {"roles": spec.axes.lstrip("b"), "form": spec.form}
     if spec.bias is not None:
         static["bias"] = _paths.relative(spec.bias, path)
-    args = path_key(typed(key), path), spec.alpha / spec.rank
-    shapes = jax.eval_shape(factors, *args)
+    key, scale = typed(key), spec.alpha / spec.rank
+    shapes = jax.eval_shape(factors, jax.ShapeDtypeStruct((), key.dtype), scale)
     leaf = LoRA(w, **shapes, **static)
     sharding = _sharding.of_array(w)
     placed = _sharding.of_fields(leaf, sharding)
     own = {name: getattr(placed, name) for name in shapes}
-    made: dict[str, Any]
     if isinstance(w, jax.ShapeDtypeStruct):
-        made = {
+        abstract: dict[str, Any] = {
             name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own[name])
             for name, x in shapes.items()
         }
-    elif sharding is None:
+        return dataclasses.replace(leaf, **abstract)
+    made: dict[str, Any]
+    args = path_key(key, path), scale
+    if sharding is None:
         made = factors(*args)
     elif isinstance(w, jax.core.Tracer):  # of explicit axes, which are in its type
         made = jax.tree.map(jax.sharding.reshard, factors(*args), own)
