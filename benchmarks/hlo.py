@@ -25,6 +25,7 @@ _BITS = {"pred": 8, "token": 0, "opaque": 0}
 _LINE = re.compile(
     rf"= (?P<out>\(.*?\)|\S+) (?P<kind>{'|'.join(KINDS)})(?P<start>-start)?\("
 )
+_OP = re.compile(r'op_name="([^"]*)"')
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _ARRAY = re.compile(r"(?P<dtype>[a-z]+\d*\w*)\[(?P<dims>[\d,]*)\]")
 
@@ -37,11 +38,20 @@ class Collective:
       kind: one of `KINDS`.
       dtype: as HLO writes it, such as "bf16".
       shape: of the result on one chip (for an all-gather what was gathered).
+      op: the name of the operation that needs it, which says nothing of its size.
     """
 
     kind: str
     dtype: str
     shape: tuple[int, ...]
+    op: str = dataclasses.field(default="", compare=False, repr=False)
+
+    @property
+    def phase(self) -> str:
+        """When it is done in a training step, as the operation's name tells."""
+        if "rematted_computation" in self.op:
+            return "recomputed"
+        return "backward" if "transpose(" in self.op else "forward"
 
     @property
     def bytes(self) -> int:
@@ -79,11 +89,13 @@ def collectives(text: str) -> list[Collective]:
             if channel[1] in channels:
                 continue
             channels.add(channel[1])
+        op = _OP.search(line)
         arrays = [
             Collective(
                 found["kind"],
                 a["dtype"],
                 tuple(map(int, a["dims"].split(",") if a["dims"] else ())),
+                op[1] if op else "",
             )
             for a in _ARRAY.finditer(found["out"])
         ]

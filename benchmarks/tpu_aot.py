@@ -179,7 +179,7 @@ def compiled(mesh: Mesh, fn: Any, args: Any, donate: tuple[int, ...]) -> Cost:
     )
 
 
-def report(found: dict[str, Cost], topology: str, adapters: int) -> str:
+def report(found: dict[str, Cost], topology: str, adapters: int, length: int) -> str:
     """Markdown: the programs side by side; jlora's collectives beyond the floor's."""
     head = ["", *found]
     rows = [
@@ -218,19 +218,45 @@ def report(found: dict[str, Cost], topology: str, adapters: int) -> str:
         f"jlora needs {used:.1f} of a chip's {chip} GB; the adapters of a chip are "
         f"{adapters / 1e6:.2f} MB, {100 * adapters / (chip * 1e9):.3f} % of it.",
     ]
-    count = collections.Counter
-    more = count(ours.collectives) - count(found["floor"].collectives)
-    less = count(found["floor"].collectives) - count(ours.collectives)
-    for name, beyond in (
-        ("Collectives of jlora beyond the floor's", more),
-        ("of the floor beyond jlora's", less),
-    ):
-        words = "; ".join(
-            f"{n} {c.kind} {c.dtype}[{','.join(map(str, c.shape))}]"
-            for c, n in sorted(beyond.items())
-        )
-        lines += ["", f"{name}: {words or 'none'}."]
+    lines += ["", *explained(ours, found["floor"], length)]
     return "\n".join(lines)
+
+
+PHASES = ("forward", "recomputed", "backward")
+
+
+def explained(ours: Cost, floor: Cost, length: int) -> list[str]:
+    """What jlora's step does between chips beyond the floor's, one kind and size a row.
+
+    An array with the sequence in it is x·a, or its gradient: partial sums, where what
+    it was contracted with is split over chips. The others are the factors, which are
+    split as their weights are, and their gradients, summed over the batch.
+    """
+    count = collections.Counter
+    more = count(ours.collectives) - count(floor.collectives)
+    less = count(floor.collectives) - count(ours.collectives)
+
+    def array(c: hlo.Collective) -> str:
+        return f"{c.dtype}[{','.join(map(str, c.shape))}]"
+
+    def what(c: hlo.Collective) -> str:
+        if length in c.shape:
+            return "x·a; its gradient"
+        summed = c.kind in ("all-reduce", "reduce-scatter")
+        return "the gradient of a or b" if summed else "a or b, whole"
+
+    rows = [["beyond the floor's", "array", "MB", *PHASES, "of"]]
+    for c, n in sorted(more.items()):
+        # Of equal ones that the floor has too, none is known to be the one beyond.
+        phases = count(x.phase for x in ours.collectives if x == c)
+        known = n == sum(phases.values())
+        cells = [str(phases[p] or "") if known else "" for p in PHASES]
+        name = c.kind if known else f"{n} {c.kind}"
+        of_rank = any(k in (RANK, 2 * RANK, 3 * RANK) for k in c.shape)
+        assert of_rank, f"{c} is not of the rank"
+        rows.append([name, array(c), f"{c.bytes / 1e6:.3f}", *cells, what(c)])
+    fewer = "; ".join(f"{n} {c.kind} {array(c)}" for c, n in sorted(less.items()))
+    return [tables.markdown(rows), "", f"Of the floor's it lacks {fewer or 'none'}."]
 
 
 def measure(name: str, topology: str, tp: int, batch: int, length: int) -> str:
@@ -252,7 +278,7 @@ def measure(name: str, topology: str, tp: int, batch: int, length: int) -> str:
         f"## Llama-3-{name.upper()}, {topology}: {chips} chips, fsdp {chips // tp} × "
         f"tp {tp}, {batch} × {length:,} tokens"
     )
-    return f"{title}\n\n{report(found, topology, adapters)}\n"
+    return f"{title}\n\n{report(found, topology, adapters, length)}\n"
 
 
 HEAD = f"""# Llama 3 on TPU pods, compiled without one
