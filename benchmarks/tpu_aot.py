@@ -285,6 +285,17 @@ HEAD = f"""# Llama 3 on TPU pods, compiled without one
 
 Made by `python benchmarks/tpu_aot.py` (jax {jax.__version__}); what it counts and how
 is said there. LoRA of rank {RANK} on all seven matrices of every layer.
+
+Weights are split over `fsdp` along one side and over `tp` along the other: wq, wk, wv,
+gate and up along their outputs over `tp`, wo and down along their inputs. The factors
+are split with them, so a step has these collectives of its own, all of the rank's size:
+
+- x·a is a sum over `tp` where the inputs are split, for wo and down: forward, and again
+  where a layer is recomputed;
+- its gradient is a sum over `tp` where the outputs are split, for the other five;
+- what of a factor is split over `fsdp` is gathered where it is used, as a weight is:
+  those of q, k and v, and of gate and up, as one array;
+- the gradients of a and b are sums over the batch, each where its factor is.
 """
 
 

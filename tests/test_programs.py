@@ -19,7 +19,7 @@ from programs import FAMILIES, programs
 
 import jlora
 
-EXAMPLES = int(os.environ.get("JLORA_EXAMPLES", 300))
+EXAMPLES = int(os.environ.get("JLORA_EXAMPLES", 200))
 
 
 def check(program, eager):

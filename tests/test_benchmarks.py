@@ -1,0 +1,83 @@
+"""The benchmarks measure what they say: their model, their ways, their tables."""
+
+import importlib.util
+
+import decoder
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peers
+import pytest
+import tables
+
+SHAPE = decoder.Shape(d=32, ffn=48, vocab=64, heads=4, kv_heads=2, layers=1)
+
+
+@pytest.fixture(scope="module")
+def ways():
+    model = decoder.Decoder(SHAPE, jnp.float32, "xla")
+    params = jax.jit(lambda: model.init(jax.random.key(0), jnp.zeros((1, 8), "int32")))
+    return peers.ways(model, params), params
+
+
+IDS = jnp.asarray(np.random.default_rng(0).integers(0, 64, (2, 17)), "int32")
+
+
+def test_all_ways_compute_one_loss_and_train(ways):
+    steps = {
+        name: peers.stepping(jax.jit(way.fn, donate_argnums=0), way, IDS)
+        for name, way in ways[0].items()
+    }
+    first = {name: float(step()) for name, step in steps.items()}
+    np.testing.assert_allclose(list(first.values()), first["floor"], rtol=1e-6)
+    for name, step in steps.items():
+        for _ in range(9):
+            last = float(step())
+        assert name == "floor" or last < first[name] - 1e-4, name
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("torch"), reason="no torch")
+def test_the_model_in_torch_is_the_same(ways):
+    import torch
+
+    theirs = decoder.in_torch(SHAPE, ways[1](), "cpu", jnp.float32)
+    want = theirs(torch.from_numpy(np.array(IDS, np.int64))).item()
+    way = ways[0]["floor"]
+    _, loss = jax.jit(way.fn)(way.state(), way.rest(), IDS)
+    np.testing.assert_allclose(float(loss), want, rtol=1e-6)
+
+
+def test_what_is_claimed():
+    """Each claim is one that a run can fail."""
+
+    def cost(n, seconds=()):
+        return peers.Cost(n, n, n, n, 1.0, 1.0, list(seconds))
+
+    names = "floor jlora merged full qwix torch peft".split()
+    sizes = dict(zip(names, [100, 110, 200, 200, 110, 50, 60], strict=True))
+    costs = {name: cost(n, [n / 10]) for name, n in sizes.items()}
+    said = peers.judged(costs, own=10)
+    assert len(said) == 7 and "1.0000 (at most 1.005)" in said[0]
+    _, _, *rows = peers.table(costs).splitlines()
+    assert [row.split(" | ")[-1] for row in rows[::6]] == [
+        "10.000 |",
+        "6.000 (1.200) |",
+    ]
+    for name, worse in (
+        ("FLOPs, of the floor", {"floor": cost(90, [10])}),
+        ("FLOPs, of those of W", {"merged": cost(115, [20])}),
+        ("bytes", {"qwix": cost(109, [11])}),
+        ("temporary", {"qwix": cost(109, [11])}),
+        ("full fine-tuning", {"full": cost(200, [10.9])}),
+        ("a step's time, of qwix", {"qwix": cost(110, [10])}),
+        ("PEFT", {"peft": cost(60, [5.4])}),
+    ):
+        with pytest.raises(AssertionError, match=f"what does not hold:(.|\n)*{name}"):
+            peers.judged(costs | worse, own=10)
+
+
+def test_a_section_replaces_the_one_of_its_title(tmp_path):
+    path = tmp_path / "T.md"
+    for section in ("## b\n\n1\n", "## a\n\n2\n", "## b\n\n3\n"):
+        tables.record(path, "# head\n", section)
+    assert path.read_text() == "# head\n\n## a\n\n2\n\n## b\n\n3\n"
