@@ -1,7 +1,7 @@
 """What a training step of Llama 3 costs on a TPU pod, compiled without one.
 
     pip install "jlora[tpu-aot]"
-    python benchmarks/tpu_aot.py            # 8B and 70B on three kinds of chips
+    python benchmarks/tpu_aot.py            # 8B on v5e, 70B on v5p and v6e
     python benchmarks/tpu_aot.py --model 70b --topology v5p:4x4x8 --tp 8
 
 XLA's own compiler for TPU compiles the steps for a topology that is not here, from the
@@ -53,9 +53,6 @@ HBM = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}
 """Gigabytes (10⁹ bytes) of a chip's memory, from Google's descriptions of them."""
 RUNS = [  # model, topology, tp, sequences of 4,096 tokens
     ("8b", "v5e:4x8", 4, 32),
-    ("8b", "v5p:2x4x4", 4, 32),
-    ("8b", "v6e:4x8", 4, 32),
-    ("70b", "v5e:16x16", 8, 64),
     ("70b", "v5p:4x4x8", 8, 64),
     ("70b", "v6e:16x16", 8, 64),
 ]
