@@ -47,7 +47,11 @@ def product(x: jax.Array, y: jax.Array, params: Params) -> jax.Array:
     known = dict(params)
     (_, summed), (_, batch) = known["dimension_numbers"]
     sizes = {k: n for k, n in enumerate(y.shape) if k not in batch}
-    if math.prod(sizes.values()) > math.prod(sizes[k] for k in summed) ** 2:
+    known_sizes = all(isinstance(n, int) for n in y.shape)  # not an export's symbols
+    if (
+        known_sizes
+        and math.prod(sizes.values()) > math.prod(sizes[k] for k in summed) ** 2
+    ):
         return _widening(x, y, params)
     return lax.dot_general(x, y, **known)
 
@@ -70,6 +74,8 @@ def _jvp(params: Params, primals: Any, tangents: Any) -> Any:
 
 def _linear(h: Any, b: Any, **params: Any) -> Any:
     """The product as a linear function of b, transposed in the order that we want."""
+    if params["precision"] is None:  # as it is here, wherever it will be transposed
+        params["precision"] = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
     axes = _compat.varying(h) - _compat.varying(b)
     return _linear_p.bind(
         h,
@@ -80,9 +86,12 @@ def _linear(h: Any, b: Any, **params: Any) -> Any:
 
 def _transpose(ct: Any, h: Any, b: Any, **params: Any) -> Any:
     """The cotangent of b: h and ct contracted over all axes that h brought."""
-    assert ad.is_undefined_primal(b) and not ad.is_undefined_primal(h)
     if isinstance(ct, ad.Zero):
         return [None, None]
+    if ad.is_undefined_primal(h):  # only of a derivative's own transpose
+        shape = jax.ShapeDtypeStruct(h.aval.shape, h.aval.dtype)
+        linear = jax.linear_transpose(lambda h: lax.dot_general(h, b, **params), shape)
+        return [*linear(ct), None]
     (hc, bc), (hb, bb) = params.pop("dimension_numbers")
     summed = [k for k in range(h.ndim) if k not in (*hc, *hb)]
     batch = range(len(hb))

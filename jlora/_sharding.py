@@ -7,6 +7,7 @@ besides it only what has the rank for a size.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -40,10 +41,11 @@ def of_fields(leaf: Adapted, base: Any) -> Any:
     if not isinstance(base, NamedSharding):
         one = base if isinstance(base, SingleDeviceSharding) else None
         return jax.tree.map(lambda _: one, leaf)
-    mesh = base.mesh
-    return jax.tree.map(
-        lambda spec: NamedSharding(mesh, spec), _algebra.specs(leaf, base.spec)
+    own = jax.tree.map(
+        lambda spec: NamedSharding(base.mesh, spec), _algebra.specs(leaf, base.spec)
     )
+    # A base may be in the host's memory; what is computed with every step is not.
+    return own if leaf.w is None else dataclasses.replace(own, w=base)
 
 
 def like(w: Any, fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:

@@ -131,7 +131,7 @@ def _full(path: str, x: Any, dtype: Any) -> Full:
             "floating-point array. Leave the path out of train."
         )
     if isinstance(x, jax.ShapeDtypeStruct):
-        return Full(x, jax.ShapeDtypeStruct(x.shape, dtype))
+        return Full(x, jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding))
     # A buffer of its own, also where the dtype is the same: base and value are both
     # in the state, and one buffer cannot be donated twice.
     return Full(x, jnp.array(x, dtype, copy=True))

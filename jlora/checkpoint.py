@@ -20,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import threading
 import zlib
 from typing import Any, cast
 
@@ -47,7 +48,15 @@ FORMAT = "jlora adapter"
 VERSION = 1
 
 # Two saves that race for one directory would delete each other's.
-_SAVING: set[epath.Path] = set()
+_SAVING: dict[epath.Path, Handle] = {}
+
+
+# What Orbax cannot write.
+_UNSTORED = frozenset("uint4 int2 uint2 int1 uint1".split())
+
+
+class DamagedError(ValueError):
+    """A directory that is no whole adapter checkpoint: restore an earlier one."""
 
 
 class Handle:
@@ -66,7 +75,17 @@ class Handle:
     def close(self) -> None:
         """Frees what the save held; `wait` does it too."""
         self._checkpointer.close()
-        _SAVING.discard(self._path)
+        _SAVING.pop(self._path, None)
+
+
+def _wait_for_all() -> None:
+    for handle in list(_SAVING.values()):
+        handle.wait()
+
+
+# When a program ends. Python stops its thread pools, by which Orbax writes, before it
+# calls what atexit knows; only this comes earlier.
+threading._register_atexit(_wait_for_all)  # type: ignore[attr-defined]
 
 
 def save(
@@ -87,7 +106,8 @@ def save(
       extra: any pytree that must come back with it: batch statistics, optimizer state,
         step.  Its leaves are arrays, PRNG keys, or numbers, strings and booleans.
       block: return once committed.  Otherwise the arrays are copied to the host, a
-        `Handle` is returned, and the writing goes on in the background.
+        `Handle` is returned, and the writing goes on in the background; the end of the
+        program waits for it.
 
     Returns:
       None, or with ``block=False`` a `Handle`.
@@ -109,7 +129,10 @@ def save(
       (2, 7)
     """
     path = _path(directory)
-    if path.exists():
+    if path in _SAVING:
+        _SAVING[path].wait()
+    local = "://" not in str(path)
+    if path.exists() or (local and os.path.islink(path)):
         raise FileExistsError(
             f"checkpoint.save: {path} exists: expected a new directory, so that no "
             "earlier adapter is lost. Save elsewhere, or move it away first."
@@ -145,7 +168,8 @@ def save(
         if (kind := _python(x)) is not None:
             values[leaf_path] = kind(x)
         elif not isinstance(x, (jax.Array, np.ndarray, np.generic)) or (
-            not _is_key(x) and np.dtype(x.dtype).kind in "OSUMm"
+            not _is_key(x)
+            and (np.dtype(x.dtype).kind in "OSUMm" or x.dtype.name in _UNSTORED)
         ):
             found = getattr(x, "dtype", type(x).__name__)
             raise TypeError(
@@ -173,20 +197,18 @@ def save(
     document["crc"] = _document_crc(document)
     stored = {k: {p: x for p, x in v.items() if x.size} for k, v in arrays.items()}
     items = {k: ocp.args.StandardSave(v) for k, v in stored.items() if v}
+    for folder in path.parents if local else ():
+        if folder.exists() and not (folder.is_dir() and os.access(folder, os.W_OK)):
+            kind = PermissionError if folder.is_dir() else NotADirectoryError
+            raise kind(
+                f"checkpoint.save: {folder} cannot be written to: expected a directory "
+                "in which a checkpoint can be made."
+            )
+        if folder.exists():
+            break
     path.parent.mkdir(parents=True, exist_ok=True)
-    if "://" not in str(path) and not os.access(path.parent, os.W_OK):
-        raise PermissionError(
-            f"checkpoint.save: {path.parent} cannot be written to: expected a "
-            "directory in which a checkpoint can be made."
-        )
-    if path in _SAVING:
-        raise FileExistsError(
-            f"checkpoint.save: {path} is being saved already: expected a directory of "
-            "its own for each save."
-        )
-    _SAVING.add(path)
     checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
-    handle = Handle(checkpointer, path)
+    handle = _SAVING[path] = Handle(checkpointer, path)
     try:
         checkpointer.save(
             path,
@@ -212,18 +234,20 @@ def restore(
         tree's (``jax.ShapeDtypeStruct``s will do).  The adapter is sharded as they are.
       extra: a pytree of the structure of the saved ``extra``; its arrays (or
         ``jax.ShapeDtypeStruct``s, such as ``jax.eval_shape(tx.init, tree)`` gives)
-        need only have the right shapes and dtypes; one with a sharding gets its array
-        there.  A Python number stands for a scalar array, such as a TrainState's step,
-        and gets a Python number back.
+        need only have the right shapes and dtypes.  One with a sharding, as on a mesh
+        those of ``tx.init(tree)`` are, gets its array there, another one gets it on the
+        default device.  A Python number stands for a scalar array, such as a
+        TrainState's step, and gets a Python number back.
 
     Returns:
       The tree; with ``extra``, the pair (tree, extra).
 
     Raises:
       FileNotFoundError: there is no such directory.
-      ValueError: it is no whole adapter checkpoint, or of a newer format; it belongs to
-        another base, or ``extra`` is another structure (with the first path that
-        differs, what was expected and what was found); an array is damaged.
+      DamagedError: it is no whole adapter checkpoint, or an array is damaged.
+      ValueError: it is of a newer format; it belongs to another base, or ``extra`` is
+        another structure (with the first path that differs, what was expected and what
+        was found).  DamagedError is one, too.
 
     Example: see `save`.
     """
@@ -476,17 +500,19 @@ def _document(path: epath.Path) -> dict[str, Any]:
                 path, args=ocp.args.Composite(document=ocp.args.JsonRestore())
             )["document"]
         fmt, version = document["format"], document["version"]
+    except PermissionError:
+        raise
     except Exception as e:
-        raise ValueError(_damaged(path, "its document cannot be read", e)) from e
+        raise DamagedError(_damaged(path, "its document cannot be read", e)) from e
     if fmt != FORMAT:
-        raise ValueError(_damaged(path, f"its format is {fmt!r}, not {FORMAT!r}"))
+        raise DamagedError(_damaged(path, f"its format is {fmt!r}, not {FORMAT!r}"))
     if version > VERSION:
         raise ValueError(
             f"checkpoint.restore: {path} has format version {version}: expected at "
             f"most {VERSION}, which is what this jlora reads. Update jlora."
         )
     if document.get("crc") != _document_crc(document):
-        raise ValueError(_damaged(path, "its document is damaged"))
+        raise DamagedError(_damaged(path, "its document is damaged"))
     return document
 
 
@@ -534,12 +560,14 @@ def _read(
                 found = checkpointer.restore(path, args=ocp.args.Composite(**args))
                 for k in targets:
                     read[k] |= found[k]
+    except PermissionError:
+        raise
     except Exception as e:
-        raise ValueError(_damaged(path, "its arrays cannot be read", e)) from e
+        raise DamagedError(_damaged(path, "its arrays cannot be read", e)) from e
     for k, v in signatures.items():
         for p, (_, _, known) in v.items():
             if _checksum(read[k][p]) != known:
-                raise ValueError(_damaged(path, f"the array {p!r} is damaged"))
+                raise DamagedError(_damaged(path, f"the array {p!r} is damaged"))
     return read
 
 

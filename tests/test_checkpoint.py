@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -564,6 +565,48 @@ def test_a_save_killed_at_any_moment_leaves_the_previous_ones(tmp_path):
     good, halves = (int(word) for word in words[1::2])
     assert good >= 19  # each of the 20 made at least one
     assert halves >= 5  # and enough of them were killed while they wrote
+
+
+def test_the_end_of_a_program_waits_for_its_saves(tmp_path):
+    code = (
+        "import jax.numpy as jnp, jlora, jlora.checkpoint, sys\n"
+        "tree = jlora.wrap({'kernel': jnp.ones((3, 4))}, rank=2)\n"
+        "extra = {'m': jnp.ones((2000, 2000))}\n"
+        "jlora.checkpoint.save(sys.argv[1], tree, extra=extra, block=False)\n"
+        "sys.exit(3)\n"
+    )
+    where = str(tmp_path / "adapter")
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code, where], capture_output=True, text=True, env=env
+    )
+    assert done.returncode == 3 and "Traceback" not in done.stderr, done.stderr
+    base = {"kernel": jnp.ones((3, 4))}
+    tree, _ = jlora.checkpoint.restore(where, base, extra={"m": jnp.ones((2000, 2000))})
+    assert tree["kernel"].rank == 2
+
+
+def test_a_save_that_nobody_waited_for_does_not_block_its_name(tmp_path):
+    tree = jlora.wrap({"kernel": jnp.ones((3, 4))}, rank=2)
+    handle = jlora.checkpoint.save(tmp_path / "a", tree, block=False)
+    with pytest.raises(FileExistsError, match="exists"):
+        jlora.checkpoint.save(tmp_path / "a", tree)
+    shutil.rmtree(tmp_path / "a")
+    jlora.checkpoint.save(tmp_path / "a", tree)
+    handle.wait()
+
+
+def test_places_that_are_no_directories(tmp_path):
+    tree = jlora.wrap({"kernel": jnp.ones((3, 4))}, rank=2)
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(NotADirectoryError, match="file cannot be written to"):
+        jlora.checkpoint.save(tmp_path / "file" / "a" / "b", tree)
+    with pytest.raises(FileExistsError, match="link exists"):
+        jlora.checkpoint.save(tmp_path / "link", tree)
+    with pytest.raises(TypeError, match="extra has a uint4"):
+        jlora.checkpoint.save(tmp_path / "u", tree, extra=jnp.zeros(3, jnp.uint4))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "link"]
 
 
 # ------------------------------------------------------------------------ checksums

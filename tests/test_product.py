@@ -118,6 +118,44 @@ def test_on_explicit_axes_and_in_shard_map():
     close(jax.device_get(mapped(placed, y)), jax.device_get(grads(theirs)(x, y)))
 
 
+def test_precision_is_that_of_where_it_was_written():
+    x, y = normal(4, 6, 2), normal(2, 7)
+    ours, theirs = both(CASES["features"][2])
+    counts = []
+    for dot in (ours, theirs):
+        with jax.default_matmul_precision("highest"):
+            _, pull = jax.vjp(dot, x, y)
+        counts.append(str(jax.make_jaxpr(pull)(dot(x, y))).count("HIGHEST"))
+    assert counts[0] == counts[1] > 0
+
+
+def test_the_transpose_of_a_derivative():
+    x, y = normal(4, 6, 2), normal(2, 7, seed=1)
+    ours, theirs = both(CASES["features"][2])
+
+    def run(dot):
+        def tangent(x):
+            return jax.jvp(lambda y: dot(x, y), (y,), (y + 1,))[1]
+
+        return jax.linear_transpose(tangent, x)(dot(x, y))
+
+    close(run(ours), run(theirs))
+
+
+def test_an_export_for_any_batch():
+    """Sizes may be symbols."""
+    base = {"kernel": normal(16, 32)}
+
+    def fn(p, x):
+        return p["kernel"].T @ x  # the activation comes second
+
+    tree = jlora.wrap(base, plan=jlora.plan(fn, base, normal(16, 3), rank=2))
+    (batch,) = jax.export.symbolic_shape("b")
+    x = jax.ShapeDtypeStruct((16, batch), jnp.float32)
+    exported = jax.export.export(jax.jit(jlora.lift(fn)))(tree, x)
+    assert str(exported.out_avals[0].shape) == "(32, b)"
+
+
 def test_policies_of_remat_see_products():
     """What is saved between the passes is what it is for lax.dot_general."""
     x, y = normal(4, 6, 2), normal(2, 7)

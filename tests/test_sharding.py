@@ -187,6 +187,28 @@ def test_merging_keeps_the_shardings_of_the_base(mesh):
     close(jax.device_get(back), jax.device_get(params))
 
 
+@MESHES
+def test_a_base_in_the_memory_of_the_host(mesh):
+    host = NamedSharding(mesh, P("fsdp", None), memory_kind="pinned_host")
+    base = {"kernel": jax.device_put(normal(8, 16), host)}
+    tree = jlora.wrap(base, rank=2)
+    for place in (
+        jax.tree.map(lambda x: x.sharding, tree),
+        jlora.shardings(tree, host),
+    ):
+        kinds = [x.memory_kind for x in jax.tree.leaves(place)]
+        assert kinds == ["pinned_host", "device", "device", "device"]
+
+
+@MESHES
+def test_what_trains_whole_is_where_its_base_is(mesh):
+    place = NamedSharding(mesh, P("fsdp", "tp"))
+    shape = jax.ShapeDtypeStruct((8, 16), jnp.float32, sharding=place)
+    for x in (shape, jax.device_put(normal(8, 16), place)):
+        leaf = jlora.wrap({"kernel": x}, targets=[], train="kernel")["kernel"]
+        assert leaf.value.sharding == place
+
+
 def test_specs_that_do_not_fit():
     tree = jlora.wrap({"dense": {"kernel": normal(6, 8)}}, rank=2)
     whole = jlora.shardings(tree, P())["dense"]["kernel"]

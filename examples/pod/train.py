@@ -16,10 +16,13 @@ import argparse
 import json
 import os
 import pathlib
+import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 HERE = pathlib.Path(__file__).resolve()
@@ -47,7 +50,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--fresh", action="store_true", help="forget checkpoints in --out"
     )
     parser.add_argument("--process", help=argparse.SUPPRESS)  # of --local: i/n@address
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.local and not re.fullmatch(r"[1-9]\d*x[1-9]\d*", args.local):
+        parser.error(f"--local {args.local}: expected processes x devices, such as 2x4")
+    for name in ("tp", "steps", "batch", "length", "rank", "every"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)}: expected 1 or more")
+    if args.out.exists() and not args.out.is_dir():
+        parser.error(f"--out {args.out}: expected a directory, found a file")
+    return args
 
 
 # ------------------------------------------------------------------------- processes
@@ -74,6 +85,7 @@ def launch(args: argparse.Namespace, argv: list[str]) -> int:
         )
         for i in range(processes)
     ]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and the others with it
     try:
         while True:
             codes = [child.poll() for child in children]
@@ -97,6 +109,7 @@ def join(args: argparse.Namespace) -> None:
     import jax
 
     if args.process:
+        threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
         at, address = args.process.split("@")
         index, count = map(int, at.split("/"))
         if count > 1:
@@ -105,6 +118,13 @@ def join(args: argparse.Namespace) -> None:
             )
     elif args.pod:
         jax.distributed.initialize()  # of a TPU pod it finds the others itself
+
+
+def end_with(parent: int) -> None:
+    """Ends this process when its launcher is gone, however that ended."""
+    while os.getppid() == parent:
+        time.sleep(0.2)
+    os._exit(1)
 
 
 # -------------------------------------------------------------------------- training
@@ -127,6 +147,13 @@ def train(args: argparse.Namespace) -> list[float]:
 
     devices = jax.device_count()
     tp = args.tp or next(n for n in (4, 2, 1) if devices % n == 0)
+    if tp not in (1, 2, 4) or devices % tp:
+        sys.exit(f"--tp {tp}: expected 1, 2 or 4, and a divisor of {devices} devices")
+    if args.batch % (devices // tp) or 64 % (devices // tp):
+        sys.exit(
+            f"{devices // tp} devices along fsdp: expected a divisor of 64 (the width) "
+            f"and of --batch {args.batch}"
+        )
     shape, auto = (devices // tp, tp), (jax.sharding.AxisType.Auto,) * 2
     mesh = jax.make_mesh(shape, ("fsdp", "tp"), axis_types=auto)
     first = jax.process_index() == 0
@@ -186,10 +213,12 @@ def train(args: argparse.Namespace) -> list[float]:
         like, path = {"opt_state": opt_state, "step": 0}, args.out / f"step_{at}"
         try:
             tree, extra = jlora.checkpoint.restore(path, params, extra=like)
-        except ValueError as e:
+        except jlora.checkpoint.DamagedError as e:
             say(f"{e}\nGoing on from the one before.")
             damaged.append(path)
             continue
+        except ValueError as e:  # of another run
+            sys.exit(f"{e}\n{args.out} is of another run: --fresh forgets it.")
         trainable, frozen = jlora.partition(tree)
         opt_state, done = extra["opt_state"], extra["step"]
         say(f"goes on from step {done}")
@@ -223,6 +252,8 @@ def train(args: argparse.Namespace) -> list[float]:
                 )
     if saving:
         saving.wait()
+    if done >= args.steps:
+        say(f"step {done} is the last or beyond: nothing left to train")
     return losses
 
 
