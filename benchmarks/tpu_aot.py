@@ -225,9 +225,10 @@ PHASES = ("forward", "recomputed", "backward")
 def explained(ours: Cost, floor: Cost, length: int) -> list[str]:
     """What jlora's step does between chips beyond the floor's, one kind and size a row.
 
-    An array with the sequence in it is x·a, or its gradient: partial sums, where what
-    it was contracted with is split over chips. The others are the factors, which are
-    split as their weights are, and their gradients, summed over the batch.
+    A sum of (batch, sequence, rank) is one of x·a or its gradient, where what it was
+    contracted with is split over chips. The other sums are gradients of the factors,
+    over the batch; and what is no sum puts a factor together, which is split as its
+    weight is.
     """
     count = collections.Counter
     more = count(ours.collectives) - count(floor.collectives)
@@ -237,10 +238,10 @@ def explained(ours: Cost, floor: Cost, length: int) -> list[str]:
         return f"{c.dtype}[{','.join(map(str, c.shape))}]"
 
     def what(c: hlo.Collective) -> str:
-        if length in c.shape:
-            return "x·a; its gradient"
-        summed = c.kind in ("all-reduce", "reduce-scatter")
-        return "the gradient of a or b" if summed else "a or b, whole"
+        if c.kind not in ("all-reduce", "reduce-scatter"):
+            return "a or b, whole"
+        tokens = len(c.shape) == 3 and c.shape[1] == length
+        return "x·a; its gradient" if tokens else "the gradient of a or b"
 
     rows = [["beyond the floor's", "array", "MB", *PHASES, "of"]]
     for c, n in sorted(more.items()):

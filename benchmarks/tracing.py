@@ -11,6 +11,7 @@ the tracing itself.  Ends with assertions.
 
 from __future__ import annotations
 
+import argparse
 import functools
 import gc
 import statistics
@@ -92,6 +93,7 @@ def compare(name, apply, params, *args):
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     plan_70b()
     llama = models.Llama(64, 96, 128, 4, 2, 16, layers=32)
     ids = jax.ShapeDtypeStruct((2, 9), jnp.int32)
