@@ -11,6 +11,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import same
+from helpers import randomise, same
 from jax.sharding import AxisType, NamedSharding
 
 import jlora
@@ -146,6 +147,68 @@ def test_two_processes(undisturbed, tmp_path, cache):
 
     assert "goes on from step 6" in finish(start(out, cache=cache))  # one, on one
     check_close(undisturbed, out, 8)
+
+
+# Restores on two processes what one saved, and writes down what came.
+RESTORE = """
+import sys, numpy as np, jax, llama, jlora, jlora.checkpoint
+from jax.experimental.multihost_utils import process_allgather
+from jax.sharding import AxisType, NamedSharding
+
+index, address, saved, wrote = int(sys.argv[1]), *sys.argv[2:]
+jax.distributed.initialize(address, 2, index)
+mesh = jax.make_mesh((2, 4), ("fsdp", "tp"), axis_types=(AxisType.Auto,) * 2)
+model = llama.Llama()
+specs = jax.tree.map(lambda s: NamedSharding(mesh, s), model.specs())
+params = jax.jit(model.init, out_shardings=specs)(jax.random.key(0))
+tree, extra = jlora.checkpoint.restore(saved, params, extra={"step": 0})
+assert not jax.tree.leaves(jlora.adapter(tree))[0].is_fully_addressable
+whole = process_allgather(jlora.adapter(tree), tiled=True)
+if index == 0:
+    np.savez(wrote, *jax.tree.leaves(whole))
+"""
+
+
+def test_eight_devices_of_one_process_to_two_processes(tmp_path):
+    import llama
+
+    model = llama.Llama()
+    devices = np.array(jax.devices()).reshape(4, 2)
+    mesh = jax.sharding.Mesh(devices, ("fsdp", "tp"), axis_types=(AxisType.Auto,) * 2)
+    specs = jax.tree.map(functools.partial(NamedSharding, mesh), model.specs())
+    params = jax.jit(model.init, out_shardings=specs)(jax.random.key(0))
+    ids = jax.ShapeDtypeStruct((2, 9), jnp.int32)
+    plan = jlora.plan(model.loss, params, ids, rank=4, targets=llama.TARGETS)
+    tree = randomise(jlora.wrap(params, plan=plan))
+    tree = jax.device_put(tree, jlora.shardings(tree, specs))
+    jlora.checkpoint.save(tmp_path / "saved", tree, extra={"step": 3})
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{s.getsockname()[1]}"
+    where = str(tmp_path / "saved"), str(tmp_path / "wrote.npz")
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": "4",
+        "XLA_FLAGS": "",
+        "PYTHONPATH": os.pathsep.join([str(SCRIPT.parent), *sys.path]),
+    }
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", RESTORE, str(i), address, *where],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    for process in both:
+        finish(process)
+    with np.load(where[1]) as wrote:
+        found = [wrote[name] for name in wrote.files]
+    same(found, jax.tree.leaves(jax.device_get(jlora.adapter(tree))))
 
 
 def check_close(undisturbed, out, last):
