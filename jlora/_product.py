@@ -26,8 +26,6 @@ from jax.interpreters import ad, batching, mlir
 from jlora import _compat
 
 Params = tuple[tuple[str, Any], ...]  # of dot_general as items: hashable
-
-
 _DEFAULTS = {"precision": None, "preferred_element_type": None, "out_sharding": None}
 
 
@@ -47,11 +45,10 @@ def product(x: jax.Array, y: jax.Array, params: Params) -> jax.Array:
     known = dict(params)
     (_, summed), (_, batch) = known["dimension_numbers"]
     sizes = {k: n for k, n in enumerate(y.shape) if k not in batch}
-    known_sizes = all(isinstance(n, int) for n in y.shape)  # not an export's symbols
-    if (
-        known_sizes
-        and math.prod(sizes.values()) > math.prod(sizes[k] for k in summed) ** 2
-    ):
+    if not all(isinstance(n, int) for n in y.shape):  # the symbols of an export
+        return lax.dot_general(x, y, **known)
+    inner = math.prod(sizes[k] for k in summed)
+    if math.prod(sizes.values()) > inner**2:  # y has more outside than inside
         return _widening(x, y, params)
     return lax.dot_general(x, y, **known)
 
