@@ -47,8 +47,10 @@ from jlora._tree import attach
 FORMAT = "jlora adapter"
 VERSION = 1
 
-# Two saves that race for one directory would delete each other's.
+# Saves that are not committed yet.  Two that race for one directory would delete each
+# other's, so whoever looks whether it is free holds the lock until it is entered here.
 _SAVING: dict[epath.Path, Handle] = {}
+_LOCK = threading.Lock()
 
 
 # What Orbax cannot write.
@@ -64,18 +66,25 @@ class Handle:
 
     def __init__(self, checkpointer: ocp.AsyncCheckpointer, path: epath.Path):
         self._checkpointer, self._path = checkpointer, path
+        self._lock = threading.Lock()
+        self._error: Exception | None = None
 
     def wait(self) -> None:
         """Returns once the checkpoint is committed; raises what the save raised."""
-        try:
-            self._checkpointer.wait_until_finished()
-        finally:
-            self.close()
+        self._finish()
+        if self._error is not None:
+            raise self._error
 
-    def close(self) -> None:
-        """Frees what the save held; `wait` does it too."""
-        self._checkpointer.close()
-        _SAVING.pop(self._path, None)
+    def _finish(self) -> None:
+        # Orbax tells its error once, and to whoever asks first.
+        with self._lock:
+            if _SAVING.get(self._path) is self:
+                try:
+                    self._checkpointer.wait_until_finished()
+                except Exception as e:
+                    self._error = e
+                self._checkpointer.close()
+                del _SAVING[self._path]
 
 
 def _wait_for_all() -> None:
@@ -129,14 +138,6 @@ def save(
       (2, 7)
     """
     path = _path(directory)
-    if path in _SAVING:
-        _SAVING[path].wait()
-    local = "://" not in str(path)
-    if path.exists() or (local and os.path.islink(path)):
-        raise FileExistsError(
-            f"checkpoint.save: {path} exists: expected a new directory, so that no "
-            "earlier adapter is lost. Save elsewhere, or move it away first."
-        )
     for leaf_path, x in _paths.flatten(tree)[0]:
         if is_adapted(x) and "w" in missing(x):
             raise ValueError(
@@ -197,26 +198,18 @@ def save(
     document["crc"] = _document_crc(document)
     stored = {k: {p: x for p, x in v.items() if x.size} for k, v in arrays.items()}
     items = {k: ocp.args.StandardSave(v) for k, v in stored.items() if v}
-    for folder in path.parents if local else ():
-        if folder.exists() and not (folder.is_dir() and os.access(folder, os.W_OK)):
-            kind = PermissionError if folder.is_dir() else NotADirectoryError
-            raise kind(
-                f"checkpoint.save: {folder} cannot be written to: expected a directory "
-                "in which a checkpoint can be made."
+    with _LOCK:
+        _make_room(path)
+        checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        handle = _SAVING[path] = Handle(checkpointer, path)
+        try:
+            checkpointer.save(
+                path,
+                args=ocp.args.Composite(document=ocp.args.JsonSave(document), **items),
             )
-        if folder.exists():
-            break
-    path.parent.mkdir(parents=True, exist_ok=True)
-    checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
-    handle = _SAVING[path] = Handle(checkpointer, path)
-    try:
-        checkpointer.save(
-            path,
-            args=ocp.args.Composite(document=ocp.args.JsonSave(document), **items),
-        )
-    except BaseException:
-        handle.close()
-        raise
+        except BaseException:
+            handle._finish()
+            raise
     if not block:
         return handle
     handle.wait()
@@ -305,6 +298,28 @@ def restore(
 def _path(directory: str | os.PathLike[str]) -> epath.Path:
     path = epath.Path(directory)
     return path if "://" in os.fspath(directory) else path.expanduser().absolute()
+
+
+def _make_room(path: epath.Path) -> None:
+    """Sees to it that a checkpoint can be made at ``path``, and its parents exist."""
+    if path in _SAVING:
+        _SAVING[path]._finish()
+    local = "://" not in str(path)
+    if path.exists() or (local and os.path.islink(path)):
+        raise FileExistsError(
+            f"checkpoint.save: {path} exists: expected a new directory, so that no "
+            "earlier adapter is lost. Save elsewhere, or move it away first."
+        )
+    for folder in path.parents if local else ():
+        if folder.exists() and not (folder.is_dir() and os.access(folder, os.W_OK)):
+            kind = PermissionError if folder.is_dir() else NotADirectoryError
+            raise kind(
+                f"checkpoint.save: {folder} cannot be written to: expected a directory "
+                "in which a checkpoint can be made."
+            )
+        if folder.exists():
+            break
+    path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _fields(spec: dict[str, Any]) -> tuple[str, ...]:

@@ -222,22 +222,61 @@ def test_nothing_is_cast_to_the_template_without_a_word(tmp_path, extra, like, w
 
 def test_saves_that_race_for_a_directory(tmp_path):
     """One wins, the others are refused; nothing is half written."""
+    trees = {seed: tree(seed) for seed in range(7, 15)}
+    start = threading.Barrier(len(trees))
     outcomes = []
 
     def save(seed):
+        start.wait()
         try:
-            checkpoint.save(tmp_path / "a", tree(seed))
+            checkpoint.save(tmp_path / "a", trees[seed])
             outcomes.append(seed)
         except FileExistsError as e:
             says(e, str(tmp_path / "a"), "expected")
 
-    threads = [threading.Thread(target=save, args=(seed,)) for seed in (7, 8, 9)]
+    threads = [threading.Thread(target=save, args=(seed,)) for seed in trees]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     (winner,) = outcomes
-    same(checkpoint.restore(tmp_path / "a", params()), tree(winner))
+    same(checkpoint.restore(tmp_path / "a", params()), trees[winner])
+
+
+@pytest.mark.parametrize("again", ["wait", "save"])
+def test_what_a_save_in_the_background_raised_is_told_by_its_handle(
+    tmp_path, monkeypatch, again
+):
+    """Also if a later save to the same place met the failed one first."""
+
+    errors = [OSError("No space left on device")]
+
+    def finalize(self, *_, **__):
+        if errors:
+            raise errors.pop()
+
+    monkeypatch.setattr(ocp.JsonCheckpointHandler, "finalize", finalize, raising=False)
+    handle = checkpoint.save(tmp_path / "a", tree(), block=False)
+    if again == "wait":
+        with pytest.raises(OSError, match="No space"):
+            handle.wait()
+    else:
+        checkpoint.save(tmp_path / "a", tree(8))
+        same(checkpoint.restore(tmp_path / "a", params()), tree(8))
+    with pytest.raises(OSError, match="No space"):
+        handle.wait()
+
+
+def test_a_handle_that_was_waited_for_knows_nothing_of_later_saves(tmp_path):
+    first = checkpoint.save(tmp_path / "a", tree(), block=False)
+    first.wait()
+    shutil.rmtree(tmp_path / "a")
+    second = checkpoint.save(tmp_path / "a", tree(8), block=False)
+    first.wait()
+    with pytest.raises(FileExistsError, match="exists"):
+        checkpoint.save(tmp_path / "a", tree(9))
+    second.wait()
+    same(checkpoint.restore(tmp_path / "a", params()), tree(8))
 
 
 @pytest.mark.parametrize("old, new", [('"io"', '"oi"'), ("']\": 1", "']\": 2")])

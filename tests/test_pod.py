@@ -44,17 +44,47 @@ def start(out, *options, cache, local="1x1", prefix=()):
         # cache that the other one runs already (in deserialize_executable, on CPU).
         environment["JAX_COMPILATION_CACHE_DIR"] = str(cache)
         environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    return subprocess.Popen(
+    return popen(
         [
             *(*prefix, sys.executable, str(SCRIPT), "--local", local),
             *("--out", str(out), *SMALL, *options),
         ],
+        environment,
+    )
+
+
+STARTED: list[subprocess.Popen] = []
+
+
+def popen(command, environment):
+    process = subprocess.Popen(
+        command,
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,  # so that all of its processes can be killed at once
     )
+    STARTED.append(process)
+    return process
+
+
+@pytest.fixture(autouse=True)
+def leaves_no_process_behind():
+    yield
+    while STARTED:
+        kill(STARTED[-1])
+
+
+def kill(process):
+    """Kills a run with all of its processes, at once and without a word."""
+    STARTED.remove(process)
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait()
+    process.stdout.close()
 
 
 def ended(process, limit=300):
@@ -195,13 +225,7 @@ def test_eight_devices_of_one_process_to_two_processes(tmp_path):
         "PYTHONPATH": os.pathsep.join([str(SCRIPT.parent), *sys.path]),
     }
     both = [
-        subprocess.Popen(
-            [sys.executable, "-c", RESTORE, str(i), address, *where],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        popen([sys.executable, "-c", RESTORE, str(i), address, *where], environment)
         for i in range(2)
     ]
     for process in both:
@@ -230,15 +254,6 @@ def child_pids(pid):
 
 
 # ---------------------------------------------------------------------------- faults
-
-
-def kill(process):
-    """Kills a run with all of its processes, at once and without a word."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    process.communicate()
 
 
 def saving(out):
@@ -356,7 +371,6 @@ def test_a_launcher_that_is_killed_takes_its_processes_along(tmp_path, cache):
     while pathlib.Path(f"/proc/{child}").exists() and time.monotonic() < limit:
         time.sleep(0.01)
     assert not pathlib.Path(f"/proc/{child}").exists()
-    process.communicate()
 
 
 @pytest.mark.parametrize(
