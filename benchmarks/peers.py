@@ -31,6 +31,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -125,7 +126,7 @@ def ways(model: Decoder, params: Callable[[], Any]) -> dict[str, Way]:
 
     def floor(bump: Any, params: Any, ids: Any) -> Any:
         value, grad = jax.value_and_grad(loss, argnums=2)(params, ids, bump)
-        return grad, value
+        return grad, value  # so that every step reads what the one before it wrote
 
     lifted = jlora.lift(loss)
 
@@ -269,7 +270,7 @@ def run(
     rounds: int,
     close: float,
 ) -> None:
-    """Times the steps, one of each a round, each round beginning with another.
+    """Times the steps, one of each a round, in an order of the round's own.
 
     The first step of each must give the same loss, to a relative difference of `close`.
     """
@@ -278,7 +279,8 @@ def run(
     first = losses["floor"]
     assert all(abs(x - first) <= close * first for x in losses.values()), losses
     for i in range(rounds):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
+        # What was just run matters, such as threads that wait for more to do.
+        for name in random.Random(i).sample(names, len(names)):
             seconds, _ = timed(lambda name=name: float(steps[name]()))
             costs[name].seconds.append(seconds)
         print(f"  round {i + 1} of {rounds}", flush=True)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -27,11 +26,15 @@ import jlora
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 import models
 
-ROUNDS = 5
+ROUNDS = 7
+# Beside the model's trace: to bind its equations once more, 0.4 of that; a call of jit
+# for each adapted product, 0.4; stop_gradient of each weight, 0.1. All of it is JAX's.
+BAR = 2.15
 
 
 def seconds(fn):
-    """Processor seconds, without the garbage collector, as timeit measures."""
+    """Processor seconds with empty caches and no garbage collector; and what came."""
+    jax.clear_caches()
     gc.collect()
     gc.disable()
     start = time.process_time()
@@ -39,6 +42,12 @@ def seconds(fn):
     spent = time.process_time() - start
     gc.enable()
     return spent, out
+
+
+def interleaved(*fns):
+    """The least seconds of each in rounds of all: the rest is what else went on."""
+    rounds = [[seconds(fn)[0] for fn in fns] for _ in range(ROUNDS)]
+    return [min(times) for times in zip(*rounds, strict=True)]
 
 
 def fresh(fn):
@@ -49,20 +58,20 @@ def fresh(fn):
 def plan_70b():
     model, ids = models.LLAMA_70B, jax.ShapeDtypeStruct((1, 65), jnp.int32)
     params = model.shapes()
-    jax.clear_caches()
-    own, _ = seconds(lambda: jax.make_jaxpr(fresh(model))(params, ids))
-    jax.clear_caches()
-    whole, tree = seconds(
-        lambda: jlora.wrap(
-            params, plan=jlora.plan(model, params, ids, targets=models.LLAMA_TARGETS)
-        )
-    )
+
+    def wrap():
+        plan = jlora.plan(model, params, ids, targets=models.LLAMA_TARGETS)
+        return jlora.wrap(params, plan=plan)
+
+    first, tree = seconds(wrap)
+    own, whole = interleaved(lambda: jax.make_jaxpr(fresh(model))(params, ids), wrap)
     trainable, total = jlora.count(tree)
     print(
-        f"70B, {model.layers} layers unrolled: plan + wrap {whole:.1f} s, of which the"
-        f" model's own trace {own:.1f} s; {trainable:,} of {total:,} parameters train"
+        f"70B, {model.layers} layers unrolled: plan + wrap {whole:.1f} s (at first "
+        f"{first:.1f} s), of which the model's own trace {own:.1f} s; {trainable:,} of "
+        f"{total:,} parameters train"
     )
-    assert whole < 20
+    assert first < 20
     assert own > 0.5 * whole, "most of it is the model's own trace"
 
 
@@ -73,23 +82,20 @@ def compare(name, apply, params, *args):
     def gradient(fn):
         return jax.grad(lambda tree, *args: jnp.sum(fn(tree, *args)))
 
-    def trace(fn, tree):
-        jax.clear_caches()
-        return seconds(lambda: jax.jit(fn).trace(tree, *args))[0]
+    def trace(step, fn, tree):
+        return jax.jit(step(fn(fresh(apply)))).trace(tree, *args)
 
     for what, step in (("forward", lambda fn: fn), ("gradient", gradient)):
-        plain, lifted = [], []
-        for _ in range(ROUNDS):
-            plain.append(trace(step(fresh(apply)), params))
-            lifted.append(trace(step(jlora.lift(fresh(apply))), tree))
-        plain, lifted = statistics.median(plain), statistics.median(lifted)
+        plain, lifted = interleaved(
+            functools.partial(trace, step, lambda fn: fn, params),
+            functools.partial(trace, step, jlora.lift, tree),
+        )
         print(
             f"{name}, {what}: traced plain in {plain:.2f} s, lifted in {lifted:.2f} s,"
             f" {lifted / plain:.2f} times as long"
         )
-        # The claim is about the model; its gradient derives the adapters too.  To bind
-        # the model's equations again is 0.4 of its trace, and no less in JAX itself.
-        assert what == "gradient" or lifted <= 2.25 * plain
+        # The claim is about the model; its gradient derives the adapters too.
+        assert what == "gradient" or lifted <= BAR * plain
 
 
 def main():

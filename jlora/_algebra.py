@@ -62,8 +62,9 @@ def scaled_c(leaf: LoRA) -> jax.Array:
 
 def _scaled(leaf: LoRA, field: jax.Array) -> jax.Array:
     """scale * field.  The scale is data that does not train."""
-    missing = range(leaf.scale.ndim, field.ndim)
-    scale = lax.expand_dims(lax.stop_gradient(leaf.scale), missing)
+    scale = lax.stop_gradient(leaf.scale)
+    if scale.ndim:  # of a stack; a scalar needs no axes
+        scale = lax.expand_dims(scale, range(scale.ndim, field.ndim))
     wide = wider(field, scale)
     return field.astype(wide) * scale.astype(wide)
 

@@ -145,7 +145,7 @@ class _Frame:
             return
         self.done.add(id(eqn))
         values = [self.read(v) for v in eqn.invars]
-        if any(isinstance(v, Tracked) for v in values):
+        if Tracked in map(type, values):
             outs = self.apply(eqn, values)
         else:
             outs = _compat.bind(eqn, values)
@@ -216,22 +216,25 @@ class _Frame:
         if eqn.primitive.name != "dot_general":
             return None
         if id(eqn) not in self.first:
-            weights = [self.ahead(v) for v in eqn.invars]
-            second = not isinstance(weights[1], Tracked)  # x is the second operand
+            second = not isinstance(self.ahead(eqn.invars[1]), Tracked)
             x = self.read(eqn.invars[second])
-            if isinstance(x, Tracked):  # a product of two weights
+            meets = self.products[self.name(eqn.invars[second])]
+            if len(meets) < 2 or isinstance(x, Tracked):
                 return None
-            own, group = _ops.share(weights[not second].leaf, x, eqn.params, second), {}
-            for other, at in self.products[self.name(eqn.invars[second])]:
+            factors, shares = {}, {}
+            for other, at in meets:
                 w = self.ahead(other.invars[not at])
-                if own is None or id(other) in self.first or not isinstance(w, Tracked):
+                if id(other) in self.first or not isinstance(w, Tracked):
                     continue
-                share = _ops.share(w.leaf, x, other.params, at)
-                if share is not None and share.kind == own.kind:
-                    group[id(other)] = w.leaf, share
-            if len(group) < 2 or id(eqn) not in group:
+                if (share := _ops.share(w.leaf, x, other.params, at)) is not None:
+                    factors[id(other)], shares[id(other)] = w.leaf.a, share
+            if (own := shares.get(id(eqn))) is None:
                 return None
-            leaves, shares = zip(*group.values(), strict=True)
-            hs = _ops.joint(leaves, x, shares)
+            group = [k for k, share in shares.items() if share.kind == own.kind]
+            if len(group) < 2:
+                return None
+            hs = _ops.joint(
+                [factors[k] for k in group], x, tuple(shares[k] for k in group)
+            )
             self.first.update(zip(group, hs, strict=True))
         return self.first[id(eqn)]

@@ -62,8 +62,10 @@ _INITS: dict[str, Initialiser] = {"kaiming": kaiming}
 
 
 @functools.lru_cache(maxsize=1024)
-def _factors(init: str, spec: Spec, shape: tuple[int, ...], dtype: Any) -> Any:
-    """What makes a weight's factors from a key and its scale.
+def _factors(
+    init: str, spec: Spec, shape: tuple[int, ...], dtype: Any, key_dtype: Any
+) -> tuple[Callable[[jax.Array, Any], dict[str, jax.Array]], dict[str, Any]]:
+    """What makes a weight's factors from a key and its scale; their shapes.
 
     The same function for all weights of a kind: JAX traces and compiles it once.
     """
@@ -77,7 +79,8 @@ def _factors(init: str, spec: Spec, shape: tuple[int, ...], dtype: Any) -> Any:
             fields["c"] = jnp.zeros(bias_shape(shape, spec.axes), dtype)
         return fields
 
-    return factors
+    key = jax.ShapeDtypeStruct((), key_dtype)
+    return factors, jax.eval_shape(factors, key, 1.0)
 
 
 def make(
@@ -89,13 +92,12 @@ def make(
     """
     if init not in _INITS:
         raise ValueError(f"init {init!r}: expected one of {', '.join(_INITS)}.")
+    key, scale = typed(key), spec.alpha / spec.rank
     kind = dataclasses.replace(spec, bias=None, alpha=0.0)  # alike for many weights
-    factors = _factors(init, kind, tuple(w.shape), jnp.dtype(dtype))
+    factors, shapes = _factors(init, kind, tuple(w.shape), jnp.dtype(dtype), key.dtype)
     static: dict[str, Any] = {"roles": spec.axes.lstrip("b"), "form": spec.form}
     if spec.bias is not None:
         static["bias"] = _paths.relative(spec.bias, path)
-    key, scale = typed(key), spec.alpha / spec.rank
-    shapes = jax.eval_shape(factors, jax.ShapeDtypeStruct((), key.dtype), scale)
     leaf = LoRA(w, **shapes, **static)
     sharding = _sharding.of_array(w)
     placed = _sharding.of_fields(leaf, sharding)

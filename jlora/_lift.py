@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
 from jlora import _algebra, _compat, _output_bias
@@ -66,15 +65,13 @@ class Report:
         return "\n".join([*rows, ", ".join(f"{n} {s}" for s, n in counts.items())])
 
 
-def _stop(x: Any) -> Any:
-    return lax.stop_gradient(x) if jnp.issubdtype(x.dtype, jnp.inexact) else x
-
-
-def _frozen(x: Any) -> Any:
+def _frozen(leaves: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
     """stop_gradient on what does not train; the algebra does it for scales."""
-    if not is_adapted(x):
-        return _stop(x)
-    return x if x.w is None else dataclasses.replace(x, w=_stop(x.w))
+    held = lax.stop_gradient([x.w if is_adapted(x) else x for _, x in leaves])
+    return [
+        (path, dataclasses.replace(x, w=w) if is_adapted(x) else w)
+        for (path, x), w in zip(leaves, held, strict=True)
+    ]
 
 
 def _settled(leaves: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
@@ -91,7 +88,8 @@ def _settled(leaves: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
     def settle(path: str, x: Any) -> Any:
         if isinstance(x, LoRA):  # statistics are of the base, not of its use
             c = None if path in taken else x.c
-            return dataclasses.replace(x, c=c, mean=None, std=None)
+            same = c is x.c and x.mean is None and x.std is None
+            return x if same else dataclasses.replace(x, c=c, mean=None, std=None)
         if path not in found:
             return x
         new = _output_bias.plus(x, [by_path[p] for p in found[path]])
@@ -122,7 +120,7 @@ def _lifted(
     def swap(tree: Any) -> Any:
         leaves, build = flatten(tree)
         if freeze and any(is_adapted(x) for _, x in leaves):
-            leaves = [(path, _frozen(x)) for path, x in leaves]
+            leaves = _frozen(leaves)
         leaves = _settled(leaves)
         values.extend(Tracked(x, path) if is_adapted(x) else x for path, x in leaves)
         return build([_base(x) for _, x in leaves])

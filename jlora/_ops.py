@@ -148,7 +148,7 @@ class Share:
     """A product's part in a product that several weights share; see `joint`.
 
     Attributes:
-      order: the weight's in axes, in the order of the activation's that they meet.
+      order: the axes of a: in, in the order of the activation's that they meet; rank.
       kind: what has to be the same for all: the activation's axes, dtype, parameters.
     """
 
@@ -172,24 +172,25 @@ def share(leaf: Any, x: Any, params: Any, weight_first: bool) -> Share | None:
     own = tuple((k, v) for k, v in params.items() if k != "dimension_numbers")
     axes = tuple(k for k, _ in pairs)
     kind = axes, _compute_dtype(x, leaf), leaf.a.dtype, own, _compat.varying(leaf.a)
-    return Share(tuple(k for _, k in pairs), kind)
+    labels = _algebra.labels_of(leaf.axes)[0]
+    order = tuple(labels.index(k) for k in (*(k for _, k in pairs), RANK))
+    return Share(order, kind)
 
 
 @functools.partial(_inlined, static_argnames=("shares",))
 def joint(
-    leaves: Sequence[LoRA], x: jax.Array, shares: Sequence[Share]
+    factors: Sequence[jax.Array], x: jax.Array, shares: Sequence[Share]
 ) -> Sequence[jax.Array]:
-    """x·a of several weights by one product: (*the rest of x, r) each."""
+    """x·a for the a of several weights by one product: (*the rest of x, r) each."""
     axes, dtype, _, params, _ = shares[0].kind
     a = [
-        _algebra.order(leaf.a, _algebra.labels_of(leaf.axes)[0], [*own.order, RANK])
-        for leaf, own in zip(leaves, shares, strict=True)
+        _algebra.order(a, range(a.ndim), own.order)
+        for a, own in zip(factors, shares, strict=True)
     ]
     wide = lax.concatenate([f.astype(dtype) for f in a], len(axes))
     dims = ((axes, tuple(range(len(axes)))), ((), ()))
     h = lax.dot_general(x.astype(dtype), wide, dims, **dict(params))
-    ranks = [leaf.rank for leaf in leaves]
-    return lax.split(h, ranks, axis=h.ndim - 1)
+    return lax.split(h, [f.shape[-1] for f in a], axis=h.ndim - 1)
 
 
 def _output_bias(

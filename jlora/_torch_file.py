@@ -35,9 +35,9 @@ _STORAGES = {
     "BoolStorage": "bool",
 }
 
-# What the pickle that opens a file of the older format begins with, protocol and all.
 # Elements of an expanded tensor, which its bytes do not bound.
 _EXPANDED = 2**24
+# What the pickle that opens a file of the older format begins with, protocol and all.
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _ZIP = b"PK\x03\x04"
 

@@ -76,6 +76,7 @@ def wrap(
         raise TypeError(f"wrap: lora_bias {lora_bias!r}: expected True or False.")
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"wrap: dtype {dtype!r}: expected a floating-point one.")
+    key = _init.typed(key)
     leaves = leaves_of(params)
     if plan is None:
         plan = (

@@ -19,7 +19,7 @@ from programs import FAMILIES, programs
 
 import jlora
 
-EXAMPLES = int(os.environ.get("JLORA_EXAMPLES", 200))
+EXAMPLES = int(os.environ.get("JLORA_EXAMPLES", 100))
 
 
 def check(program, eager):
