@@ -63,11 +63,11 @@ _INITS: dict[str, Initialiser] = {"kaiming": kaiming}
 
 @functools.lru_cache(maxsize=1024)
 def _factors(
-    init: str, spec: Spec, shape: tuple[int, ...], dtype: Any, key_dtype: Any
-) -> tuple[Callable[[jax.Array, Any], dict[str, jax.Array]], dict[str, Any]]:
-    """What makes a weight's factors from a key and its scale; their shapes.
+    init: str, spec: Spec, shape: tuple[int, ...], dtype: Any
+) -> tuple[Callable[..., dict[str, Any]], Callable[..., dict[str, Any]]]:
+    """What makes a weight's factors from a key and its scale; what tells their shapes.
 
-    The same function for all weights of a kind: JAX traces and compiles it once.
+    The same functions for all weights of a kind: JAX traces and compiles them once.
     """
     stack = tuple(shape[k] for k in spec.batch_axes)
 
@@ -79,8 +79,7 @@ def _factors(
             fields["c"] = jnp.zeros(bias_shape(shape, spec.axes), dtype)
         return fields
 
-    key = jax.ShapeDtypeStruct((), key_dtype)
-    return factors, jax.eval_shape(factors, key, 1.0)
+    return factors, jax.jit(factors).eval_shape
 
 
 def make(
@@ -94,7 +93,8 @@ def make(
         raise ValueError(f"init {init!r}: expected one of {', '.join(_INITS)}.")
     key, scale = typed(key), spec.alpha / spec.rank
     kind = dataclasses.replace(spec, bias=None, alpha=0.0)  # alike for many weights
-    factors, shapes = _factors(init, kind, tuple(w.shape), jnp.dtype(dtype), key.dtype)
+    factors, shapes_of = _factors(init, kind, tuple(w.shape), jnp.dtype(dtype))
+    shapes = shapes_of(jax.ShapeDtypeStruct((), key.dtype), scale)
     static: dict[str, Any] = {"roles": spec.axes.lstrip("b"), "form": spec.form}
     if spec.bias is not None:
         static["bias"] = _paths.relative(spec.bias, path)

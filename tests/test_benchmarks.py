@@ -1,6 +1,8 @@
 """The benchmarks measure what they say: their model, their ways, their tables."""
 
 import importlib.util
+import pathlib
+import re
 
 import decoder
 import jax
@@ -81,3 +83,24 @@ def test_a_section_replaces_the_one_of_its_title(tmp_path):
     for section in ("## b\n\n1\n", "## a\n\n2\n", "## b\n\n3\n"):
         tables.record(path, "# head\n", section)
     assert path.read_text() == "# head\n\n## a\n\n2\n\n## b\n\n3\n"
+
+
+def rows(text):
+    """The cells of a table's rows, without emphasis and without ratios."""
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    plain = [re.sub(r"\*\*| \([\d.]+\)", "", line) for line in lines]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in plain]
+
+
+def test_the_readme_says_what_was_measured():
+    """Each row ends with the name that it has in RESULTS.md."""
+    readme = pathlib.Path(__file__).parents[1] / "README.md"
+    said = readme.read_text(encoding="utf-8").split("## What it costs")[1]
+    _, measured, *_ = re.split(r"(?m)^## .*$", peers.RESULTS.read_text("utf-8"))
+    found = {name: cells for name, *cells in rows(measured)}
+    head, *table = rows(said.split("\n## ")[0])
+    assert len(table) == 7
+    for label, *cells in table:
+        name = re.search(r"`(\w+)`$", label)[1]
+        flops, accessed, temporary, _, _, _, seconds = found[name]
+        assert cells == [flops, accessed, temporary, f"{float(seconds):.1f}"], name

@@ -5,6 +5,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import warnings
 
 import flax.linen as nn
 import jax
@@ -101,6 +102,16 @@ def test_abstract_params_give_abstract_leaves():
     assert jax.tree.structure(tree) == jax.tree.structure(concrete)
     for got, want in zip(jax.tree.leaves(tree), jax.tree.leaves(concrete), strict=True):
         assert (got.shape, got.dtype) == (want.shape, want.dtype)
+
+
+def test_the_dtype_of_abstract_factors_is_that_of_the_moment():
+    """What makes them is kept from call to call, what JAX's settings say is not."""
+    params = {"kernel": jax.ShapeDtypeStruct((3, 4), jnp.float32)}
+    for x64 in (True, False, True):
+        with jax.enable_x64(x64), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that JAX narrows float64
+            leaf = jlora.wrap(params, rank=2, dtype=np.float64)["kernel"]
+        assert leaf.a.dtype == leaf.b.dtype == (np.float64 if x64 else np.float32)
 
 
 def test_wrap_and_merge_run_under_jit():
