@@ -165,8 +165,8 @@ def delta(leaf: LoRA) -> jax.Array:
     weight = range(leaf.ndim)
     if isinstance(leaf.form, Kernel):
         sizes, n = leaf.shape[-4:], len(batch)
-        product = jnp.matmul(leaf.a, scaled_b(leaf), precision="highest")
-        oihw = product.mT.reshape(*product.shape[:n], sizes[3], sizes[2], *sizes[:2])
+        ab = jnp.matmul(leaf.a, scaled_b(leaf), precision="highest")
+        oihw = ab.mT.reshape(*ab.shape[:n], sizes[3], sizes[2], *sizes[:2])
         return jnp.moveaxis(oihw, (n, n + 1), (n + 3, n + 2))
     if isinstance(leaf.form, Blocks):
         la, lb = block_labels(la, batch), block_labels(lb, batch)

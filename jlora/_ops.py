@@ -101,13 +101,13 @@ def contract(
     new = [k for k in xl if k >= n]
     out = [*wb, *kept, *new] if weight_first else [*wb, *new, *kept]
 
-    def product(w: Any) -> Any:
+    def of_base(w: Any) -> Any:
         left, right = (w, x) if weight_first else (x, w)
         return lax.dot_general(
             left, right, dimension_numbers, out_sharding=out_sharding, **rest
         )
 
-    base = _algebra.of_base(leaf, product)
+    base = _algebra.of_base(leaf, of_base)
     if "o" in roles or leaf.c is not None:
         leaf = _algebra.low_rank(leaf)
     elif isinstance(leaf.form, Kernel):

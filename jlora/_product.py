@@ -7,8 +7,8 @@ with everything that is fused into it, to contract it with an array that is tiny
 other way round only h is copied.  On GPU and TPU the two are alike.
 
 Forward this is `lax.dot_general`, and so is all that JAX makes of it: policies of
-remat, batching, derivatives of h.  One primitive, which takes part in derivatives only,
-carries the order to where JAX transposes it.
+remat, batching, derivatives of h.  One primitive, the derivative by b, carries the
+order to where JAX transposes it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ _DEFAULTS = {"precision": None, "preferred_element_type": None, "out_sharding": 
 def product(x: jax.Array, y: jax.Array, params: Params) -> jax.Array:
     """dot_general with these parameters.
 
-    Where the result is larger than x, the gradient of y has its cotangent second.
+    Where y has more outside of the contraction than inside, so that the result is
+    larger than x, the gradient of y has the cotangent second.
 
     Example:
       >>> import jax.numpy as jnp
@@ -48,8 +49,11 @@ def product(x: jax.Array, y: jax.Array, params: Params) -> jax.Array:
     if not all(isinstance(n, int) for n in y.shape):  # the symbols of an export
         return lax.dot_general(x, y, **known)
     inner = math.prod(sizes[k] for k in summed)
-    if math.prod(sizes.values()) > inner**2:  # y has more outside than inside
-        return _widening(x, y, params)
+    if math.prod(sizes.values()) > inner**2:
+        if known.get("precision") is None:  # as it is here, wherever it is derived
+            default = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+            known["precision"] = default or lax.Precision.DEFAULT
+        return _widening(x, y, tuple(known.items()))
     return lax.dot_general(x, y, **known)
 
 
@@ -71,14 +75,13 @@ def _jvp(params: Params, primals: Any, tangents: Any) -> Any:
 
 def _linear(h: Any, b: Any, **params: Any) -> Any:
     """The product as a linear function of b, transposed in the order that we want."""
-    if params["precision"] is None:  # as it is here, wherever it will be transposed
-        params["precision"] = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
-    axes = _compat.varying(h) - _compat.varying(b)
-    return _linear_p.bind(
-        h,
-        lax.pcast(b, tuple(axes), to="varying") if axes else b,
-        **params,
-    )
+    varying = _compat.varying(h) | _compat.varying(b)
+
+    def vary(x: Any) -> Any:  # as lax's own products do
+        axes = tuple(varying - _compat.varying(x))
+        return lax.pcast(x, axes, to="varying") if axes else x
+
+    return _linear_p.bind(vary(h), vary(b), **params)
 
 
 def _transpose(ct: Any, h: Any, b: Any, **params: Any) -> Any:
@@ -95,6 +98,7 @@ def _transpose(ct: Any, h: Any, b: Any, **params: Any) -> Any:
     in_ct = range(len(hb), len(hb) + len(summed))
     free = [k for k in range(b.aval.ndim) if k not in (*bc, *bb)]
     axes = [*bb, *(bc[hc.index(k)] for k in sorted(hc)), *free]
+    params["out_sharding"] = None  # not that of the product's result
     if sharding := _compat.explicit_only(b.aval.sharding):
         spec = [sharding.spec[k] for k in axes]
         params["out_sharding"] = sharding.update(spec=jax.sharding.PartitionSpec(*spec))

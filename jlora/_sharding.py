@@ -38,12 +38,14 @@ def of_fields(leaf: Adapted, base: Any) -> Any:
     """
     if isinstance(base, PartitionSpec):
         return _algebra.specs(leaf, base)
-    if not isinstance(base, NamedSharding):
-        one = base if isinstance(base, SingleDeviceSharding) else None
-        return jax.tree.map(lambda _: one, leaf)
-    own = jax.tree.map(
-        lambda spec: NamedSharding(base.mesh, spec), _algebra.specs(leaf, base.spec)
-    )
+    if isinstance(base, NamedSharding):
+        own = jax.tree.map(
+            lambda spec: NamedSharding(base.mesh, spec), _algebra.specs(leaf, base.spec)
+        )
+    else:
+        one = isinstance(base, SingleDeviceSharding)
+        place = SingleDeviceSharding(*base.device_set) if one else None
+        own = jax.tree.map(lambda _: place, leaf)
     # A base may be in the host's memory; what is computed with every step is not.
     return own if leaf.w is None else dataclasses.replace(own, w=base)
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora import _init, _paths
+from jlora import _init, _paths, _sharding
 from jlora._leaf import Full
 from jlora._paths import Pattern
 from jlora._plan import RANK, Plan, Rule, check_rank, leaves_of, plan_from_names
@@ -131,11 +131,15 @@ def _full(path: str, x: Any, dtype: Any) -> Full:
             f"{path!r} is to be trained, but its dtype is {x.dtype}: expected a "
             "floating-point array. Leave the path out of train."
         )
+    own = _sharding.of_fields(Full(x, x), _sharding.of_array(x)).value
     if isinstance(x, jax.ShapeDtypeStruct):
-        return Full(x, jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding))
+        return Full(x, jax.ShapeDtypeStruct(x.shape, dtype, sharding=own))
+    here = x
+    if own is not None and not isinstance(x, jax.core.Tracer):
+        here = jax.device_put(x, own)  # a base may be in the host's memory
     # A buffer of its own, also where the dtype is the same: base and value are both
     # in the state, and one buffer cannot be donated twice.
-    return Full(x, jnp.array(x, dtype, copy=True))
+    return Full(x, jnp.array(here, dtype, copy=True))
 
 
 def _checked_plan(

@@ -107,26 +107,39 @@ def test_on_explicit_axes_and_in_shard_map():
 
     auto = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
 
-    @functools.partial(
-        jax.shard_map, mesh=auto, in_specs=(P("d"), P()), out_specs=(P("d"), P())
-    )
-    def mapped(x, y):  # y is the same on all devices: its gradient is summed
-        return jax.grad(lambda x, y: jnp.sin(ours(x, y)).sum(), (0, 1))(x, y)
+    x, y = normal(8, 6, 2), normal(2, 8, seed=1)
+    # What is the same on all devices has its gradient summed over them.
+    for specs in ((P("d"), P()), (P(), P(None, "d"))):
+        pairs = zip((x, y), specs, strict=True)
+        got = jax.jit(
+            jax.shard_map(
+                jax.grad(lambda x, y: jnp.sin(ours(x, y)).sum(), (0, 1)),
+                mesh=auto,
+                in_specs=specs,
+                out_specs=specs,
+            )
+        )(*(jax.device_put(v, NamedSharding(auto, s)) for v, s in pairs))
+        close(jax.device_get(got), jax.device_get(grads(theirs)(x, y)))
 
-    x = normal(8, 6, 2)
-    placed = jax.device_put(x, NamedSharding(auto, P("d")))
-    close(jax.device_get(mapped(placed, y)), jax.device_get(grads(theirs)(x, y)))
 
-
-def test_precision_is_that_of_where_it_was_written():
+@pytest.mark.parametrize("inside, outside", [("highest", None), (None, "highest")])
+def test_precision_is_that_of_where_it_was_written(inside, outside):
+    """And of no other place: of value, derivative and transpose."""
     x, y = normal(4, 6, 2), normal(2, 7)
     ours, theirs = both(CASES["features"][2])
     counts = []
     for dot in (ours, theirs):
-        with jax.default_matmul_precision("highest"):
-            _, pull = jax.vjp(dot, x, y)
-        counts.append(str(jax.make_jaxpr(pull)(dot(x, y))).count("HIGHEST"))
-    assert counts[0] == counts[1] > 0
+
+        @jax.jit
+        def fn(x, y):
+            with jax.default_matmul_precision(inside):
+                return jnp.sin(dot(x, y)).sum()  # noqa: B023
+
+        with jax.default_matmul_precision(outside):
+            step = jax.make_jaxpr(jax.value_and_grad(fn, (0, 1)))(x, y)
+        counts.append(str(step).count("HIGHEST"))
+    # Where nothing is said lax takes for derivatives what is said around them.
+    assert counts[0] == counts[1] > 0 if inside else counts[0] == 0
 
 
 def test_the_transpose_of_a_derivative():

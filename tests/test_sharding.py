@@ -17,8 +17,8 @@ import optax
 import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
-from helpers import close, normal, randomise, same, says
-from jax.sharding import AxisType, NamedSharding
+from helpers import close, normal, randomise, same, says, silent
+from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 import jlora
@@ -187,17 +187,29 @@ def test_merging_keeps_the_shardings_of_the_base(mesh):
     close(jax.device_get(back), jax.device_get(params))
 
 
-@MESHES
-def test_a_base_in_the_memory_of_the_host(mesh):
-    host = NamedSharding(mesh, P("fsdp", None), memory_kind="pinned_host")
+HOSTS = {
+    "auto": NamedSharding(AUTO, P("fsdp", None), memory_kind="pinned_host"),
+    "explicit": NamedSharding(EXPLICIT, P("fsdp", None), memory_kind="pinned_host"),
+    "one": SingleDeviceSharding(jax.devices()[1], memory_kind="pinned_host"),
+}
+
+
+@pytest.mark.parametrize("host", HOSTS.values(), ids=HOSTS)
+def test_a_base_in_the_memory_of_the_host(host):
     base = {"kernel": jax.device_put(normal(8, 16), host)}
-    tree = jlora.wrap(base, rank=2)
-    for place in (
-        jax.tree.map(lambda x: x.sharding, tree),
-        jlora.shardings(tree, host),
-    ):
-        kinds = [x.memory_kind for x in jax.tree.leaves(place)]
-        assert kinds == ["pinned_host", "device", "device", "device"]
+    shape = {"kernel": jax.ShapeDtypeStruct((8, 16), jnp.float32, sharding=host)}
+    for options in ({"rank": 2}, {"rank": 2, "targets": [], "train": "kernel"}):
+        tree = jlora.wrap(base, **options)
+        places = jax.tree.map(lambda x: x.sharding, tree)
+        abstract = jlora.wrap(shape, **options)
+        for place in (
+            places,
+            jax.tree.map(lambda x: x.sharding, abstract),
+            jlora.shardings(tree, host),
+        ):
+            kind, *kinds = [x.memory_kind for x in jax.tree.leaves(place)]
+            assert kind == "pinned_host" and {*kinds} == {"device"}
+        assert all(x.device_set == host.device_set for x in jax.tree.leaves(places))
 
 
 @MESHES
@@ -428,6 +440,44 @@ def test_specs_of_a_shard_map():
     want = jnp.tanh(x @ merged["up"]) @ merged["down"]
     for fn in (inside, outside):
         close(jax.device_get(jax.jit(fn)(tree, x)), jax.device_get(want))
+
+
+def through_sin(params, x):
+    return jnp.tanh(x @ params["up"]) + jnp.sin(params["up"]).sum(0)
+
+
+USES = {
+    "product": jlora.lift(lambda params, x: jnp.tanh(x @ params["up"])),
+    "merged": lambda tree, x: jnp.tanh(x @ jlora.merge(tree)["up"]),
+    "materialised": lambda tree, x: silent(jlora.lift(through_sin), tree, x),
+}
+
+
+@pytest.mark.parametrize("dropped", [False, True], ids=["base", "dropped"])
+@pytest.mark.parametrize("use", USES)
+def test_gradients_inside_of_a_shard_map(use, dropped):
+    """Of a weight whose columns are split, of an activation that is not."""
+    tree = randomise(jlora.wrap({"up": normal(6, 64)}, rank=3, targets="*"))
+    tree = jlora.drop_base(tree, force=True) if dropped else tree
+    split, x = {"up": P(None, "tp")}, normal(4, 6)
+    specs = jlora.shardings(tree, split)
+
+    def gradients(tree, x):
+        def loss(trainable):
+            return USES[use](jlora.combine(trainable, frozen), x).sum()
+
+        trainable, frozen = jlora.partition(tree)
+        grads = jax.grad(loss)(trainable)["up"]
+        return grads.a, grads.b
+
+    inside = jax.shard_map(
+        gradients,
+        mesh=AUTO,
+        in_specs=(specs, P()),
+        out_specs=(specs["up"].a, specs["up"].b),
+    )
+    got = jax.jit(inside)(tree, x)
+    close(jax.device_get(got), jax.device_get(gradients(tree, x)))
 
 
 # ----------------------------------------------------------------------- collectives
