@@ -17,11 +17,14 @@ state, and ``jlora.attach`` puts it back.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import logging
 import os
 import threading
 import zlib
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import jax
@@ -29,6 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 
 from jlora import _paths, _sharding
 from jlora._leaf import (
@@ -46,11 +50,11 @@ from jlora._tree import attach
 
 FORMAT = "jlora adapter"
 VERSION = 1
+_LOG = logging.getLogger("jlora")
 
-# Saves that are not committed yet.  Two that race for one directory would delete each
-# other's, so whoever looks whether it is free holds the lock until it is entered here.
-_SAVING: dict[epath.Path, Handle] = {}
-_LOCK = threading.Lock()
+# Saves that are not committed yet, by their paths.  Two that race for a directory would
+# delete each other's: who enters its handle here first goes on, others wait for it.
+_SAVING: dict[str, Handle] = {}
 
 
 # What Orbax cannot write.
@@ -64,9 +68,10 @@ class DamagedError(ValueError):
 class Handle:
     """A save that goes on in the background; see `save`."""
 
-    def __init__(self, checkpointer: ocp.AsyncCheckpointer, path: epath.Path):
-        self._checkpointer, self._path = checkpointer, path
-        self._lock = threading.Lock()
+    def __init__(self, path: epath.Path):
+        self._path = path
+        self._checkpointer: ocp.AsyncCheckpointer | None = None
+        self._lock = threading.RLock()
         self._error: Exception | None = None
 
     def wait(self) -> None:
@@ -75,26 +80,48 @@ class Handle:
         if self._error is not None:
             raise self._error
 
+    def _start(self, items: dict[str, Any]) -> None:
+        with self._lock:  # whoever finds this handle waits until its save has begun
+            while (other := _SAVING.setdefault(str(self._path), self)) is not self:
+                other._finish()
+            try:
+                _check_place(self._path)
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                handler = ocp.CompositeCheckpointHandler()
+                self._checkpointer = ocp.AsyncCheckpointer(handler)
+                self._checkpointer.save(self._path, args=ocp.args.Composite(**items))
+            except BaseException:
+                self._finish()
+                raise
+
     def _finish(self) -> None:
-        # Orbax tells its error once, and to whoever asks first.
         with self._lock:
-            if _SAVING.get(self._path) is self:
-                try:
+            if _SAVING.get(str(self._path)) is not self:
+                return
+            try:
+                if self._checkpointer is not None:
                     self._checkpointer.wait_until_finished()
-                except Exception as e:
-                    self._error = e
+            except Exception as e:  # which Orbax raises once, and to whoever asks first
+                self._error = e
+            if self._checkpointer is not None:
                 self._checkpointer.close()
-                del _SAVING[self._path]
+            del _SAVING[str(self._path)]
 
 
-def _wait_for_all() -> None:
+def _finish_all() -> None:
     for handle in list(_SAVING.values()):
-        handle.wait()
+        handle._finish()
+        if handle._error is not None:
+            _LOG.error(
+                "checkpoint.save: %s was not saved, and nobody waited for it.",
+                handle._path,
+                exc_info=handle._error,
+            )
 
 
 # When a program ends. Python stops its thread pools, by which Orbax writes, before it
 # calls what atexit knows; only this comes earlier.
-threading._register_atexit(_wait_for_all)  # type: ignore[attr-defined]
+threading._register_atexit(_finish_all)  # type: ignore[attr-defined]
 
 
 def save(
@@ -116,7 +143,7 @@ def save(
         step.  Its leaves are arrays, PRNG keys, or numbers, strings and booleans.
       block: return once committed.  Otherwise the arrays are copied to the host, a
         `Handle` is returned, and the writing goes on in the background; the end of the
-        program waits for it.
+        program waits for it, and logs what went wrong.
 
     Returns:
       None, or with ``block=False`` a `Handle`.
@@ -138,6 +165,8 @@ def save(
       (2, 7)
     """
     path = _path(directory)
+    if str(path) not in _SAVING:
+        _check_place(path)
     for leaf_path, x in _paths.flatten(tree)[0]:
         if is_adapted(x) and "w" in missing(x):
             raise ValueError(
@@ -198,18 +227,8 @@ def save(
     document["crc"] = _document_crc(document)
     stored = {k: {p: x for p, x in v.items() if x.size} for k, v in arrays.items()}
     items = {k: ocp.args.StandardSave(v) for k, v in stored.items() if v}
-    with _LOCK:
-        _make_room(path)
-        checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
-        handle = _SAVING[path] = Handle(checkpointer, path)
-        try:
-            checkpointer.save(
-                path,
-                args=ocp.args.Composite(document=ocp.args.JsonSave(document), **items),
-            )
-        except BaseException:
-            handle._finish()
-            raise
+    handle = Handle(path)
+    handle._start({"document": ocp.args.JsonSave(document), **items})
     if not block:
         return handle
     handle.wait()
@@ -245,7 +264,7 @@ def restore(
     Example: see `save`.
     """
     path = _path(directory)
-    document = _document(path)
+    document = _together(path, lambda: _document(path))
     for p, x in _paths.flatten(params)[0]:
         if is_adapted(x):
             raise ValueError(
@@ -300,10 +319,8 @@ def _path(directory: str | os.PathLike[str]) -> epath.Path:
     return path if "://" in os.fspath(directory) else path.expanduser().absolute()
 
 
-def _make_room(path: epath.Path) -> None:
-    """Sees to it that a checkpoint can be made at ``path``, and its parents exist."""
-    if path in _SAVING:
-        _SAVING[path]._finish()
+def _check_place(path: epath.Path) -> None:
+    """Raises where no checkpoint can be made."""
     local = "://" not in str(path)
     if path.exists() or (local and os.path.islink(path)):
         raise FileExistsError(
@@ -319,7 +336,6 @@ def _make_room(path: epath.Path) -> None:
             )
         if folder.exists():
             break
-    path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _fields(spec: dict[str, Any]) -> tuple[str, ...]:
@@ -509,16 +525,10 @@ def _document(path: epath.Path) -> dict[str, Any]:
             f"checkpoint.restore: there is no directory {path}: expected one that "
             "jlora.checkpoint.save made. A save that was killed leaves none."
         )
-    try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-            document = checkpointer.restore(
-                path, args=ocp.args.Composite(document=ocp.args.JsonRestore())
-            )["document"]
+    with _damage(path, "its document cannot be read"):
+        args = {"document": ocp.args.JsonRestore()}
+        document = _orbax_restore(path, args)["document"]
         fmt, version = document["format"], document["version"]
-    except PermissionError:
-        raise
-    except Exception as e:
-        raise DamagedError(_damaged(path, "its document cannot be read", e)) from e
     if fmt != FORMAT:
         raise DamagedError(_damaged(path, f"its format is {fmt!r}, not {FORMAT!r}"))
     if version > VERSION:
@@ -568,22 +578,79 @@ def _read(
                 read[k][p] = (np if numpy else jnp).zeros(shape, dtype)
             else:
                 targets.setdefault(k, {})[p] = target(p, shape, dtype)
-    try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+
+    def arrays_of() -> Any:
+        with _damage(path, "its arrays cannot be read"):
             args = {k: ocp.args.StandardRestore(v) for k, v in targets.items()}
-            if args:
-                found = checkpointer.restore(path, args=ocp.args.Composite(**args))
-                for k in targets:
-                    read[k] |= found[k]
-    except PermissionError:
-        raise
-    except Exception as e:
-        raise DamagedError(_damaged(path, "its arrays cannot be read", e)) from e
-    for k, v in signatures.items():
-        for p, (_, _, known) in v.items():
-            if _checksum(read[k][p]) != known:
+            return _orbax_restore(path, args) if args else {}
+
+    found = _together(path, arrays_of)
+    for k in targets:
+        read[k] |= found[k]
+
+    def verify() -> None:
+        sums = {(k, p): _checksum(read[k][p]) for k, v in signatures.items() for p in v}
+        for (k, p), found in sums.items():
+            if found != signatures[k][p][2]:
                 raise DamagedError(_damaged(path, f"the array {p!r} is damaged"))
+
+    _together(path, verify)
     return read
+
+
+def _orbax_restore(path: epath.Path, args: dict[str, Any]) -> Any:
+    """What this process needs of a checkpoint; it waits for no other one."""
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=jax.process_index(),
+        active_processes={jax.process_index()},
+        barrier_sync_key_prefix=f"jlora_{jax.process_index()}",
+    )
+    handler = ocp.CompositeCheckpointHandler(
+        composite_options=ocp.CompositeOptions(multiprocessing_options=alone)
+    )
+    with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
+        return checkpointer.restore(path, args=ocp.args.Composite(**args))
+
+
+def _together(path: epath.Path, fn: Callable[[], Any]) -> Any:
+    """fn() on every process; where one of them raises, all do.
+
+    Else the others would wait for it in their next collective, or go another way.
+    """
+    if jax.process_count() == 1:
+        return fn()
+    out, error = None, None
+    try:
+        out = fn()
+    except Exception as e:
+        error = e
+    state = 0 if error is None else 1 if isinstance(error, DamagedError) else 2
+    states = multihost_utils.process_allgather(np.int32(state))
+    if error is not None:
+        raise error
+    if states.any():
+        at = int(np.argmax(states))
+        if states[at] == 1:
+            raise DamagedError(_damaged(path, f"process {at} says so"))
+        raise OSError(f"checkpoint.restore: process {at} could not read {path}.")
+    return out
+
+
+# Not of the file, but of the moment: the checkpoint may be whole.
+_PASSING = MemoryError, jax.errors.JaxRuntimeError
+_MISSING = FileNotFoundError, NotADirectoryError, IsADirectoryError
+
+
+@contextlib.contextmanager
+def _damage(path: epath.Path, what: str) -> Iterator[None]:
+    """Whatever a file that was changed may raise, as a DamagedError."""
+    try:
+        yield
+    except Exception as e:
+        passing = isinstance(e, _PASSING)
+        if passing or (isinstance(e, OSError) and not isinstance(e, _MISSING)):
+            raise
+        raise DamagedError(_damaged(path, what, e)) from e
 
 
 def _damaged(path: epath.Path, why: str, error: Exception | None = None) -> str:

@@ -224,15 +224,15 @@ def test_saves_that_race_for_a_directory(tmp_path):
     """One wins, the others are refused; nothing is half written."""
     trees = {seed: tree(seed) for seed in range(7, 15)}
     start = threading.Barrier(len(trees))
-    outcomes = []
+    outcomes, refused = [], []
 
     def save(seed):
         start.wait()
         try:
             checkpoint.save(tmp_path / "a", trees[seed])
             outcomes.append(seed)
-        except FileExistsError as e:
-            says(e, str(tmp_path / "a"), "expected")
+        except Exception as e:
+            refused.append(e)
 
     threads = [threading.Thread(target=save, args=(seed,)) for seed in trees]
     for thread in threads:
@@ -240,6 +240,9 @@ def test_saves_that_race_for_a_directory(tmp_path):
     for thread in threads:
         thread.join()
     (winner,) = outcomes
+    for e in refused:
+        assert isinstance(e, FileExistsError)
+        says(e, str(tmp_path / "a"), "expected")
     same(checkpoint.restore(tmp_path / "a", params()), trees[winner])
 
 
@@ -483,6 +486,31 @@ def documents(directory):
             yield file, found
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(24, "Too many open files"),
+        TimeoutError("the storage is slow"),
+        MemoryError(),
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"),
+    ],
+    ids=lambda e: type(e).__name__,
+)
+@pytest.mark.parametrize(
+    "handler", ["JsonCheckpointHandler", "StandardCheckpointHandler"]
+)
+def test_what_passes_is_no_damage(saved, monkeypatch, error, handler):
+    def fails(self, *_, **__):
+        raise error
+
+    with monkeypatch.context() as m:
+        m.setattr(getattr(ocp, handler), "restore", fails)
+        with pytest.raises(type(error)) as found:
+            checkpoint.restore(saved, params())
+    assert not isinstance(found.value, checkpoint.DamagedError)
+    same(checkpoint.restore(saved, params()), tree())
+
+
 def test_restoring_from_a_newer_format_version(saved):
     ((file, document),) = documents(saved)
     version = document["version"]
@@ -607,22 +635,42 @@ def test_a_save_killed_at_any_moment_leaves_the_previous_ones(tmp_path):
 
 
 def test_the_end_of_a_program_waits_for_its_saves(tmp_path):
-    code = (
-        "import jax.numpy as jnp, jlora, jlora.checkpoint, sys\n"
-        "tree = jlora.wrap({'kernel': jnp.ones((3, 4))}, rank=2)\n"
-        "extra = {'m': jnp.ones((2000, 2000))}\n"
-        "jlora.checkpoint.save(sys.argv[1], tree, extra=extra, block=False)\n"
-        "sys.exit(3)\n"
+    """For all of them, also if one went wrong, which is told."""
+    code = textwrap.dedent(
+        """
+        import sys, jax.numpy as jnp, jlora, jlora.checkpoint, orbax.checkpoint as ocp
+
+        tree = jlora.wrap({"kernel": jnp.ones((3, 4))}, rank=2)
+        extra = {"m": jnp.ones((2000, 2000))}
+
+        def full(self, *_, **__):
+            ocp.JsonCheckpointHandler.finalize = whole
+            raise OSError("No space left on device")
+
+        whole = ocp.JsonCheckpointHandler.finalize
+        ocp.JsonCheckpointHandler.finalize = full
+        lost = jlora.checkpoint.save(sys.argv[1] + "/lost", tree, block=False)
+        lost._checkpointer._async_manager._thread.join()
+        for name in ("b", "c"):
+            where = sys.argv[1] + "/" + name
+            jlora.checkpoint.save(where, tree, extra=extra, block=False)
+        sys.exit(3)
+        """
     )
-    where = str(tmp_path / "adapter")
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
-        [sys.executable, "-c", code, where], capture_output=True, text=True, env=env
+        [sys.executable, "-c", code, tmp_path], capture_output=True, text=True, env=env
     )
-    assert done.returncode == 3 and "Traceback" not in done.stderr, done.stderr
-    base = {"kernel": jnp.ones((3, 4))}
-    tree, _ = jlora.checkpoint.restore(where, base, extra={"m": jnp.ones((2000, 2000))})
-    assert tree["kernel"].rank == 2
+    assert done.returncode == 3, done.stderr
+    assert f"{tmp_path}/lost was not saved, and nobody waited for it" in done.stderr
+    assert "No space left" in done.stderr and "threading._shutdown" not in done.stderr
+    for name in ("b", "c"):
+        tree, _ = checkpoint.restore(
+            tmp_path / name,
+            {"kernel": jnp.ones((3, 4))},
+            extra={"m": jnp.ones((2000, 2000))},
+        )
+        assert tree["kernel"].rank == 2
 
 
 def test_a_save_that_nobody_waited_for_does_not_block_its_name(tmp_path):

@@ -3,6 +3,7 @@
 `JLORA_KILLS` says how often a run is killed (CI: few; `make faults`: 50).
 """
 
+import contextlib
 import fcntl
 import functools
 import json
@@ -192,18 +193,24 @@ def test_two_processes(undisturbed, tmp_path, cache):
     check_close(undisturbed, out, 8)
 
 
-# Restores on two processes what one saved; each compares its own parts.
+# Restores on two processes what one saved, the first that is whole for both of them;
+# each compares its own parts.
 RESTORE = """
 import sys, numpy as np, jax, llama, jlora, jlora.checkpoint
 from jax.sharding import AxisType, NamedSharding
 
-index, address, saved, wanted = int(sys.argv[1]), *sys.argv[2:]
+index, address, wanted, *saved = int(sys.argv[1]), *sys.argv[2:]
 jax.distributed.initialize(address, 2, index)
 mesh = jax.make_mesh((2, 4), ("fsdp", "tp"), axis_types=(AxisType.Auto,) * 2)
 model = llama.Llama()
 specs = jax.tree.map(lambda s: NamedSharding(mesh, s), model.specs())
 params = jax.jit(model.init, out_shardings=specs)(jax.random.key(0))
-tree, extra = jlora.checkpoint.restore(saved, params, extra={"step": 0})
+for path in saved:
+    try:
+        tree, extra = jlora.checkpoint.restore(path, params, extra={"step": 0})
+        break
+    except jlora.checkpoint.DamagedError as e:
+        print("DAMAGED", e)
 assert extra == {"step": 3}
 found, parts = jax.tree.leaves(jlora.adapter(tree)), 0
 with np.load(wanted) as file:
@@ -232,9 +239,15 @@ def test_eight_devices_of_one_process_to_two_processes(tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{s.getsockname()[1]}"
-    where = str(tmp_path / "saved"), str(tmp_path / "wanted.npz")
     leaves = jax.tree.leaves(jax.device_get(jlora.adapter(tree)))
-    np.savez(where[1], *leaves)
+    np.savez(tmp_path / "wanted.npz", *leaves)
+    # What the second process reads at first is damaged, in two ways.
+    seen = [["copy", "copy", "saved"], ["no-data", "no-document", "saved"]]
+    for name in {*seen[0], *seen[1]} - {"saved"}:
+        shutil.copytree(tmp_path / "saved", tmp_path / name)
+    for path in (tmp_path / "no-data").glob("adapter/**/d/*"):
+        path.write_bytes(bytes(b ^ 255 for b in path.read_bytes()))
+    shutil.rmtree(tmp_path / "no-document" / "document")
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
@@ -243,11 +256,21 @@ def test_eight_devices_of_one_process_to_two_processes(tmp_path):
         "PYTHONPATH": os.pathsep.join([str(SCRIPT.parent), *sys.path]),
     }
     both = [
-        popen([sys.executable, "-c", RESTORE, str(i), address, *where], environment)
+        popen(
+            [
+                *(sys.executable, "-c", RESTORE, str(i), address),
+                *(str(tmp_path / name) for name in ("wanted.npz", *seen[i])),
+            ],
+            environment,
+        )
         for i in range(2)
     ]
-    for process in both:
-        said = re.search(r"(\d+) arrays are the same, (\d+) parts", finish(process))
+    for i, process in enumerate(both):
+        text = finish(process)
+        found = re.findall(r"DAMAGED .*/(\S+) is no whole adapter checkpoint", text)
+        assert found == seen[i][:2]
+        assert text.count("process 1 says so") == (0 if i else 2)
+        said = re.search(r"(\d+) arrays are the same, (\d+) parts", text)
         assert int(said[1]) == len(leaves) and int(said[2]) > 0
 
 
@@ -272,19 +295,22 @@ def child_pids(pid):
 # ---------------------------------------------------------------------------- faults
 
 
-def saving(out):
-    """Whether a save is under way: Orbax writes beside the name it will have."""
-    return bool(unfinished(out))
-
-
 def unfinished(out):
-    return {path.name for path in out.glob("step_*") if "tmp" in path.name}
+    """The saves under way, by when they last changed: Orbax writes beside the name.
+
+    What a killed one left stays as it was.
+    """
+    found = set()
+    for path in out.glob("step_*tmp*"):
+        with contextlib.suppress(FileNotFoundError):  # just renamed
+            found.add((path.name, path.stat().st_mtime_ns))
+    return found
 
 
 def test_a_run_killed_at_random_moments_goes_on_as_if_it_had_not_been(
     undisturbed, tmp_path, cache, capsys
 ):
-    """Half of the kills strike while a checkpoint is being written."""
+    """Half of the kills wait until a checkpoint is being written."""
     rng, out = random.Random(0), tmp_path / "run"
     kills, while_saving, ended = 0, 0, 0
     while kills < KILLS:
@@ -293,17 +319,19 @@ def test_a_run_killed_at_random_moments_goes_on_as_if_it_had_not_been(
             ended += 1
             out = tmp_path / f"run_{ended}"
         before, wants_save = len(losses(out)), kills % 2
+        left = unfinished(out)
         process = start(out, cache=cache)
         limit = time.monotonic() + 120
         while process.poll() is None and time.monotonic() < limit:
-            if saving(out) if wants_save else len(losses(out)) > before:
+            if unfinished(out) - left if wants_save else len(losses(out)) > before:
                 break
             time.sleep(0.001)
         time.sleep(rng.uniform(0, 0.02 if wants_save else 0.2))
-        if process.poll() is None:
-            while_saving += saving(out)
-            kills += 1
+        struck = process.poll() is None
+        kills += struck
+        while_saving += struck and bool(unfinished(out) - left)
         kill(process)
+        assert struck or process.returncode == 0
     text = finish(start(out, cache=cache))
     check_same(undisturbed, out)
     with capsys.disabled():
@@ -312,6 +340,7 @@ def test_a_run_killed_at_random_moments_goes_on_as_if_it_had_not_been(
             "to the end: every loss and the adapter as in the undisturbed run"
         )
     assert "Traceback" not in text
+    assert while_saving > kills / 5
 
 
 def steps(out):
@@ -388,9 +417,18 @@ def test_a_launcher_that_is_killed_takes_its_processes_along(tmp_path, cache):
     (child,) = child_pids(process.pid)
     process.kill()
     process.wait()
-    while pathlib.Path(f"/proc/{child}").exists() and time.monotonic() < limit:
+    while not gone(child) and time.monotonic() < limit:
         time.sleep(0.01)
-    assert not pathlib.Path(f"/proc/{child}").exists()
+    assert gone(child)
+
+
+def gone(pid):
+    """Whether a process has ended, also if nobody has asked how."""
+    try:
+        stat = pathlib.Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    return stat.rpartition(")")[2].split()[0] == "Z"
 
 
 @pytest.mark.parametrize(
@@ -415,7 +453,7 @@ def test_checkpoints_of_another_run_are_no_damaged_ones(undisturbed, tmp_path, c
     out = tmp_path / "run"
     shutil.copytree(undisturbed, out)
     text, code = ended(start(out, "--rank", "2", cache=cache))
-    assert code == 1 and "is of another run: --fresh forgets it" in text
+    assert code == 1 and "give another --out, or --fresh" in text
     assert steps(out) == {2, 4, 6, 8}
 
 

@@ -218,12 +218,12 @@ def train(args: argparse.Namespace) -> list[float]:
             damaged.append(path)
             continue
         except ValueError as e:  # of another run
-            sys.exit(f"{e}\n{args.out} is of another run: --fresh forgets it.")
+            sys.exit(f"{e}\nFor another run give another --out, or --fresh.")
         trainable, frozen = jlora.partition(tree)
         opt_state, done = extra["opt_state"], extra["step"]
         say(f"goes on from step {done}")
         break
-    sync_global_devices("all have read what there is")
+    sync_global_devices(f"all have read what there is, up to step {done}")
     for path in damaged if first else ():
         path.rename(path.with_name(f"damaged_{path.name}_{time.time_ns()}"))
     trains, total = jlora.count(jlora.combine(trainable, frozen))
