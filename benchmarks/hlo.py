@@ -49,6 +49,8 @@ class Collective:
     @property
     def phase(self) -> str:
         """When it is done in a training step, as the operation's name tells."""
+        if not self.op:
+            return "unnamed"
         if "rematted_computation" in self.op:
             return "recomputed"
         return "backward" if "transpose(" in self.op else "forward"

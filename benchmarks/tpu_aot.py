@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
+import math
 import os
 import sys
 import time
@@ -176,7 +177,9 @@ def compiled(mesh: Mesh, fn: Any, args: Any, donate: tuple[int, ...]) -> Cost:
     )
 
 
-def report(found: dict[str, Cost], topology: str, adapters: int, length: int) -> str:
+def report(
+    found: dict[str, Cost], topology: str, adapters: int, length: int, most: int
+) -> str:
     """Markdown: the programs side by side; jlora's collectives beyond the floor's."""
     head = ["", *found]
     rows = [
@@ -215,20 +218,26 @@ def report(found: dict[str, Cost], topology: str, adapters: int, length: int) ->
         f"jlora needs {used:.1f} of a chip's {chip} GB; the adapters of a chip are "
         f"{adapters / 1e6:.2f} MB, {100 * adapters / (chip * 1e9):.3f} % of it.",
     ]
-    lines += ["", *explained(ours, found["floor"], length)]
+    lines += ["", *explained(ours, found["floor"], length, most)]
     return "\n".join(lines)
 
 
-PHASES = ("forward", "recomputed", "backward")
+PHASES = ("forward", "recomputed", "backward", "unnamed")
+SUMS = 9  # of x·a: wo's and down's, again where recomputed; five of its gradient
 
 
-def explained(ours: Cost, floor: Cost, length: int) -> list[str]:
+def explained(ours: Cost, floor: Cost, length: int, most: int) -> list[str]:
     """What jlora's step does between chips beyond the floor's, one kind and size a row.
 
     A sum of (batch, sequence, rank) is one of x·a or its gradient, where what it was
     contracted with is split over chips. The other sums are gradients of the factors,
     over the batch; and what is no sum puts a factor together, which is split as its
     weight is.
+
+    Raises:
+      AssertionError: one that is not of the rank: none of its sizes is one to three
+        times the rank, or it has more than ``most`` elements; more sums of x·a than
+        `SUMS`; a gradient of a factor that is named as of the forward pass.
     """
     count = collections.Counter
     more = count(ours.collectives) - count(floor.collectives)
@@ -243,7 +252,7 @@ def explained(ours: Cost, floor: Cost, length: int) -> list[str]:
         tokens = len(c.shape) == 3 and c.shape[1] == length
         return "x·a; its gradient" if tokens else "the gradient of a or b"
 
-    rows = [["beyond the floor's", "array", "MB", *PHASES, "of"]]
+    rows, sums = [["beyond the floor's", "array", "MB", *PHASES, "of"]], 0
     for c, n in sorted(more.items()):
         # Of equal ones that the floor has too, none is known to be the one beyond.
         phases = count(x.phase for x in ours.collectives if x == c)
@@ -251,8 +260,13 @@ def explained(ours: Cost, floor: Cost, length: int) -> list[str]:
         cells = [str(phases[p] or "") if known else "" for p in PHASES]
         name = c.kind if known else f"{n} {c.kind}"
         of_rank = any(k in (RANK, 2 * RANK, 3 * RANK) for k in c.shape)
-        assert of_rank, f"{c} is not of the rank"
-        rows.append([name, array(c), f"{c.bytes / 1e6:.3f}", *cells, what(c)])
+        assert of_rank and math.prod(c.shape) <= most, f"{c} is not of the rank"
+        of = what(c)
+        sums += n if of.startswith("x·a") else 0
+        forward = phases["forward"] + phases["recomputed"]
+        assert not (of.startswith("the gradient") and forward), f"{c} is forward"
+        rows.append([name, array(c), f"{c.bytes / 1e6:.3f}", *cells, of])
+    assert sums <= SUMS, f"{sums} sums of x·a"
     fewer = "; ".join(f"{n} {c.kind} {array(c)}" for c, n in sorted(less.items()))
     return [tables.markdown(rows), "", f"Of the floor's it lacks {fewer or 'none'}."]
 
@@ -276,7 +290,9 @@ def measure(name: str, topology: str, tp: int, batch: int, length: int) -> str:
         f"## Llama-3-{name.upper()}, {topology}: {chips} chips, fsdp {chips // tp} × "
         f"tp {tp}, {batch} × {length:,} tokens"
     )
-    return f"{title}\n\n{report(found, topology, adapters, length)}\n"
+    # What has the rank for one size and the longest of a chip for the other.
+    most = 3 * RANK * max(model.ffn, batch * length // (chips // tp))
+    return f"{title}\n\n{report(found, topology, adapters, length, most)}\n"
 
 
 HEAD = f"""# Llama 3 on TPU pods, compiled without one
@@ -293,11 +309,14 @@ gate and up along their outputs over `tp`, wo and down along their inputs. The f
 are split with them, so a step has these collectives of its own, all of the rank's size:
 
 - x·a is a sum over `tp` where the inputs are split, for wo and down: forward, and again
-  where a layer is recomputed;
+  where a layer is recomputed, four in all;
 - its gradient is a sum over `tp` where the outputs are split, for the other five;
 - what of a factor is split over `fsdp` is gathered where it is used, as a weight is:
   those of q, k and v, and of gate and up, as one array;
 - the gradients of a and b are sums over the batch, each where its factor is.
+
+When one is done is told by the name of the operation that it is for. XLA leaves two
+without a name, and one sum for a recomputed x·a under that of a gradient.
 """
 
 

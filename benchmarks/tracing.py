@@ -27,9 +27,10 @@ sys.path.append(str(Path(__file__).parents[1] / "tests"))
 import models
 
 ROUNDS = 7
-# Beside the model's trace: to bind its equations once more, 0.4 of that; a call of jit
-# for each adapted product, 0.4; stop_gradient of each weight, 0.1. All of it is JAX's.
-BAR = 2.15
+# Of the plain function's trace, 0.4 to bind its equations once more, 0.4 for a call
+# of jit for each adapted product, 0.1 for stop_gradient: all of it JAX's own. Flax's
+# modules take longer to trace, and no longer to bind.
+BARS = {"plain function": 2.15, "Flax Linen": 1.4}
 
 
 def seconds(fn):
@@ -76,7 +77,7 @@ def plan_70b():
 
 
 def compare(name, apply, params, *args):
-    """Medians of interleaved traces, forward and with the gradient."""
+    """Traces of both, interleaved, forward and with the gradient."""
     tree = jlora.wrap(params, plan=jlora.plan(apply, params, *args))
 
     def gradient(fn):
@@ -91,11 +92,11 @@ def compare(name, apply, params, *args):
             functools.partial(trace, step, jlora.lift, tree),
         )
         print(
-            f"{name}, {what}: traced plain in {plain:.2f} s, lifted in {lifted:.2f} s,"
-            f" {lifted / plain:.2f} times as long"
+            f"{name}, 32 layers, {what}: traced plain in {plain:.2f} s, lifted in "
+            f"{lifted:.2f} s, {lifted / plain:.2f} times as long"
         )
         # The claim is about the model; its gradient derives the adapters too.
-        assert what == "gradient" or lifted <= BAR * plain
+        assert what == "gradient" or lifted <= BARS[name] * plain
 
 
 def main():
@@ -103,10 +104,10 @@ def main():
     plan_70b()
     llama = models.Llama(64, 96, 128, 4, 2, 16, layers=32)
     ids = jax.ShapeDtypeStruct((2, 9), jnp.int32)
-    compare("plain function, 32 layers", llama, llama.shapes(), ids)
+    compare("plain function", llama, llama.shapes(), ids)
     model = models.UnrolledLM(layers=32)
     params = jax.eval_shape(functools.partial(model.init, jax.random.key(0)), ids)
-    compare("Flax Linen, 32 layers", model.apply, params, ids)
+    compare("Flax Linen", model.apply, params, ids)
 
 
 if __name__ == "__main__":

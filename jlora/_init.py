@@ -67,7 +67,8 @@ def _factors(
 ) -> tuple[Callable[..., dict[str, Any]], Callable[..., dict[str, Any]]]:
     """What makes a weight's factors from a key and its scale; what tells their shapes.
 
-    The same functions for all weights of a kind: JAX traces and compiles them once.
+    The same functions for all weights of a kind, so that JAX traces them once where it
+    compiles them or asks for their shapes.
     """
     stack = tuple(shape[k] for k in spec.batch_axes)
 

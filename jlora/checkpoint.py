@@ -256,7 +256,9 @@ def restore(
 
     Raises:
       FileNotFoundError: there is no such directory.
-      DamagedError: it is no whole adapter checkpoint, or an array is damaged.
+      DamagedError: it is no whole adapter checkpoint, or an array is damaged; on all
+        processes, if one of them found it.
+      OSError: it could not be read, which need not be the checkpoint's fault.
       ValueError: it is of a newer format; it belongs to another base, or ``extra`` is
         another structure (with the first path that differs, what was expected and what
         was found).  DamagedError is one, too.

@@ -5,12 +5,14 @@ import pathlib
 import re
 
 import decoder
+import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
 import peers
 import pytest
 import tables
+import tpu_aot
 
 SHAPE = decoder.Shape(d=32, ffn=48, vocab=64, heads=4, kv_heads=2, layers=1)
 
@@ -85,6 +87,35 @@ def test_a_section_replaces_the_one_of_its_title(tmp_path):
     assert path.read_text() == "# head\n\n## a\n\n2\n\n## b\n\n3\n"
 
 
+@pytest.mark.parametrize(
+    "shape, op, message",
+    [
+        ((16, 4096), "jvp()/x", "is forward"),
+        ((16, 999_999), "", "not of the rank"),
+        ((17, 4096), "", "not of the rank"),
+        ((4, 128, 16), "jvp()/x", "11 sums of x·a"),
+    ],
+)
+def test_what_a_pod_exchanges_is_explained(shape, op, message):
+    def cost(*found):
+        return tpu_aot.Cost(0, 0, 0.0, 0.0, list(found), 0.0)
+
+    def reduced(shape, op):
+        return hlo.Collective("all-reduce", "bf16", shape, op)
+
+    floor = [hlo.Collective("all-reduce", "f32", ())]
+    sums = [reduced((4, 128, 16), "transpose(jvp())/x")] * 9
+    good = [*sums, reduced((16, 4096), ""), reduced((48, 7), "transpose(jvp())/x")]
+    table, _, lacks = tpu_aot.explained(cost(*good), cost(*floor), 128, 2**20)
+    assert ["all-reduce", "bf16[4,128,16]", "0.016", "", "", "9", ""] in [
+        cells[:7] for cells in rows(table)
+    ]
+    assert lacks == "Of the floor's it lacks 1 all-reduce f32[]."
+    worse = [reduced(shape, op)] * 2
+    with pytest.raises(AssertionError, match=message):
+        tpu_aot.explained(cost(*good, *worse), cost(*floor), 128, 2**20)
+
+
 def rows(text):
     """The cells of a table's rows, without emphasis and without ratios."""
     lines = [line for line in text.splitlines() if line.startswith("| ")]
@@ -96,7 +127,8 @@ def test_the_readme_says_what_was_measured():
     """Each row ends with the name that it has in RESULTS.md."""
     readme = pathlib.Path(__file__).parents[1] / "README.md"
     said = readme.read_text(encoding="utf-8").split("## What it costs")[1]
-    _, measured, *_ = re.split(r"(?m)^## .*$", peers.RESULTS.read_text("utf-8"))
+    sections = re.split(r"(?m)^## ", peers.RESULTS.read_text("utf-8"))
+    (measured,) = [text for text in sections if text.startswith("2 CPU cores:")]
     found = {name: cells for name, *cells in rows(measured)}
     head, *table = rows(said.split("\n## ")[0])
     assert len(table) == 7
