@@ -51,15 +51,20 @@ def product(x: jax.Array, y: jax.Array, params: Params) -> jax.Array:
     inner = math.prod(sizes[k] for k in summed)
     if math.prod(sizes.values()) > inner**2:
         if known.get("precision") is None:  # as it is here, wherever it is derived
-            default = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
-            known["precision"] = default or lax.Precision.DEFAULT
+            known["precision"] = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
         return _widening(x, y, tuple(known.items()))
     return lax.dot_general(x, y, **known)
 
 
+def _dot(h: Any, b: Any, **params: Any) -> Any:
+    """dot_general with these very parameters, whatever precision is asked for here."""
+    with jax.default_matmul_precision(None):
+        return lax.dot_general(h, b, **params)
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _widening(h: jax.Array, b: jax.Array, params: Params) -> jax.Array:
-    return lax.dot_general(h, b, **dict(params))
+    return _dot(h, b, **dict(params))
 
 
 @functools.partial(_widening.defjvp, symbolic_zeros=True)
@@ -67,10 +72,10 @@ def _jvp(params: Params, primals: Any, tangents: Any) -> Any:
     (h, b), (dh, db), known = primals, tangents, {**_DEFAULTS, **dict(params)}
     parts, zero = [], jax.custom_derivatives.SymbolicZero
     if not isinstance(dh, zero):
-        parts.append(lax.dot_general(dh, b, **known))
+        parts.append(_dot(dh, b, **known))
     if not isinstance(db, zero):
         parts.append(_linear(h, db, **known))
-    return lax.dot_general(h, b, **known), functools.reduce(lax.add, parts)
+    return _dot(h, b, **known), functools.reduce(lax.add, parts)
 
 
 def _linear(h: Any, b: Any, **params: Any) -> Any:
@@ -107,19 +112,17 @@ def _transpose(ct: Any, h: Any, b: Any, **params: Any) -> Any:
 
 
 def _batched(args: Any, dims: Any, **params: Any) -> Any:
-    return jax.vmap(functools.partial(lax.dot_general, **params), dims)(*args), 0
+    return jax.vmap(functools.partial(_dot, **params), dims)(*args), 0
 
 
 _linear_p = core.Primitive("jlora_product")
-_linear_p.def_impl(lax.dot_general)
+_linear_p.def_impl(_dot)
 _linear_p.def_effectful_abstract_eval(core.primitives.dot_general_p.abstract_eval)
 ad.defjvp(
     _linear_p,
-    lambda dh, h, b, **params: lax.dot_general(dh, b, **params),
+    lambda dh, h, b, **params: _dot(dh, b, **params),
     lambda db, h, b, **params: _linear(h, db, **params),
 )
 ad.primitive_transposes[_linear_p] = _transpose
 batching.primitive_batchers[_linear_p] = _batched
-mlir.register_lowering(
-    _linear_p, mlir.lower_fun(lax.dot_general, multiple_results=False)
-)
+mlir.register_lowering(_linear_p, mlir.lower_fun(_dot, multiple_results=False))
