@@ -391,8 +391,8 @@ def test_any_flipped_bit_is_found_or_harmless(undisturbed, tmp_path, capsys):
         shutil.rmtree(folder)
     with capsys.disabled():
         print(f"\n{found} of {n} flipped bits found, the others changed nothing")
-    # A few bytes in a hundred are in nodes that nothing reads once Orbax has merged what
-    # its processes wrote: flips there change nothing, as was seen above.
+    # Some bytes in a hundred are in nodes that nothing reads once Orbax has merged what
+    # its processes wrote: flips there change nothing, as is checked above.
     assert found > 0.8 * n
 
 
