@@ -17,14 +17,10 @@ state, and ``jlora.attach`` puts it back.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import logging
 import os
-import threading
 import zlib
-from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import jax
@@ -32,9 +28,8 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 
-from jlora import _paths, _sharding
+from jlora import _checksum, _orbax, _paths, _sharding
 from jlora._leaf import (
     Adapted,
     Blocks,
@@ -45,83 +40,15 @@ from jlora._leaf import (
     is_adapted,
     missing,
 )
+from jlora._orbax import DamagedError as DamagedError
+from jlora._orbax import Handle as Handle
 from jlora._tree import adapter as adapter_of
 from jlora._tree import attach
 
 FORMAT = "jlora adapter"
 VERSION = 1
-_LOG = logging.getLogger("jlora")
-
-# Saves that are not committed yet, by their paths.  Two that race for a directory would
-# delete each other's: who enters its handle here first goes on, others wait for it.
-_SAVING: dict[str, Handle] = {}
-
-
 # What Orbax cannot write.
 _UNSTORED = frozenset("uint4 int2 uint2 int1 uint1".split())
-
-
-class DamagedError(ValueError):
-    """A directory that is no whole adapter checkpoint: restore an earlier one."""
-
-
-class Handle:
-    """A save that goes on in the background; see `save`."""
-
-    def __init__(self, path: epath.Path):
-        self._path = path
-        self._checkpointer: ocp.AsyncCheckpointer | None = None
-        self._lock = threading.RLock()
-        self._error: Exception | None = None
-
-    def wait(self) -> None:
-        """Returns once the checkpoint is committed; raises what the save raised."""
-        self._finish()
-        if self._error is not None:
-            raise self._error
-
-    def _start(self, items: dict[str, Any]) -> None:
-        with self._lock:  # whoever finds this handle waits until its save has begun
-            while (other := _SAVING.setdefault(str(self._path), self)) is not self:
-                other._finish()
-            try:
-                _check_place(self._path)
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                handler = ocp.CompositeCheckpointHandler()
-                self._checkpointer = ocp.AsyncCheckpointer(handler)
-                self._checkpointer.save(self._path, args=ocp.args.Composite(**items))
-            except BaseException:
-                self._finish()
-                raise
-
-    def _finish(self) -> None:
-        with self._lock:
-            if _SAVING.get(str(self._path)) is not self:
-                return
-            try:
-                if self._checkpointer is not None:
-                    self._checkpointer.wait_until_finished()
-            except Exception as e:  # which Orbax raises once, and to whoever asks first
-                self._error = e
-            if self._checkpointer is not None:
-                self._checkpointer.close()
-            del _SAVING[str(self._path)]
-
-
-def _finish_all() -> None:
-    for handle in list(_SAVING.values()):
-        handle._finish()
-        if handle._error is not None:
-            _LOG.error(
-                "checkpoint.save: %s was not saved, and nobody waited for it.",
-                handle._path,
-                exc_info=handle._error,
-            )
-
-
-# When a program ends. Python stops its thread pools, by which Orbax writes, before it
-# calls what atexit knows; only this comes earlier.
-threading._register_atexit(_finish_all)  # type: ignore[attr-defined]
 
 
 def save(
@@ -164,9 +91,9 @@ def save(
       >>> tree["kernel"].rank, extra["step"]
       (2, 7)
     """
-    path = _path(directory)
-    if str(path) not in _SAVING:
-        _check_place(path)
+    path = _orbax.path_of(directory)
+    if not _orbax.saving(path):
+        _orbax.check_place(path)
     for leaf_path, x in _paths.flatten(tree)[0]:
         if is_adapted(x) and "w" in missing(x):
             raise ValueError(
@@ -218,7 +145,7 @@ def save(
         "plan": plan,
         "base": {p: _signature(x) for p, x in _base(tree).items()},
         "arrays": {
-            k: {p: [*_signature(x), _checksum(x)] for p, x in v.items()}
+            k: {p: [*_signature(x), _checksum.checksum(x)] for p, x in v.items()}
             for k, v in arrays.items()
         },
         "values": values,
@@ -265,8 +192,8 @@ def restore(
 
     Example: see `save`.
     """
-    path = _path(directory)
-    document = _together(path, lambda: _document(path))
+    path = _orbax.path_of(directory)
+    document = _orbax.together(path, lambda: _document(path))
     for p, x in _paths.flatten(params)[0]:
         if is_adapted(x):
             raise ValueError(
@@ -314,30 +241,6 @@ def restore(
 
 
 # ------------------------------------------------------------------------------ parts
-
-
-def _path(directory: str | os.PathLike[str]) -> epath.Path:
-    path = epath.Path(directory)
-    return path if "://" in os.fspath(directory) else path.expanduser().absolute()
-
-
-def _check_place(path: epath.Path) -> None:
-    """Raises where no checkpoint can be made."""
-    local = "://" not in str(path)
-    if path.exists() or (local and os.path.islink(path)):
-        raise FileExistsError(
-            f"checkpoint.save: {path} exists: expected a new directory, so that no "
-            "earlier adapter is lost. Save elsewhere, or move it away first."
-        )
-    for folder in path.parents if local else ():
-        if folder.exists() and not (folder.is_dir() and os.access(folder, os.W_OK)):
-            kind = PermissionError if folder.is_dir() else NotADirectoryError
-            raise kind(
-                f"checkpoint.save: {folder} cannot be written to: expected a directory "
-                "in which a checkpoint can be made."
-            )
-        if folder.exists():
-            break
 
 
 def _fields(spec: dict[str, Any]) -> tuple[str, ...]:
@@ -449,53 +352,6 @@ def _document_crc(document: dict[str, Any]) -> int:
     return zlib.crc32(text.encode())
 
 
-def _checksum(x: Any) -> int:
-    """Σ word·m(position) mod 2³² over the words of an array; m gives odd numbers.
-
-    A word that changed by any of its bits always changes the sum, since m is odd; words
-    that changed places nearly always do.  Sums of parts add up, so it is the same
-    however the array is sharded, and nothing is gathered for it.
-    """
-    if isinstance(x, jax.Array) and not x.is_fully_addressable:
-        return int(_distributed_sum(x))
-    with np.errstate(over="ignore"):
-        return int(_sum(_words_of(np.asarray(x)), np))
-
-
-@jax.jit
-def _distributed_sum(x: jax.Array) -> jax.Array:
-    if jnp.issubdtype(x.dtype, jnp.complexfloating):
-        x = jnp.stack([x.real, x.imag], axis=-1)
-    if x.dtype == bool or jax.dtypes.itemsize_bits(x.dtype) < 8:
-        x = x.astype(jnp.int8)
-    bits = 8 * min(x.dtype.itemsize, 4)
-    return _sum(jax.lax.bitcast_convert_type(x, f"uint{bits}"), jnp)
-
-
-def _words_of(x: np.ndarray) -> np.ndarray:
-    """The array's bytes as unsigned words, those of one number along a last axis."""
-    if x.dtype == bool or jax.dtypes.itemsize_bits(x.dtype) < 8:
-        x = x.astype(np.int8)
-    x = np.ascontiguousarray(x).reshape(x.shape)
-    size = min(x.dtype.itemsize // (x.dtype.kind == "c" and 2 or 1), 4)
-    words = x.reshape(*x.shape, 1).view(f"uint{8 * size}")
-    return words if words.shape[-1] > 1 else words.reshape(x.shape)
-
-
-def _sum(words: Any, xp: Any) -> Any:
-    """The sum of `_checksum`, in numpy or in jax.numpy."""
-    at, stride = xp.zeros((), "uint32"), 1
-    for k in reversed(range(words.ndim)):
-        along = xp.arange(words.shape[k], dtype="uint32") * xp.uint32(stride % 2**32)
-        at = at + along.reshape([-1 if j == k else 1 for j in range(words.ndim)])
-        stride *= words.shape[k]
-    # The mixing of MurmurHash3 in short, so that neighbours have unlike multipliers.
-    at = (at + xp.uint32(1)) * xp.uint32(0x9E3779B1)
-    at = (at ^ (at >> xp.uint32(15))) * xp.uint32(0x85EBCA77)
-    at = (at ^ (at >> xp.uint32(13))) | xp.uint32(1)
-    return xp.sum(words.astype("uint32") * at, dtype="uint32")
-
-
 def _same(what: str, want: dict[str, Any], have: dict[str, Any], do: str) -> None:
     """Raises at the first path whose signatures differ."""
     for p in [*want, *have]:
@@ -527,19 +383,21 @@ def _document(path: epath.Path) -> dict[str, Any]:
             f"checkpoint.restore: there is no directory {path}: expected one that "
             "jlora.checkpoint.save made. A save that was killed leaves none."
         )
-    with _damage(path, "its document cannot be read"):
+    with _orbax.damage(path, "its document cannot be read"):
         args = {"document": ocp.args.JsonRestore()}
-        document = _orbax_restore(path, args)["document"]
+        document = _orbax.restore(path, args)["document"]
         fmt, version = document["format"], document["version"]
     if fmt != FORMAT:
-        raise DamagedError(_damaged(path, f"its format is {fmt!r}, not {FORMAT!r}"))
+        raise DamagedError(
+            _orbax.damaged(path, f"its format is {fmt!r}, not {FORMAT!r}")
+        )
     if version > VERSION:
         raise ValueError(
             f"checkpoint.restore: {path} has format version {version}: expected at "
             f"most {VERSION}, which is what this jlora reads. Update jlora."
         )
     if document.get("crc") != _document_crc(document):
-        raise DamagedError(_damaged(path, "its document is damaged"))
+        raise DamagedError(_orbax.damaged(path, "its document is damaged"))
     return document
 
 
@@ -582,82 +440,23 @@ def _read(
                 targets.setdefault(k, {})[p] = target(p, shape, dtype)
 
     def arrays_of() -> Any:
-        with _damage(path, "its arrays cannot be read"):
+        with _orbax.damage(path, "its arrays cannot be read"):
             args = {k: ocp.args.StandardRestore(v) for k, v in targets.items()}
-            return _orbax_restore(path, args) if args else {}
+            return _orbax.restore(path, args) if args else {}
 
-    found = _together(path, arrays_of)
+    found = _orbax.together(path, arrays_of)
     for k in targets:
         read[k] |= found[k]
 
     def verify() -> None:
-        sums = {(k, p): _checksum(read[k][p]) for k, v in signatures.items() for p in v}
+        sums = {
+            (k, p): _checksum.checksum(read[k][p])
+            for k, v in signatures.items()
+            for p in v
+        }
         for (k, p), found in sums.items():
             if found != signatures[k][p][2]:
-                raise DamagedError(_damaged(path, f"the array {p!r} is damaged"))
+                raise DamagedError(_orbax.damaged(path, f"the array {p!r} is damaged"))
 
-    _together(path, verify)
+    _orbax.together(path, verify)
     return read
-
-
-def _orbax_restore(path: epath.Path, args: dict[str, Any]) -> Any:
-    """What this process needs of a checkpoint; it waits for no other one."""
-    alone = ocp.options.MultiprocessingOptions(
-        primary_host=jax.process_index(),
-        active_processes={jax.process_index()},
-        barrier_sync_key_prefix=f"jlora_{jax.process_index()}",
-    )
-    handler = ocp.CompositeCheckpointHandler(
-        composite_options=ocp.CompositeOptions(multiprocessing_options=alone)
-    )
-    with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
-        return checkpointer.restore(path, args=ocp.args.Composite(**args))
-
-
-def _together(path: epath.Path, fn: Callable[[], Any]) -> Any:
-    """fn() on every process; where one of them raises, all do.
-
-    Else the others would wait for it in their next collective, or go another way.
-    """
-    if jax.process_count() == 1:
-        return fn()
-    out, error = None, None
-    try:
-        out = fn()
-    except Exception as e:
-        error = e
-    state = 0 if error is None else 1 if isinstance(error, DamagedError) else 2
-    states = multihost_utils.process_allgather(np.int32(state))
-    if error is not None:
-        raise error
-    if states.any():
-        at = int(np.argmax(states))
-        if states[at] == 1:
-            raise DamagedError(_damaged(path, f"process {at} says so"))
-        raise OSError(f"checkpoint.restore: process {at} could not read {path}.")
-    return out
-
-
-# Not of the file, but of the moment: the checkpoint may be whole.
-_PASSING = MemoryError, jax.errors.JaxRuntimeError
-_MISSING = FileNotFoundError, NotADirectoryError, IsADirectoryError
-
-
-@contextlib.contextmanager
-def _damage(path: epath.Path, what: str) -> Iterator[None]:
-    """Whatever a file that was changed may raise, as a DamagedError."""
-    try:
-        yield
-    except Exception as e:
-        passing = isinstance(e, _PASSING)
-        if passing or (isinstance(e, OSError) and not isinstance(e, _MISSING)):
-            raise
-        raise DamagedError(_damaged(path, what, e)) from e
-
-
-def _damaged(path: epath.Path, why: str, error: Exception | None = None) -> str:
-    cause = f" ({type(error).__name__}: {str(error)[:200]})" if error else ""
-    return (
-        f"checkpoint.restore: {path} is no whole adapter checkpoint: {why}{cause}. "
-        "Restore an earlier one: this is not as jlora.checkpoint.save left it."
-    )

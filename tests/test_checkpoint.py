@@ -707,7 +707,7 @@ def test_places_that_are_no_directories(tmp_path):
 @pytest.mark.parametrize("shape", [(), (8,), (4, 6), (2, 3, 8), (0, 4)])
 def test_a_checksum_is_the_same_wherever_the_array_is(shape, dtype):
     """In numpy, and in parts on eight devices; every flipped bit changes it."""
-    from jlora.checkpoint import _checksum, _distributed_sum
+    from jlora._checksum import _distributed_sum, checksum
 
     with jax.enable_x64(True):
         draw = np.random.default_rng(0).normal(size=shape) * 3
@@ -717,14 +717,14 @@ def test_a_checksum_is_the_same_wherever_the_array_is(shape, dtype):
             spec = P(*[None] * (x.ndim - 1), "d")
             x = jax.device_put(x, jax.NamedSharding(mesh, spec))
         here = np.asarray(x)
-        want = _checksum(here)
-        assert int(_distributed_sum(x)) == _checksum(x) == want
+        want = checksum(here)
+        assert int(_distributed_sum(x)) == checksum(x) == want
         if here.size and here.dtype.name in ("float32", "bfloat16", "int64"):
             raw = bytearray(here.tobytes())
             for at in range(8 * len(raw)):
                 raw[at // 8] ^= 1 << at % 8
                 flipped = np.frombuffer(bytes(raw), here.dtype).reshape(shape)
-                assert _checksum(flipped) != want
+                assert checksum(flipped) != want
                 raw[at // 8] ^= 1 << at % 8
 
 
