@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -93,6 +94,43 @@ def bind(eqn: Any, args: Sequence[Any]) -> list[Any]:
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
+def rebind(eqn: Any, args: Sequence[Any]) -> list[Any]:
+    """Binds an equation's primitive, of several results, to any number of operands."""
+    with context(eqn):
+        return list(eqn.primitive.bind(*args, **eqn.params))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Operation:
+    """A primitive with its parameters, as a function of its operands."""
+
+    primitive: Any
+    params: tuple[tuple[str, Any], ...]
+
+    def __call__(self, *args: Any) -> Any:
+        out = self.primitive.bind(*args, **dict(self.params))
+        return out[0] if self.primitive.multiple_results else out
+
+
+def operation(eqn: Any, params: dict[str, Any] | None = None) -> Callable[..., Any]:
+    """An equation of one result as a function of its operands.
+
+    Where its parameters are hashable, those of two equations that do the same are
+    equal, so that JAX's trace cache knows them again.
+
+    Args:
+      eqn: the equation.
+      params: in place of its own.
+    """
+    params = eqn.params if params is None else params
+    own = _Operation(eqn.primitive, tuple(params.items()))
+    try:
+        hash(own)
+    except TypeError:
+        return lambda *args: own(*args)
+    return own
+
+
 def copied(x: Any) -> Any:
     """x as a value of its own, of which derivatives are added up by themselves."""
     return core.primitives.copy_p.bind(x)
@@ -112,3 +150,12 @@ def under_jit() -> bool:
 
 
 Literal = core.Literal
+
+# The names that primitives have, or had in a version that we support.
+JIT = "jit", "pjit"
+REMAT = "checkpoint", "remat2", "remat"
+CALL = "closed_call", "core_call"
+COPY = "copy", "copy_p"
+ALL_GATHER = "all_gather", "all_gather_invariant"
+VARY = "pvary", "pcast"
+RESHARD = "sharding_constraint", "reshard"

@@ -9,15 +9,62 @@ its factors.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jlora import _algebra, _init, _paths
-from jlora._leaf import LoRA, is_adapted, missing
+from jlora._init.keys import path_key, typed
+from jlora._leaf import LoRA, base, is_adapted
+from jlora._leaf.fields import missing
+from jlora._tree import leaves as trees
+from jlora._tree import paths
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["array", "mean", "std"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class Measured(base.Base):
+    """A base array with its statistics, so that no step computes them again.
+
+    Attributes:
+      array: the base array itself.
+      mean: float32 or wider, the array's shape with 1 for the axes that it is over.
+      std: likewise, the standard deviation.
+    """
+
+    array: Any
+    mean: Any
+    std: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        """Of the array."""
+        return tuple(self.array.shape)
+
+    @property
+    def dtype(self) -> Any:  # type: ignore[override]
+        """Of the array."""
+        return self.array.dtype
+
+    def use(self, fn: Callable[..., Any], *operands: Any) -> Any:
+        """The array is there."""
+        return fn(self.array, *operands)
+
+    def then(self, fn: Callable[..., Any], *operands: Any) -> Any:
+        """An array of which nothing was measured."""
+        return fn(self.array, *operands)
+
+    def plain(self) -> Any:
+        """The array."""
+        return self.array
 
 
 def fade(
@@ -52,9 +99,9 @@ def fade(
         over layers, or on each shard of a mesh, give each a key of its own.
 
     Returns:
-      The faded tree: `unwrap` gives the faded weights, in their own dtype.  With noise
-      the leaves keep m and δ: called once with factor 1 before training, it leaves the
-      weights as they are and saves each step from computing them again.
+      The faded tree: `unwrap` gives the faded weights, in their own dtype.  Called
+      once with factor 1 and noise, before training, it leaves the weights as they are
+      and keeps m and δ beside them: no step computes them again.
 
     Raises:
       ValueError: no adapted leaf, or one without its base; a factor outside [0, 1];
@@ -66,7 +113,7 @@ def fade(
       >>> float(jlora.unwrap(jlora.fade(t, 0.25))["kernel"].mean())
       0.25
     """
-    _paths.require_adapted(tree, "fade")
+    trees.require_adapted(tree, "fade")
     d, amount = _number("factor", factor, 1.0), None
     if noise is not None:
         amount = _number("noise", noise, math.inf)
@@ -79,12 +126,12 @@ def fade(
             "fade: noise without a key: expected a PRNG key of its own for each step, "
             "such as jax.random.fold_in(key, step)."
         )
-    own = None if key is None else _init.typed(key)
+    own = None if key is None else typed(key)
     biases = set()
-    for path, x in _paths.flatten(tree)[0]:
+    for path, x in trees.flatten(tree)[0]:
         if not isinstance(x, LoRA):
             continue
-        if x.dropped is not None:
+        if _gone(x):
             raise ValueError(
                 f"fade: the base of {path!r} was dropped: expected the tree that still "
                 "has its bases. Without them there is nothing to fade: leave the call "
@@ -98,23 +145,22 @@ def fade(
                 "of jlora.linen layers jlora.attach({'params': variables['params']}, "
                 "jlora.linen.adapter(variables)) gives that of the plain twin."
             )
-        if x.bias is not None:
-            biases.add(_paths.resolve(x.bias, path))
+        if x.bias_path is not None:
+            biases.add(paths.resolve(x.bias_path, path))
 
     def leaf(path: str, x: Any) -> Any:
         if not isinstance(x, LoRA):
             return _scaled(x, d) if path in biases and not is_adapted(x) else x
         if silent:
-            return x if still else dataclasses.replace(x, w=_scaled(x.w, d))
-        x = _measured(x, per)
-        if still:
-            return x
-        assert own is not None
-        return dataclasses.replace(
-            x, w=_noisy(x, d, amount, _init.path_key(own, f"{path}:noise"))
-        )
+            w = x.base if still else base.then(x.base, _scaled, d)
+        elif still:
+            w = _measured(x, per)
+        else:
+            assert own is not None
+            w = _noisy(_measured(x, per), d, amount, path_key(own, f"{path}:noise"))
+        return dataclasses.replace(x, w=w)
 
-    return _paths.map_leaves(leaf, tree, share=True)
+    return trees.map_leaves(leaf, tree, share=True)
 
 
 def _number(name: str, x: Any, most: float) -> Any:
@@ -140,40 +186,35 @@ def _scaled(w: jax.Array, d: Any) -> jax.Array:
     return (w.astype(wide) * d).astype(w.dtype)
 
 
-def _measured(x: LoRA, per: str) -> LoRA:
-    """The leaf with the mean and standard deviation of its base, if it lacks them."""
-    *_, batch = _algebra.labels_of(x.axes)
-    kept = _algebra.bias_labels(x.axes) if per == "output" else batch
-    shape = tuple(x.shape[k] for k in kept)
-    if x.mean is not None and x.mean.shape == shape:
-        return x
+def _measured(x: LoRA, per: str) -> Measured:
+    """The base with its mean and standard deviation, if it lacks them."""
+    w = x.base
+    kept = {
+        k for k, c in enumerate(x.axes) if c == "b" or (per == "output" and c == "o")
+    }
+    shape = tuple(n if k in kept else 1 for k, n in enumerate(x.shape))
+    if isinstance(w, Measured) and w.mean.shape == shape:
+        return w
+    w = base.array(base.plain(w))
     rest = tuple(k for k in range(x.ndim) if k not in kept)
-    w = lax.stop_gradient(x.w).astype(jnp.promote_types(x.dtype, jnp.float32))
-    left = [k for k in range(x.ndim) if k in kept]
-    mean, std = (
-        _algebra.order(f(w, axis=rest), left, kept) for f in (jnp.mean, jnp.std)
-    )
-    return dataclasses.replace(x, mean=mean, std=std)
+    wide = lax.stop_gradient(w).astype(jnp.promote_types(x.dtype, jnp.float32))
+    mean, std = (f(wide, axis=rest, keepdims=True) for f in (jnp.mean, jnp.std))
+    return Measured(w, mean, std)
 
 
-def _noisy(x: LoRA, d: Any, amount: Any, key: jax.Array) -> jax.Array:
+def _noisy(x: Measured, d: Any, amount: Any, key: jax.Array) -> jax.Array:
     """d·w + amount·noise; nothing is drawn where that would be zero."""
-    each = x.mean.ndim > x.scale.ndim  # of the outputs
-    labels = _algebra.bias_labels(x.axes) if each else _algebra.labels_of(x.axes)[2]
-
-    def spread(y: jax.Array) -> jax.Array:
-        return _algebra.spread(y, labels, x.shape, range(x.ndim))
 
     def drawn() -> jax.Array:
         wide = jnp.promote_types(x.dtype, jnp.float32)
         z = jax.random.normal(key, x.shape, wide)
         std = amount * jnp.sqrt(1 - jnp.square(jnp.asarray(d, wide)))
-        noise = z * spread(std * x.std) + spread(amount * (1 - d) * x.mean)
-        return (x.w.astype(wide) * d + noise).astype(x.dtype)
+        noise = z * (std * x.std) + amount * (1 - d) * x.mean
+        return (x.array.astype(wide) * d + noise).astype(x.dtype)
 
     if isinstance(d, float) and isinstance(amount, float):
         return drawn()
-    return lax.cond((amount > 0) & (d < 1), drawn, lambda: _scaled(x.w, d))
+    return lax.cond((amount > 0) & (d < 1), drawn, lambda: _scaled(x.array, d))
 
 
 def drop_base(tree: Any, *, force: bool = False) -> Any:
@@ -201,11 +242,11 @@ def drop_base(tree: Any, *, force: bool = False) -> Any:
       >>> jlora.count(jlora.drop_base(jlora.fade(t, 0.0)))
       (14, 14)
     """
-    _paths.require_adapted(tree, "drop_base")
-    leaves = dict(_paths.flatten(tree)[0])
+    trees.require_adapted(tree, "drop_base")
+    leaves = dict(trees.flatten(tree)[0])
     biases = set()
     for path, x in leaves.items():
-        if not is_adapted(x) or x.dropped is not None:
+        if not is_adapted(x) or _gone(x):
             continue
         if lacks := missing(x):
             raise ValueError(
@@ -214,8 +255,11 @@ def drop_base(tree: Any, *, force: bool = False) -> Any:
         if not isinstance(x, LoRA):
             continue
         if not force:
-            _require_faded(path, x.w)
-        if x.bias is None or is_adapted(leaves.get(at := _paths.resolve(x.bias, path))):
+            _require_faded(path, base.plain(x.w))
+        if x.bias_path is None:
+            continue
+        at = paths.resolve(x.bias_path, path)
+        if is_adapted(leaves.get(at)):
             continue
         if at in leaves:
             biases.add(at)
@@ -225,13 +269,16 @@ def drop_base(tree: Any, *, force: bool = False) -> Any:
     def leaf(path: str, x: Any) -> Any:
         if path in biases:
             return jnp.zeros_like(x)
-        if not is_adapted(x) or x.dropped is not None:
+        if not is_adapted(x) or _gone(x):
             return x
-        if isinstance(x, LoRA):
-            x = dataclasses.replace(x, mean=None, std=None)
-        return dataclasses.replace(x, w=None, dropped=x.w.dtype)
+        return dataclasses.replace(x, w=base.Dropped(x.shape, x.dtype))
 
-    return _paths.map_leaves(leaf, tree)
+    return trees.map_leaves(leaf, tree)
+
+
+def _gone(x: Any) -> bool:
+    """Whether the leaf's base was dropped."""
+    return x.w is not None and not base.shaped(x.w)
 
 
 def _require_faded(path: str, w: Any) -> None:
@@ -244,7 +291,7 @@ def _require_faded(path: str, w: Any) -> None:
             f"drop_base: the values of {path!r} are not known here: expected concrete "
             f"arrays, so that a base that has not faded is not lost. {advice}."
         )
-    largest = float(jnp.max(jnp.abs(w), initial=0))
+    largest = float(jnp.max(jnp.abs(base.array(w)), initial=0))
     if largest != 0:  # also where it is NaN
         raise ValueError(
             f"drop_base: the base of {path!r} has not faded: expected zeros, found "

@@ -9,9 +9,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jlora import _boxes, _paths
-from jlora._leaf import is_adapted, trained
-from jlora._tree import adapter
+from jlora._adapter import adapter
+from jlora._leaf import is_adapted
+from jlora._leaf.fields import trained
+from jlora._tree import boxes, paths
+from jlora._tree import leaves as trees
+from jlora._tree.variables import variables
 
 
 def optimizer(
@@ -46,12 +49,12 @@ def optimizer(
       >>> state = jlora.optimizer(optax.adamw(1e-4), t).init(t)
     """
     advice = ""
-    if _paths.variables(tree):
+    if variables(tree):
         advice = (
             "NNX: a wrapped module is optimised wrt=nnx.Param; one of jlora.nnx layers "
             "by plain optax, wrt=nnx.LoRAParam."
         )
-    _paths.require_adapted(tree, "optimizer", advice)
+    trees.require_adapted(tree, "optimizer", advice)
     if not advice:  # of NNX's variables `wrt` says which are optimised
         _require_floating(tree)
 
@@ -60,19 +63,19 @@ def optimizer(
     # Boxes of Linen's are kept, in which the mesh axes of the moments are found.
     def flat(tree: Any) -> dict[str, dict[str, Any]]:
         return {
-            _paths.path_of(keys): {name: getattr(x, name) for name in trained(x)}
-            for keys, x in _boxes.adapted(tree)
+            paths.path_of(keys): {name: getattr(x, name) for name in trained(x)}
+            for keys, x in boxes.adapted(tree)
         }
 
     def label(params: dict[str, dict[str, Any]]) -> dict[str, str]:
         whole = "lora" if full is None else "full"
         return {path: whole if "value" in x else "lora" for path, x in params.items()}
 
-    kinds = {"lora": tx} if full is None else {"lora": tx, "full": full}
-    inner = optax.multi_transform(kinds, label)
+    each = {"lora": tx} if full is None else {"lora": tx, "full": full}
+    inner = optax.multi_transform(each, label)
 
     def init(params: Any) -> Any:
-        _paths.require_adapted(params, "optimizer", advice)
+        trees.require_adapted(params, "optimizer", advice)
         adapter(params)  # two of one path are an error
         _require_floating(params)
         return inner.init(flat(params))
@@ -85,16 +88,16 @@ def optimizer(
             zeros = jax.tree.map(jnp.zeros_like, x)
             if not is_adapted(x):
                 return zeros
-            new = {name: _boxes.held(y) for name, y in updates[path].items()}
+            new = {name: boxes.held(y) for name, y in updates[path].items()}
             return dataclasses.replace(zeros, **new)
 
-        return _paths.map_leaves(leaf, grads), state
+        return trees.map_leaves(leaf, grads), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _require_floating(tree: Any) -> None:
-    for path, x in _paths.flatten(tree)[0]:
+    for path, x in trees.flatten(tree)[0]:
         for y in jax.tree.leaves(x):
             # What is no array, as in a module of Equinox, is filtered out later.
             if hasattr(y, "dtype") and not jnp.issubdtype(y.dtype, jnp.floating):

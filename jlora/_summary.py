@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-from jlora import _paths
-from jlora._leaf import Adapted, LoRA, is_adapted, missing, trained
-from jlora._plan import table
+from jlora._leaf import Adapted, LoRA, base, is_adapted
+from jlora._leaf.fields import missing, trained
+from jlora._plan.plan import table
+from jlora._tree import leaves as trees
 
 
 def count(tree: Any) -> tuple[int, int]:
@@ -21,20 +21,16 @@ def count(tree: Any) -> tuple[int, int]:
       >>> jlora.count(jlora.wrap({"kernel": jnp.ones((3, 4))}, rank=2))
       (14, 26)
     """
-    sizes = [_sizes(x) for _, x in _paths.flatten(tree)[0]]
+    sizes = [_sizes(x) for _, x in trees.flatten(tree)[0]]
     trainable = sum(t for t, _ in sizes)
     return trainable, trainable + sum(base for _, base in sizes)
-
-
-def _size(x: Any) -> int:
-    return math.prod(x.shape) if hasattr(x, "shape") else 0
 
 
 def _sizes(x: Any) -> tuple[int, int]:
     """(trainable, base) parameters of a leaf."""
     if not is_adapted(x):
-        return 0, _size(x)
-    return sum(_size(getattr(x, name)) for name in trained(x)), _size(x.w)
+        return 0, base.size(x)
+    return sum(base.size(getattr(x, name)) for name in trained(x)), base.size(x.w)
 
 
 def _dtype(x: Adapted) -> str:
@@ -47,7 +43,8 @@ def _words(x: Adapted) -> str:
     if isinstance(x, LoRA):
         words += [str(x.form)] if x.form else []
         words += ["c"] if x.c is not None else []
-    return ", ".join(words + (["base dropped"] if x.dropped is not None else []))
+    words += [base.words(x.w)] if base.words(x.w) else []
+    return ", ".join(words)
 
 
 class Summary(str):
@@ -69,7 +66,7 @@ def summary(tree: Any) -> Summary:
       1 adapted leaf: 14 trainable of 26 parameters (53.8 %)
     """
     rows = []
-    for path, x in _paths.flatten(tree)[0]:
+    for path, x in trees.flatten(tree)[0]:
         if is_adapted(x):
             low = isinstance(x, LoRA)
             rows.append(

@@ -8,8 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora import _init, _paths
-from jlora._leaf import LoRA, is_adapted, trained
+from jlora._init.keys import path_key, typed
+from jlora._leaf import Dropout, LoRA, is_adapted
+from jlora._leaf.fields import trained
+from jlora._tree import leaves as trees
 
 
 def partition(tree: Any) -> tuple[Any, Any]:
@@ -29,7 +31,7 @@ def partition(tree: Any) -> tuple[Any, Any]:
       [(3, 2), (2, 4)]
     """
     found = labels(tree)
-    _paths.require_adapted(tree, "partition")
+    trees.require_adapted(tree, "partition")
 
     def half(frozen: bool) -> Any:
         return jax.tree.map(
@@ -81,7 +83,7 @@ def labels(tree: Any) -> Any:
         label = "lora" if isinstance(x, LoRA) else "full"
         return dataclasses.replace(all_frozen, **dict.fromkeys(trained(x), label))
 
-    return _paths.map_leaves(leaf, tree)
+    return trees.map_leaves(leaf, tree)
 
 
 def scaled(tree: Any, s: Any) -> Any:
@@ -96,14 +98,14 @@ def scaled(tree: Any, s: Any) -> Any:
       >>> float(jlora.scaled(t, 0.5)["kernel"].scale)
       0.5
     """
-    _paths.require_adapted(tree, "scaled")
+    trees.require_adapted(tree, "scaled")
 
     def leaf(_: str, x: Any) -> Any:
         if not isinstance(x, LoRA):
             return x
         return dataclasses.replace(x, scale=(x.scale * s).astype(jnp.float32))
 
-    return _paths.map_leaves(leaf, tree, share=True)
+    return trees.map_leaves(leaf, tree, share=True)
 
 
 def dropout(tree: Any, rate: float, key: jax.Array) -> Any:
@@ -124,7 +126,7 @@ def dropout(tree: Any, rate: float, key: jax.Array) -> Any:
     Example:
       >>> import jax, jax.numpy as jnp, jlora
       >>> t = jlora.wrap({"kernel": jnp.ones((3, 4))}, rank=2)
-      >>> jlora.dropout(t, 0.1, jax.random.key(0))["kernel"].rate
+      >>> jlora.dropout(t, 0.1, jax.random.key(0))["kernel"].dropout.rate
       0.1
     """
     if isinstance(rate, jax.core.Tracer) or not 0 <= rate < 1:
@@ -132,16 +134,16 @@ def dropout(tree: Any, rate: float, key: jax.Array) -> Any:
             f"dropout: rate {rate!r}: expected a Python number in [0, 1), since it is "
             "part of the compiled function."
         )
-    _paths.require_adapted(tree, "dropout")
-    key = _init.typed(key)
+    trees.require_adapted(tree, "dropout")
+    key = typed(key)
 
     def leaf(path: str, x: Any) -> Any:
         if not isinstance(x, LoRA):
             return x
         if rate == 0:
-            return dataclasses.replace(x, key=None, rate=0.0)
-        own = _init.path_key(key, path)
+            return dataclasses.replace(x, dropout=None)
+        own = path_key(key, path)
         keys = jax.random.split(own, x.scale.shape) if x.scale.shape else own
-        return dataclasses.replace(x, key=keys, rate=float(rate))
+        return dataclasses.replace(x, dropout=Dropout(keys, float(rate)))
 
-    return _paths.map_leaves(leaf, tree, share=True)
+    return trees.map_leaves(leaf, tree, share=True)

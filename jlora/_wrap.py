@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jlora import _init, _paths, _sharding
-from jlora._leaf import Full
-from jlora._paths import Pattern
-from jlora._plan import RANK, Plan, Rule, check_rank, leaves_of, plan_from_names
+from jlora._init.keys import typed
+from jlora._init.make import Initialiser, initialiser, make
+from jlora._leaf import Full, base
+from jlora._plan.names import from_names
+from jlora._plan.plan import Plan
+from jlora._plan.select import Wanted
+from jlora._plan.spec import RANK, Rule, Spec, check_rank
+from jlora._tree import leaves as trees
+from jlora._tree import paths, sharding
+from jlora._tree.patterns import Pattern, as_patterns, check_matched, matches
+from jlora._tree.variables import refuse_layers
 
 
 def wrap(
@@ -26,7 +33,7 @@ def wrap(
     plan: Plan | None = None,
     train: Pattern | Iterable[Pattern] = (),
     bias: str = "none",
-    init: str = "kaiming",
+    init: str | Initialiser = "kaiming",
     lora_bias: bool = False,
     dtype: Any = jnp.float32,
     key: jax.Array | None = None,
@@ -49,6 +56,7 @@ def wrap(
       train: patterns of leaves that train whole (`Full`), such as a new head.
       bias: "none"; "all" trains every bias; "lora_only" those of adapted weights.
       init: "kaiming": a ~ U(±1/√fan_in) and b = 0; for embeddings a = 0, b ~ N(0, 1).
+        Or one of `jlora.initializers`, or a function (key, w, spec) -> (w, a, b).
       lora_bias: give every adapter a trainable output bias, zero at the start, which
         adds scale * c to the layer's own bias; where there is none of that shape, to
         the weight's products, and then it cannot be merged.  peft's option.
@@ -70,42 +78,23 @@ def wrap(
       >>> jlora.wrap(params, rank=2)["dense"]["kernel"].a.shape
       (3, 2)
     """
-    check_rank(rank, "wrap")
-    _paths.refuse_layers(params, "wrap")
+    said = check_rank(rank, "wrap")
+    refuse_layers(params, "wrap")
     if not isinstance(lora_bias, bool):
         raise TypeError(f"wrap: lora_bias {lora_bias!r}: expected True or False.")
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"wrap: dtype {dtype!r}: expected a floating-point one.")
-    key = _init.typed(key)
-    leaves = leaves_of(params)
-    if plan is None:
-        plan = (
-            plan_from_names(
-                params,
-                rank=rank,
-                alpha=alpha,
-                targets=targets,
-                exclude=exclude,
-                rules=rules,
-            )
-            if not _only_full(targets)
-            else Plan({}, {})
-        )
-    else:
-        plan = _checked_plan(plan, leaves, rank, alpha, targets, exclude, rules)
     if bias not in ("none", "all", "lora_only"):
         raise ValueError(f"bias {bias!r}: expected 'none', 'all' or 'lora_only'.")
-    patterns = _paths.as_patterns(train)
-    _paths.check_matched("train", patterns, _paths.flatten(params)[0])
-    adapted_biases = {s.bias for s in plan.values()}
-
-    def trains(path: str, x: Any) -> bool:
-        is_bias = path.rpartition("/")[2] in ("bias", "b") and path not in plan
-        return (
-            any(_paths.matches(p, path, x) for p in patterns)
-            or (bias == "all" and is_bias)
-            or (bias == "lora_only" and path in adapted_biases)
-        )
+    key, init = typed(key), initialiser(init)
+    leaves = trees.arrays(params)
+    if plan is not None:
+        plan = _checked_plan(plan, leaves, said, alpha, targets, exclude, rules)
+    elif _only_full(targets):
+        plan = Plan({}, {})
+    else:
+        plan = from_names(params, Wanted.of(rank, alpha, targets, exclude, rules))
+    trains = _training(params, plan, train, bias)
 
     def leaf(path: str, x: Any) -> Any:
         if trains(path, x):
@@ -115,9 +104,28 @@ def wrap(
         spec = plan[path]
         if spec.lora_bias is None:
             spec = dataclasses.replace(spec, lora_bias=lora_bias)
-        return _init.make(x, path, spec, init=init, dtype=dtype, key=key)
+        return make(x, path, spec, init=init, dtype=dtype, key=key)
 
-    return _paths.map_leaves(leaf, params)
+    return trees.map_leaves(leaf, params)
+
+
+def _training(
+    params: Any, plan: Plan, train: Any, bias: str
+) -> Callable[[str, Any], bool]:
+    """Whether a leaf trains whole: by a pattern, or as one of the biases that do."""
+    patterns = as_patterns(train)
+    check_matched("train", patterns, trees.flatten(params)[0])
+    adapted = {s.bias for s in plan.values()}
+
+    def trains(path: str, x: Any) -> bool:
+        is_bias = path.rpartition("/")[2] in ("bias", "b") and path not in plan
+        return (
+            any(matches(p, path, x) for p in patterns)
+            or (bias == "all" and is_bias)
+            or (bias == "lora_only" and path in adapted)
+        )
+
+    return trains
 
 
 def _only_full(targets: Any) -> bool:
@@ -131,9 +139,11 @@ def _full(path: str, x: Any, dtype: Any) -> Full:
             f"{path!r} is to be trained, but its dtype is {x.dtype}: expected a "
             "floating-point array. Leave the path out of train."
         )
-    own = _sharding.of_fields(Full(x, x), _sharding.of_array(x)).value
+    own = sharding.of_fields(Full(x, x), sharding.of_array(x)).value
     if isinstance(x, jax.ShapeDtypeStruct):
         return Full(x, jax.ShapeDtypeStruct(x.shape, dtype, sharding=own))
+    if base.is_base(x):
+        return Full(x, base.array(x).astype(dtype))
     here = x
     if own is not None and not isinstance(x, jax.core.Tracer):
         here = jax.device_put(x, own)  # a base may be in the host's memory
@@ -145,7 +155,7 @@ def _full(path: str, x: Any, dtype: Any) -> Full:
 def _checked_plan(
     plan: Plan,
     leaves: dict[str, Any],
-    rank: int,
+    rank: int | None,
     alpha: Any,
     targets: Any,
     exclude: Any,
@@ -154,14 +164,14 @@ def _checked_plan(
     """The plan, if it is one of this very tree; with the rank and alpha given."""
     if targets is not None or exclude or rules:
         raise ValueError(
-            "targets, exclude and rules are said to jlora.plan(...), which decides "
+            "targets, exclude and rules are passed to jlora.plan(...), which decides "
             "them: expected none beside plan=."
         )
     for path in plan:
         if path not in leaves:
             raise ValueError(
                 f"the plan is of another tree: it has {path!r}, params has "
-                f"{_paths.near(path, leaves)}. Pass wrap the same tree as plan "
+                f"{paths.near(path, leaves)}. Pass wrap the same tree as plan "
                 "(model.apply takes {'params': params}: wrap that too)."
             )
         if (found := tuple(leaves[path].shape)) != plan.shapes[path]:
@@ -170,22 +180,19 @@ def _checked_plan(
                 f"{plan.shapes[path]} in the plan and {found} in params. Plan the tree "
                 "that is wrapped."
             )
-    changes: dict[str, Any] = {}
-    for name, value, default in (("rank", rank, RANK), ("alpha", alpha, None)):
+    said = {"rank": rank, "alpha": alpha}
+    for name, value in said.items():
         planned = {getattr(s, name) for s in plan.values()}
-        if value is default or planned == {value}:
-            continue
-        if len(planned) > 1:
+        if value is not None and len(planned) > 1:
             raise ValueError(
-                f"{name}={value} beside a plan with several ({sorted(planned)}): say "
-                "it in jlora.plan(...)."
+                f"{name}={value} beside a plan with several ({sorted(planned)}): pass "
+                "it to jlora.plan(...)."
             )
-        changes[name] = value
-    specs = {}
-    for path, spec in plan.items():
-        specs[path] = dataclasses.replace(spec, **changes)
-        if alpha is None and path in plan.unsaid:  # alpha = rank stays so
-            specs[path] = dataclasses.replace(
-                specs[path], alpha=float(specs[path].rank)
-            )
+
+    def with_said(spec: Spec) -> Spec:
+        return spec.with_scale(
+            spec.rank if rank is None else rank, spec.alpha if alpha is None else alpha
+        )
+
+    specs = {path: with_said(spec) for path, spec in plan.specs.items()}
     return dataclasses.replace(plan, specs=specs)

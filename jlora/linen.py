@@ -32,13 +32,15 @@ import jax.numpy as jnp
 from flax import traverse_util
 from jax import lax
 
-from jlora import _init, _paths
-from jlora._leaf import Blocks, Form, LoRA
-from jlora._lift import lift_layer
-from jlora._plan import Spec, check_rank, einsum_axes, fitted
-from jlora._tree import Adapter
-from jlora._tree import adapter as adapter_of
-from jlora._tree import attach as attach_leaves
+from jlora._adapter import Adapter
+from jlora._adapter import adapter as adapter_of
+from jlora._adapter import attach as attach_leaves
+from jlora._init.make import make
+from jlora._leaf import Dropout, LoRA
+from jlora._leaf.forms import Blocks, Form
+from jlora._lift.lift import lift_layer
+from jlora._plan.spec import Spec, check_rank, einsum_axes, fitted
+from jlora._tree import paths
 
 COLLECTION = "lora"
 
@@ -79,7 +81,7 @@ class _Adapted(nn.Module, kw_only=True):
             # The module's own key, folded by name: make_rng would advance the counter
             # from which the twin's parameters are made under nn.scan.
             key = cast(Any, self.scope).rngs["params"].as_jax_rng()
-            leaf = _init.make(w, name, spec, init="kaiming", dtype=jnp.float32, key=key)
+            leaf = make(w, name, spec, init="kaiming", dtype=jnp.float32, key=key)
             return dataclasses.replace(leaf, w=None)
 
         if not (
@@ -124,7 +126,7 @@ class _Adapted(nn.Module, kw_only=True):
             "deterministic", self.deterministic, deterministic
         ):
             keys = jax.random.split(self.make_rng("dropout"), leaf.scale.shape)
-            leaf = dataclasses.replace(leaf, key=keys, rate=self.dropout_rate)
+            leaf = dataclasses.replace(leaf, dropout=Dropout(keys, self.dropout_rate))
         others = {k: v for k, v in self.variables.items() if k != COLLECTION}
         params = nn.meta.unbox(dict(others.pop("params")))
         # Also where the whole of the variables is differentiated.
@@ -379,10 +381,10 @@ def attach(variables: Any, adapter: Adapter) -> dict[str, Any]:
         if known is not None and path not in known:
             raise ValueError(
                 f"linen.attach: {path!r} belongs to no layer of jlora.linen: expected "
-                f"one of {_paths.near(path, known)}. Attach it to the plain twin: "
+                f"one of {paths.near(path, known)}. Attach it to the plain twin: "
                 "jlora.attach({'params': params}, adapter)."
             )
-        if isinstance(leaf, LoRA) and leaf.dropped is not None:
+        if isinstance(leaf, LoRA) and leaf.w is not None:
             raise ValueError(
                 f"linen.attach: the base of {path!r} was dropped: expected one that "
                 "stays, which the layer reads. Lift the plain twin on "

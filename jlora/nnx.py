@@ -26,12 +26,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jlora import _init, _paths
-from jlora._leaf import Blocks, Form, LoRA
-from jlora._lift import lift_layer
-from jlora._plan import Spec, check_rank, einsum_axes, fitted
-from jlora._tree import Adapter
-from jlora._tree import attach as attach_leaves
+from jlora._adapter import Adapter
+from jlora._adapter import attach as attach_leaves
+from jlora._init.keys import path_key
+from jlora._init.make import make
+from jlora._leaf import Dropout, LoRA
+from jlora._leaf.forms import Blocks, Form
+from jlora._lift.lift import lift_layer
+from jlora._plan.spec import Spec, check_rank, einsum_axes, fitted
+from jlora._tree import leaves as trees
 
 
 class Scale(nnx.Variable):
@@ -86,18 +89,15 @@ class _Adapted:
         # A key of its own without a draw: drawing would move the twins' that follow.
         stream = rngs.params
         key = jax.random.fold_in(stream.key[...], stream.count[...])
-        leaf = _init.make(w, "lora", spec, init="kaiming", dtype=jnp.float32, key=key)
+        leaf = make(w, "lora", spec, init="kaiming", dtype=jnp.float32, key=key)
         self.lora_a, self.lora_b = nnx.LoRAParam(leaf.a), nnx.LoRAParam(leaf.b)
         self.lora_scale = Scale(leaf.scale)
-        self.lora_roles, self.lora_form, self.lora_bias = (
-            leaf.roles,
-            leaf.form,
-            leaf.bias,
-        )
+        self.lora_roles, self.lora_form = leaf.roles, leaf.form
+        self.bias_path = leaf.bias_path
         self.dropout_rngs: Any = nnx.data(None)
         if dropout_rate:
             key = jax.random.fold_in(rngs["dropout"].key[...], stream.count[...])
-            key = _init.path_key(key, "lora dropout")
+            key = path_key(key, "lora dropout")
             self.dropout_rngs = nnx.data(nnx.RngStream(key, tag="dropout"))
 
     def _roles(self, n: int) -> str:
@@ -119,7 +119,7 @@ class _Adapted:
             *fields,
             roles=self.lora_roles,
             form=self.lora_form,
-            bias=self.lora_bias,
+            bias_path=self.bias_path,
         )
 
     def _call(
@@ -136,8 +136,8 @@ class _Adapted:
         off = self.deterministic if deterministic is None else deterministic
         if drops and self.dropout_rate and not off:
             keys = jax.random.split(self.dropout_rngs(), leaf.scale.shape)
-            leaf = dataclasses.replace(leaf, key=keys, rate=self.dropout_rate)
-        module = _paths.map_leaves(
+            leaf = dataclasses.replace(leaf, dropout=Dropout(keys, self.dropout_rate))
+        module = trees.map_leaves(
             lambda path, x: leaf if path == self._weight else x, self
         )
         return _lifted(method)(module, *args)
@@ -355,7 +355,7 @@ def attach(model: nnx.Module, adapter: Adapter) -> Any:
     attach_leaves(weights, adapter)  # verifies that it fits
     for path, leaf in adapter.items():
         layer = layers[path]
-        if not isinstance(leaf, LoRA) or leaf.c is not None or leaf.dropped is not None:
+        if not isinstance(leaf, LoRA) or leaf.c is not None or leaf.w is not None:
             raise ValueError(
                 f"nnx.attach: {path!r} was trained whole, has an output bias or lost "
                 "its base: expected leaves of a and b only, which these layers have."

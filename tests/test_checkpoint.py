@@ -707,7 +707,7 @@ def test_places_that_are_no_directories(tmp_path):
 @pytest.mark.parametrize("shape", [(), (8,), (4, 6), (2, 3, 8), (0, 4)])
 def test_a_checksum_is_the_same_wherever_the_array_is(shape, dtype):
     """In numpy, and in parts on eight devices; every flipped bit changes it."""
-    from jlora._checksum import _distributed_sum, checksum
+    from jlora.checkpoint.checksum import _distributed_sum, checksum
 
     with jax.enable_x64(True):
         draw = np.random.default_rng(0).normal(size=shape) * 3

@@ -208,7 +208,7 @@ def test_value_and_gradient(name):
 def experts(tree, plan):
     """With a bias that is a bias: a lookup of each token's is planned as a table."""
     specs = {"w": dataclasses.replace(plan["w"], bias="bias")}
-    w = dataclasses.replace(tree["w"], bias="bias")
+    w = dataclasses.replace(tree["w"], bias_path="bias")
     bias = tree["bias"].w if jlora.is_adapted(tree["bias"]) else tree["bias"]
     return {"w": w, "bias": bias}, dataclasses.replace(plan, specs=specs)
 

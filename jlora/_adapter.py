@@ -1,0 +1,285 @@
+"""Between adapted trees, plain params and adapters: merge, attach and their inverses.
+
+Every function is a tree_map: nothing here knows about layers, and nothing is written
+in place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jlora._algebra.merge import dense
+from jlora._leaf import Adapted, Full, LoRA, base, fields, is_adapted
+from jlora._leaf.fields import missing
+from jlora._tree import leaves as trees
+from jlora._tree import output_bias, paths, sharding
+from jlora._tree.trace import is_array
+from jlora._tree.variables import refuse_layers
+
+Adapter = dict[str, Adapted]
+
+
+def merge(tree: Any) -> Any:
+    """Plain params with the deltas in: w + scale * a·b, rounded once to w's dtype.
+
+    Computed in float32 (float64 where a base or factor is).  A `Full` leaf gives its
+    value in the base's dtype.  An output bias goes into the bias of the weight's layer.
+    A base that was dropped counts as zero.
+    What is sharded stays sharded as the base is.
+
+    Raises:
+      ValueError: a leaf without its base; one with an output bias whose layer has no
+        bias to take it, or one of another shape.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> lora = jlora.wrap({"kernel": jnp.ones((3, 4))}, rank=2)
+      >>> jlora.merge(lora)["kernel"].shape
+      (3, 4)
+    """
+
+    def merged(leaf: Adapted) -> jax.Array:
+        if isinstance(leaf, LoRA):
+            return sharding.like(leaf.w, dense)(leaf)
+        # A Full value has a buffer of its own, which a later step may donate.
+        return jnp.array(dense(leaf), copy=True)
+
+    return _with_output_biases(_map_adapted(merged, tree, "merge"), tree, "merge")
+
+
+def _with_output_biases(params: Any, adapter: Any, what: str, sign: int = 1) -> Any:
+    """The params with the output biases of an adapter in those of the layers."""
+    leaves, old = (dict(trees.flatten(tree)[0]) for tree in (params, adapter))
+    weights = {path: x for path, x in old.items() if isinstance(x, LoRA)}
+    found, homeless = output_bias.homes({**leaves, **weights})
+    for path, why in homeless.items():
+        raise ValueError(
+            f"{what}: {path!r} has an output bias (lora_bias), but {why}, to take it. "
+            "Lift the tree as it is, without merging it; or wrap a model whose layer "
+            "has a bias of zeros, or this path with lora_bias=False."
+        )
+
+    def leaf(path: str, x: Any) -> Any:
+        if path not in found:
+            return x
+        was = old.get(path)  # so that what trained whole is rounded once, too
+        whole = was if isinstance(was, Full) else x
+        return output_bias.plus(whole, [weights[p] for p in found[path]], sign)
+
+    return trees.map_leaves(leaf, params) if found else params
+
+
+def unwrap(tree: Any) -> Any:
+    """Plain params without the deltas: the same base arrays that were wrapped.
+
+    A base that was dropped is a ``jax.ShapeDtypeStruct``: what `attach` and
+    ``checkpoint.restore`` need to know of it.
+
+    Raises:
+      ValueError: a leaf without its base.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> params = {"kernel": jnp.ones((3, 4))}
+      >>> jlora.unwrap(jlora.wrap(params, rank=2))["kernel"] is params["kernel"]
+      True
+    """
+    return _map_adapted(lambda leaf: base.plain(leaf.base), tree, "unwrap")
+
+
+def _map_adapted(fn: Any, tree: Any, what: str) -> Any:
+    refuse_layers(tree, what)
+
+    def leaf(path: str, x: Any) -> Any:
+        if not is_adapted(x):
+            return x
+        if lacks := missing(x):
+            raise ValueError(
+                f"{what}: {path!r} has {', '.join(f'{name}=None' for name in lacks)}: "
+                "expected a whole adapted tree. Put the base (w) back with "
+                "jlora.attach(params, adapter), the halves of a partition together "
+                "with jlora.combine(trainable, frozen); "
+                "the variables of jlora.linen layers keep it apart: "
+                "jlora.attach({'params': variables['params']}, "
+                "jlora.linen.adapter(variables))."
+            )
+        return fn(x)
+
+    return trees.map_leaves(leaf, tree)
+
+
+def adapter(tree: Any) -> Adapter:
+    """Only what was adapted, without the base: a flat dict from path to leaf.
+
+    One format for every framework: for checkpoints, arithmetic and interchange.  Its
+    leaves have ``w=None``; dropout keys are not part of it.
+
+    Raises:
+      ValueError: no adapted leaf, or two with the same path.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> list(jlora.adapter(jlora.wrap({"kernel": jnp.ones((3, 4))}, rank=2)))
+      ['kernel']
+    """
+    out: Adapter = {}
+    for path, x in trees.flatten(tree)[0]:
+        if not is_adapted(x):
+            continue
+        if path in out:
+            raise ValueError(
+                f"two adapted leaves have the path {path!r}: an adapter could not tell "
+                "them apart. Rename one of them (a key may not hold '/')."
+            )
+        out[path] = fields.bare(x)
+    if not out:
+        refuse_layers(tree, "adapter")
+        raise ValueError(
+            "adapter: the tree has no adapted leaf: expected the result of jlora.wrap."
+        )
+    return out
+
+
+def attach(params: Any, adapter: Adapter) -> Any:
+    """Plain params with an adapter's leaves on them; the inverse of `adapter`.
+
+    The adapter must fit: every path in the tree, every shape the base's.
+
+    Raises:
+      ValueError: a path that the tree has not (with the paths near it, and the renaming
+        where it was made on ``{"params": …}`` or on a bare tree); a leaf that lacks
+        a, b or scale; a weight of another shape; a tree that is adapted already.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> params = {"kernel": jnp.ones((3, 4))}
+      >>> t = jlora.attach(params, jlora.adapter(jlora.wrap(params, rank=2)))
+      >>> t["kernel"].rank
+      2
+    """
+    _fitting("attach", params, adapter)
+
+    leaves = dict(trees.flatten(params)[0])
+    # A bias fades with the base, so beside a base that is zero it was zero, too.
+    gone = {
+        paths.resolve(x.bias_path, path)
+        for path, x in adapter.items()
+        if isinstance(x, LoRA) and x.w is not None and x.bias_path is not None
+    }
+
+    def leaf(path: str, x: Any) -> Any:
+        if path not in adapter:
+            return jnp.zeros_like(x) if path in gone and is_array(x) else x
+        new = adapter[path]
+        if isinstance(new, LoRA) and new.bias_path is not None:
+            if paths.resolve(new.bias_path, path) not in leaves:
+                new = dataclasses.replace(new, bias_path=None)
+        return dataclasses.replace(new, w=x) if new.w is None else new
+
+    return trees.map_leaves(leaf, params)
+
+
+def unmerge(params: Any, adapter: Adapter) -> Any:
+    """Merged params with an adapter's delta subtracted: w - scale * a·b.
+
+    Inexact: merging rounded w + delta to w's dtype, and so does this.  The result is
+    off by about one unit in the last place of the larger of the two (2^-8 of it in
+    bfloat16, 2^-24 in float32); further cycles of merging and unmerging the same
+    adapter add nothing to it.  `unwrap` gives the very base instead.
+
+    Raises:
+      ValueError: as `attach`; or a `Full` leaf, whose base cannot be had back.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> t = jlora.wrap({"kernel": jnp.ones((3, 4))}, rank=2)
+      >>> float(jlora.unmerge(jlora.merge(t), jlora.adapter(t))["kernel"].max())
+      1.0
+    """
+    _fitting("unmerge", params, adapter)
+
+    def leaf(path: str, x: Any) -> Any:
+        found = adapter.get(path)
+        if isinstance(found, Full):
+            raise ValueError(
+                f"unmerge: {path!r} was trained whole, so its base cannot be had back "
+                "by subtraction: expected low-rank leaves only. Keep the base params, "
+                "or use jlora.unwrap on the adapted tree."
+            )
+        if found is None:
+            return x
+        minus = dataclasses.replace(found, w=x, scale=-found.scale)
+        return sharding.like(x, dense)(minus)
+
+    merged = trees.map_leaves(leaf, params)
+    # The leaves of an adapter stand under their whole paths, as those of a tree do.
+    return _with_output_biases(merged, adapter, "unmerge", sign=-1)
+
+
+def _fitting(what: str, params: Any, adapter: Adapter) -> None:
+    """Raises unless every leaf of the adapter fits an array of params."""
+    if not isinstance(adapter, dict) or not all(map(is_adapted, adapter.values())):
+        found = type(adapter).__name__
+        if isinstance(adapter, dict):
+            other = next(x for x in adapter.values() if not is_adapted(x))
+            found += f" of {type(other).__name__}"
+        raise ValueError(
+            f"{what}: expected an adapter (a flat dict from path to adapted leaf, as "
+            f"jlora.adapter gives), found {found}. A checkpoint restored without a "
+            "template has plain dicts: give Orbax jax.eval_shape(lambda: "
+            "jlora.adapter(tree)), as in StandardRestore(template)."
+        )
+    leaves = dict(trees.flatten(params)[0])
+    for path, y in leaves.items():
+        if is_adapted(y):
+            raise ValueError(
+                f"{what}: {path!r} is adapted already: expected plain params. Merge or "
+                "unwrap the tree first (jlora.merge, jlora.unwrap); of variables of "
+                "jlora.linen layers pass {'params': variables['params']}."
+            )
+    for path, x in adapter.items():
+        if path not in leaves:
+            raise ValueError(
+                f"{what}: the adapter has {path!r}, which the tree has not; near "
+                f"paths: {paths.near(path, leaves)}.{_renaming(adapter, leaves)}"
+            )
+        y = leaves[path]
+        if lacks := [name for name in missing(x) if name != "w"]:
+            raise ValueError(
+                f"{what}: {path!r} of the adapter lacks {', '.join(lacks)}: expected "
+                "a whole adapter; if it is half of a partition, combine it first."
+            )
+        if not (hasattr(y, "dtype") and jnp.issubdtype(y.dtype, jnp.floating)):
+            found = getattr(y, "dtype", type(y).__name__)
+            raise ValueError(
+                f"{what}: {path!r} is {found} in the tree: expected a floating-point "
+                "weight, as an adapter is made for."
+            )
+        if x.shape != tuple(y.shape):
+            raise ValueError(
+                f"{what}: {path!r} is an adapter for a weight of shape {x.shape}, "
+                f"found {tuple(y.shape)}: it was made for another model."
+            )
+        if isinstance(x, LoRA):
+            try:
+                fields.check(x)
+            except ValueError as e:
+                raise ValueError(f"{what}: {path!r} {e}") from None
+
+
+def _renaming(adapter: Adapter, leaves: Any) -> str:
+    """The line that renames an adapter between ``{"params": …}`` and a bare tree."""
+    for new, line in (
+        (lambda p: f"params/{p}", '{f"params/{k}": v for k, v in adapter.items()}'),
+        (
+            lambda p: p.removeprefix("params/"),
+            '{k.removeprefix("params/"): v for k, v in adapter.items()}',
+        ),
+    ):
+        if all(new(p) in leaves for p in adapter):
+            return f" It fits after adapter = {line}."
+    return ""

@@ -1,0 +1,155 @@
+"""Concatenation of weights, some of them adapted, as one leaf."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jlora._algebra.merge import low_rank, scaled
+from jlora._algebra.structure import folded, with_units
+from jlora._labels import RANK
+from jlora._leaf import LoRA, base, fields
+from jlora._leaf.fields import labels
+from jlora._leaf.forms import NotFactored
+
+
+def concatenate(parts: Sequence[LoRA | jax.Array], axis: int) -> LoRA:
+    """lax.concatenate of weights, some of them adapted.
+
+    Along a batch axis the factors are concatenated.  Along an in or out axis the ranks
+    add up: one factor is concatenated along the rank, the other is block-diagonal.
+
+    Raises:
+      NotFactored: the parts have other roles, or not the same dropout.
+    """
+    leaves = _alike(parts)
+    join = _stacked if leaves[0].axes[axis] == "b" else _side_by_side
+    w = base.joined([leaf.base for leaf in leaves], _Concatenate(axis))
+    return dataclasses.replace(join(leaves, axis), w=w)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Concatenate:
+    axis: int
+
+    def __call__(self, *arrays: jax.Array) -> jax.Array:
+        return lax.concatenate(arrays, self.axis)
+
+
+def _alike(parts: Sequence[LoRA | jax.Array]) -> list[LoRA]:
+    """All parts as leaves of the same roles, and of factors of one dtype."""
+    adapted = [low_rank(p) for p in parts if isinstance(p, LoRA)]
+
+    def role(k: int) -> str:
+        """What the parts make of an axis: one of size one has no say."""
+        roles = [p.axes[k] for p in adapted if p.shape[k] != 1]
+        return min(roles or [p.axes[k] for p in adapted], key="iob".index)
+
+    axes = "".join(map(role, range(adapted[0].ndim)))
+    leaves = [with_units(_as_leaf(p, axes), axes) for p in parts]
+    rates = {p.dropout and p.dropout.rate for p in leaves if p.rank}
+    if any(p.axes != axes for p in leaves) or len(rates) > 1:
+        raise NotFactored
+    # A mask of its own for each part of a stack, and for a product of several weights.
+    leaves = [folded(p, i) for i, p in enumerate(leaves)]
+    dtype = max((p.a.dtype for p in leaves), key=lambda dtype: dtype.itemsize)
+    return [
+        dataclasses.replace(
+            p, a=p.a.astype(dtype), b=p.b.astype(dtype), roles=axes.lstrip("b")
+        )
+        for p in leaves
+    ]
+
+
+def _as_leaf(x: LoRA | jax.Array, axes: str) -> LoRA:
+    """A plain array as a leaf of rank zero, of these roles."""
+    if isinstance(x, LoRA):
+        return low_rank(x)
+    shapes = fields.shapes(x.shape, axes, 0)
+    a, b = jnp.zeros(shapes["a"]), jnp.zeros(shapes["b"])
+    one = jnp.ones(shapes["scale"], jnp.float32)
+    return LoRA(x, a, b, one, roles=axes.lstrip("b"))
+
+
+def _stacked(leaves: Sequence[LoRA], axis: int) -> LoRA:
+    """Along a batch axis: every field joined along it, the ranks padded with zeros."""
+    axes, top = leaves[0].axes, max(p.rank for p in leaves)
+
+    def join(name: str) -> Any:
+        own = labels(fields.LORA[name].axes, axes)
+        xs = [_padded(getattr(p, name), own, 0, top - p.rank) for p in leaves]
+        return lax.concatenate(xs, own.index(axis))
+
+    c = _output_biases([p.c for p in leaves], leaves)
+    at = labels(fields.LORA["c"].axes, axes).index(axis)
+    new = {name: join(name) for name in ("a", "b", "scale")}
+    new["c"] = None if c is None else lax.concatenate(c, at)
+    dropouts = [p.dropout for p in leaves if p.dropout is not None]
+    if 0 < len(dropouts) < len(leaves):
+        raise NotFactored
+    if dropouts:
+        at = labels(fields.LORA["dropout"].axes, axes).index(axis)
+        key = jnp.concatenate([d.key for d in dropouts], at)
+        new["dropout"] = dataclasses.replace(dropouts[0], key=key)
+    return dataclasses.replace(leaves[0], **new)
+
+
+def _side_by_side(leaves: Sequence[LoRA], axis: int) -> LoRA:
+    """Along an in or out axis: the ranks side by side, and the scales in b."""
+    axes, ranks = leaves[0].axes, [p.rank for p in leaves]
+    ends = [sum(ranks[: i + 1]) for i in range(len(ranks))]
+
+    def join(name: str, xs: Sequence[jax.Array]) -> jax.Array:
+        own = labels(fields.LORA[name].axes, axes)
+        if axis not in own:
+            return lax.concatenate(xs, own.index(RANK))
+        padded = [
+            _padded(x, own, end - r, ends[-1] - end)
+            for x, r, end in zip(xs, ranks, ends, strict=True)
+        ]
+        return lax.concatenate(padded, own.index(axis))
+
+    a = join("a", [p.a for p in leaves])
+    b = join("b", [scaled(p, "b") for p in leaves])
+    cs = [None if p.c is None else scaled(p, "c") for p in leaves]
+    c, biases = None, _output_biases(cs, leaves)
+    if biases is not None:  # along in axes the products are summed
+        own = labels(fields.LORA["c"].axes, axes)
+        c = (
+            lax.concatenate(biases, own.index(axis))
+            if axis in own
+            else sum(biases[1:], biases[0])
+        )
+    one = jnp.ones_like(leaves[0].scale)
+    dropout = next((p.dropout for p in leaves if p.dropout is not None), None)
+    return dataclasses.replace(leaves[0], a=a, b=b, scale=one, c=c, dropout=dropout)
+
+
+def _padded(x: jax.Array, own: list[int], before: int, after: int) -> jax.Array:
+    """x with zeros before and after along the rank, if it has one."""
+    if RANK not in own or not (before or after):
+        return x
+    pads = [(before, after, 0) if k == RANK else (0, 0, 0) for k in own]
+    return lax.pad(x, jnp.zeros((), x.dtype), pads)
+
+
+def _output_biases(
+    cs: Sequence[jax.Array | None], leaves: Sequence[LoRA]
+) -> list[jax.Array] | None:
+    """The c of every part, zero where it has none; None where no part has one."""
+    if all(c is None for c in cs):
+        return None
+
+    def shape(p: LoRA) -> list[int]:
+        return [p.shape[k] for k in labels(fields.LORA["c"].axes, p.axes)]
+
+    dtype = leaves[0].a.dtype
+    return [
+        jnp.zeros(shape(p), dtype) if c is None else c
+        for c, p in zip(cs, leaves, strict=True)
+    ]

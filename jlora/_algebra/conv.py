@@ -1,0 +1,151 @@
+"""Convolution of an activation with a weight as its kernel."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jlora._algebra.merge import delta, dense, low_rank, scaled
+from jlora._algebra.structure import with_units
+from jlora._algebra.use import (
+    Params,
+    RolesError,
+    compute_dtype,
+    drop,
+    inlined,
+    with_output_bias,
+)
+from jlora._labels import GROUP, IN, OUT, RANK, dot, order, spread
+from jlora._leaf import LoRA, base, forms
+from jlora._leaf.fields import labels
+from jlora._leaf.forms import NotFactored
+
+# fn(x, kernel): the convolution with all other parameters of the primitive.
+Run = Callable[[Any, Any], Any]
+
+
+@functools.partial(inlined, static_argnames=("params", "nth"))
+def conv(
+    leaf: LoRA, x: jax.Array, params: Params, *, aside: jax.Array, nth: int = 0
+) -> jax.Array:
+    """conv_general_dilated of x with the weight as its kernel.
+
+    x is convolved with a to r features (the same strides, padding and dilations), and
+    b takes these to the outputs as a 1x1 convolution.  With groups, a is shared: each
+    group of inputs is convolved with it and reads its own columns of b, which is the
+    low-rank form of the kernel array itself.  Where the kernel is used from its outputs
+    to its inputs, as in a gradient, b goes first.
+
+    Args:
+      leaf: the kernel.
+      x: the activation.
+      params: of the primitive.
+      aside: x for the low-rank branch.
+      nth: how many uses of the kernel came before, for the dropout.
+
+    Raises:
+      RolesError: the convolved axes are not all in axes, or the outputs no out axis.
+      NotFactored: a batch-grouped convolution (the gradient of a grouped one).
+    """
+    rest = dict(params)
+    if rest["batch_group_count"] != 1:
+        raise NotFactored
+    groups, wanted = rest["feature_group_count"], forms.of(leaf.form).groups
+    if wanted not in (None, groups):
+        raise RolesError(
+            f"convolves in {groups} groups with a leaf of {leaf.form}: expected "
+            f"groups={groups} in its form"
+        )
+    run: Run = functools.partial(cast(Any, lax.conv_general_dilated), **rest)
+    if forms.of(leaf.form).formed:
+        return _formed(leaf, x, aside, nth, run, rest["dimension_numbers"])
+    leaf, transposed = _oriented(low_rank(leaf), rest["dimension_numbers"])
+    if transposed and groups != 1:
+        raise NotFactored
+    dtype = compute_dtype(x, leaf)
+    y = base.use(leaf.base, lambda w, x: run(x, w), x)
+    x = drop(leaf, aside, nth).astype(dtype)
+    branch = _from_outputs if transposed else _from_inputs
+    return base.plus(y, branch(leaf, x, run, rest, y.shape))
+
+
+def _formed(
+    leaf: LoRA, x: jax.Array, aside: jax.Array, nth: int, run: Run, spec: Any
+) -> jax.Array:
+    """With a form that has no low-rank use: one convolution, with the sum."""
+    dtype = compute_dtype(x, leaf)
+    if leaf.dropout is None:
+        y = run(x, dense(leaf))
+    else:
+        y = base.use(leaf.base, lambda w, x: run(x, w), x)
+        dropped = drop(leaf, aside, nth).astype(dtype)
+        y = base.plus(y, run(dropped, delta(leaf).astype(dtype)))
+    if leaf.c is None:
+        return y
+    out = spec.rhs_spec[0]
+    places = [out if k == spec.out_spec[1] else -1 for k in range(y.ndim)]
+    c = scaled(leaf, "c").astype(dtype)
+    return y + spread(c, [out], y.shape, places).astype(y.dtype)
+
+
+def _oriented(leaf: LoRA, spec: Any) -> tuple[LoRA, bool]:
+    """The kernel with roles that fit, and whether it is used from its outputs."""
+    out_axis, in_axis, *_ = spec.rhs_spec
+    forward, backward = (
+        "".join("o" if k == at else "i" for k in range(leaf.ndim))
+        for at in (out_axis, in_axis)
+    )
+    for wanted in (forward, backward):
+        if (found := with_units(leaf, wanted)).axes == wanted:
+            return found, wanted != forward
+    raise RolesError(
+        f"convolves axes {tuple(k for k, c in enumerate(forward) if c == 'i')} of "
+        f"a weight of shape {leaf.shape} and roles {leaf.axes!r}: "
+        f"expected {forward!r}, or {backward!r} from its outputs to its inputs"
+    )
+
+
+def _kernel(leaf: LoRA, dtype: Any) -> tuple[jax.Array, int]:
+    """a as a kernel with the rank in place of the outputs, and where that axis is."""
+    at = leaf.axes.index("o")
+    axes = [RANK if k == at else k for k in range(leaf.ndim)]
+    return order(leaf.a.astype(dtype), labels("bir", leaf.axes), axes), at
+
+
+_PRODUCT = "precision", "preferred_element_type"
+
+
+def _from_outputs(leaf: LoRA, x: jax.Array, run: Run, rest: Any, shape: Any) -> Any:
+    """b first: the features of x to the ranks, then a convolution with a."""
+    a, _ = _kernel(leaf, x.dtype)
+    b = scaled(leaf, "b").astype(x.dtype)
+    free = list(range(x.ndim))
+    k = free.pop(rest["dimension_numbers"].lhs_spec[1])
+    xl = [*free[:k], IN, *free[k:]]
+    products = {name: rest[name] for name in _PRODUCT}
+    h, hl = dot(x, xl, b, [RANK, IN], {*free}, **products)
+    h = order(h, hl, [*free[:k], RANK, *free[k:]])
+    return run(h.astype(x.dtype), a)
+
+
+def _from_inputs(leaf: LoRA, x: jax.Array, run: Run, rest: Any, shape: Any) -> Any:
+    """a first: a convolution to the ranks of each group, then the group's part of b."""
+    groups = rest["feature_group_count"]
+    a, at = _kernel(leaf, x.dtype)
+    b = scaled(leaf, "b").astype(x.dtype)
+    free = list(range(x.ndim))
+    k = free.pop(rest["dimension_numbers"].out_spec[1])
+    h = run(x, jnp.concatenate([a] * groups, axis=at)).astype(x.dtype)
+    h = lax.reshape(h, (*h.shape[:k], groups, leaf.rank, *h.shape[k + 1 :]))
+    hl = [*free[:k], GROUP, RANK, *free[k:]]
+    h, b = with_output_bias(leaf, h, hl, b, [RANK, at])
+    b = b.reshape(b.shape[0], groups, -1)
+    products = {name: rest[name] for name in _PRODUCT}
+    d, dl = dot(h, hl, b, [RANK, GROUP, OUT], {*free, GROUP}, **products)
+    d = order(d, dl, [*free[:k], GROUP, OUT, *free[k:]])
+    return lax.reshape(d, shape)

@@ -1,0 +1,131 @@
+"""dot_general of an activation and a weight, with the weight on either side."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+from jax import lax
+
+from jlora._algebra.merge import low_rank, scaled
+from jlora._algebra.use import (
+    Params,
+    RolesError,
+    compute_dtype,
+    drop,
+    inlined,
+    with_output_bias_of,
+)
+from jlora._labels import BLOCK, RANK, dot
+from jlora._leaf import LoRA, base, forms
+from jlora._leaf.forms import NotFactored
+
+
+@dataclasses.dataclass(frozen=True)
+class _Product:
+    """The dimension numbers of a product, seen from the weight.
+
+    Attributes:
+      contracted: the weight's axes that are summed over.
+      xl: the labels of the activation: the weight's where they meet, else new ones.
+      out: the labels of the result.
+      transposed: whether the weight's out axes are contracted, as in a tied head.
+    """
+
+    contracted: tuple[int, ...]
+    xl: list[int]
+    out: list[int]
+    transposed: bool
+
+    @classmethod
+    def of(cls, leaf: LoRA, x: Any, numbers: Any, weight_first: bool) -> _Product:
+        n = leaf.ndim
+        (lc, rc), (lb, rb) = numbers
+        wc, wb, xc, xb = (lc, lb, rc, rb) if weight_first else (rc, rb, lc, lb)
+        roles = {leaf.axes[k] for k in wc if leaf.shape[k] != 1}
+        if "b" in roles or len(roles) > 1:
+            raise RolesError(
+                f"contracts axes {tuple(map(int, wc))} of a weight of shape "
+                f"{leaf.shape} and roles {leaf.axes!r}: expected in axes (i) only, or "
+                "out axes (o) only"
+            )
+        if not wc:
+            raise NotFactored
+        xl = list(range(n, n + x.ndim))
+        for kw, kx in zip((*wc, *wb), (*xc, *xb), strict=True):
+            xl[kx] = kw
+        kept = [k for k in range(n) if k not in wc and k not in wb]
+        new = [k for k in xl if k >= n]
+        out = [*wb, *kept, *new] if weight_first else [*wb, *new, *kept]
+        return cls(tuple(wc), xl, out, "o" in roles)
+
+
+@functools.partial(inlined, static_argnames=("params", "weight_first", "nth"))
+def contract(
+    leaf: LoRA,
+    x: jax.Array,
+    params: Params,
+    *,
+    weight_first: bool,
+    aside: jax.Array | None = None,
+    h: jax.Array | None = None,
+    nth: int = 0,
+) -> jax.Array:
+    """dot_general of x and the weight, on either side.
+
+    The factor that holds the contracted axes goes first: (x·a)·b, or (x·b)·a where the
+    weight is used transposed (a tied head).  An axis of size one may have any role.
+
+    Args:
+      leaf: the weight.
+      x: the activation.
+      params: of the primitive.
+      weight_first: whether the weight is the first operand.
+      aside: x for the low-rank branch; see `Evaluation.first_product`.
+      h: x·a in place of it, if that is known already.
+      nth: how many uses of the weight came before, for the dropout.
+
+    Raises:
+      RolesError: the contracted axes mix in and out axes, or hold a batch axis.
+      NotFactored: nothing is contracted.
+    """
+    rest = dict(params)
+    numbers = rest.pop("dimension_numbers")
+    out_sharding = rest.pop("out_sharding", None)
+    p = _Product.of(leaf, x, numbers, weight_first)
+
+    def own(w: Any, x: Any) -> Any:
+        left, right = (w, x) if weight_first else (x, w)
+        return lax.dot_general(left, right, numbers, out_sharding=out_sharding, **rest)
+
+    y = base.use(leaf.base, own, x)
+    if p.transposed or leaf.c is not None:
+        leaf = low_rank(leaf)
+    form = forms.of(leaf.form)
+    la, lb = form.labels(leaf.axes)
+    first, second = (leaf.a, la), (scaled(leaf, "b"), lb)
+    if p.transposed:
+        first, second = second, first
+    rest["sharding"] = out_sharding, p.out
+    dtype = compute_dtype(x, leaf)
+
+    def times(h: jax.Array, hl: Any, factor: Any, fl: Any, keep: set[int]) -> Any:
+        h, factor = h.astype(dtype), factor.astype(dtype)
+        if weight_first:
+            return dot(factor, fl, h, hl, keep, **rest)
+        return dot(h, hl, factor, fl, keep, **rest)
+
+    if h is not None:
+        hl = [*(k for k in p.xl if k >= leaf.ndim), RANK]
+    else:
+        assert aside is not None
+        h = drop(leaf, aside.astype(dtype), nth)
+        h, hl = times(h, p.xl, *first, {*p.out, *second[1]})
+    factor, fl = second
+    h, factor = with_output_bias_of(
+        leaf, p.contracted, h.astype(dtype), hl, factor.astype(dtype), fl
+    )
+    d, dl = times(h, hl, factor, fl, {*p.out, BLOCK})
+    return base.plus(y, form.assemble(d, dl, p.out, leaf.axes))

@@ -1,0 +1,169 @@
+"""gather of whole rows of a weight: lookups, and the matrices of each token's expert."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jlora._algebra.merge import in_low_rank, scaled
+from jlora._algebra.use import Params, inlined, with_output_bias_of
+from jlora._labels import RANK, dot, order
+from jlora._leaf import LoRA, base
+from jlora._leaf.fields import labels, mapped
+from jlora._leaf.forms import NotFactored
+
+
+def indexed_axes(
+    shape: Sequence[int], dimension_numbers: Any, slice_sizes: Sequence[int]
+) -> tuple[int, ...]:
+    """The axes that a gather really indexes: those that it does not take whole.
+
+    An index into an axis that is taken whole can only be zero; vmap of ``w[i]`` makes
+    such gathers.
+    """
+    axes = tuple(dimension_numbers.start_index_map)
+    return tuple(k for k in axes if slice_sizes[k] != shape[k]) or axes
+
+
+@dataclasses.dataclass(frozen=True)
+class _Primitive:
+    """The gather itself; equal to another one of the same parameters."""
+
+    params: Params
+
+    def __call__(self, w: Any, indices: Any) -> Any:
+        return lax.gather(w, indices, **dict(self.params))
+
+
+class _Gather:
+    """A gather of whole rows, on labels; those of index axes go on from the weight's.
+
+    Attributes:
+      out: the labels of the result.
+      roles: of the axes that are indexed.
+      dropped: the axes of size one that are gone without being indexed.
+
+    Raises:
+      NotFactored: it cuts a row, or its axes have several roles.
+    """
+
+    def __init__(self, leaf: LoRA, indices: jax.Array, params: Params):
+        rest = dict(params)
+        self.numbers = dn = rest["dimension_numbers"]
+        self.sizes, self.rank = rest["slice_sizes"], leaf.rank
+        self.indexed = indexed_axes(leaf.shape, dn, self.sizes)
+        self.roles = {leaf.axes[k] for k in self.indexed}
+        self.indices, self.rest = indices, rest
+        n, batched = leaf.ndim, dn.operand_batching_dims
+        cut = {k for k in range(n) if self.sizes[k] != leaf.shape[k]}
+        fills = rest["mode"] == lax.GatherScatterMode.FILL_OR_DROP
+        if (
+            len(self.roles) != 1
+            or not cut <= {*self.indexed, *batched}
+            or any(leaf.axes[k] != "b" for k in batched)
+            or (fills and len(self.indexed) != len(dn.start_index_map))
+        ):
+            raise NotFactored
+        self.index = [n + k for k in range(indices.ndim - 1)]
+        for k, at in zip(batched, dn.start_indices_batching_dims, strict=True):
+            self.index[at] = k
+        self.gone = {*dn.collapsed_slice_dims, *batched}
+        self.dropped = self.gone - {*self.indexed, *batched}
+        rows, free = iter([k for k in range(n) if k not in self.gone]), iter(self.index)
+        ndim = len(self.index) + n - len(self.gone)
+        self.out = [next(rows if k in dn.offset_dims else free) for k in range(ndim)]
+        if len(self.indexed) != len(dn.start_index_map):
+            columns = [dn.start_index_map.index(k) for k in self.indexed]
+            self.indices = indices[..., np.array(columns)]
+
+    def __call__(self, field: Any, own: list[int]) -> tuple[Any, list[int]]:
+        """The same gather of a field with all of the indexed axes, its rank whole."""
+        dn, rest = self.numbers, dict(self.rest)
+        field, own = self.drop(field, own)
+        kept = [k for k in own if k not in self.gone]
+
+        def at(ks: Sequence[int]) -> tuple[int, ...]:
+            return tuple(own.index(k) for k in ks)
+
+        first = len(self.index)
+        rest["dimension_numbers"] = lax.GatherDimensionNumbers(
+            offset_dims=tuple(range(first, first + len(kept))),
+            collapsed_slice_dims=at(
+                sorted({*dn.collapsed_slice_dims} - self.dropped, key=own.index)
+            ),
+            start_index_map=at(self.indexed),
+            operand_batching_dims=at(dn.operand_batching_dims),
+            start_indices_batching_dims=dn.start_indices_batching_dims,
+        )
+        rest["slice_sizes"] = tuple(
+            self.rank if k == RANK else self.sizes[k] for k in own
+        )
+        # Out of bounds is a delta of zero; a key has no zero, and any one will do.
+        rest["fill_value"] = None if rest["fill_value"] is None else 0
+        if not jnp.issubdtype(field.dtype, jnp.floating):
+            rest |= {"mode": "clip", "fill_value": None}
+        return lax.gather(field, self.indices, **rest), [*self.index, *kept]
+
+    def drop(self, field: Any, own: list[int]) -> tuple[Any, list[int]]:
+        """The field without the axes of `dropped`."""
+        at = [i for i, k in enumerate(own) if k in self.dropped]
+        field = lax.squeeze(field, at) if at else field
+        return field, [k for k in own if k not in self.dropped]
+
+
+@functools.partial(inlined, static_argnames=("params",))
+@in_low_rank
+def lookup(leaf: LoRA, indices: jax.Array, params: Params) -> jax.Array:
+    """gather of whole rows of the weight: rows of one factor times the other one.
+
+    An index out of bounds reads what the base's mode gives, and a delta of zero.  One
+    that breaks a promise to be in bounds reads the last row, as JAX does; in the
+    gradient of the factor that is not indexed it counts as that row.
+
+    Raises:
+      NotFactored: the gather indexes in and out axes at once, or cuts a row.
+    """
+    gather = _Gather(leaf, indices, params)
+    y = base.use(leaf.base, _Primitive(params), indices)
+    la, lb = labels("bir", leaf.axes), labels("bro", leaf.axes)
+    first, second = (leaf.a, la), (scaled(leaf, "b"), lb)
+    if gather.roles == {"o"}:
+        if leaf.c is not None:
+            raise NotFactored
+        first, second = second, first
+    elif gather.roles != {"i"}:
+        raise NotFactored
+    h, hl = gather(*first)
+    h, factor = with_output_bias_of(leaf, gather.indexed, h, hl, *second)
+    factor, fl = gather.drop(factor, second[1])
+    d, dl = dot(h.astype(y.dtype), hl, factor.astype(y.dtype), fl, {*gather.out})
+    return base.plus(y, order(d, dl, gather.out))
+
+
+@in_low_rank
+def take(leaf: LoRA, indices: jax.Array, params: Params) -> LoRA:
+    """gather along batch axes, as of each token's expert; index axes are batch axes.
+
+    Raises:
+      NotFactored: it indexes other axes.
+    """
+    gather = _Gather(leaf, indices, params)
+    if gather.roles != {"b"}:
+        raise NotFactored
+    axes = "".join("b" if k >= leaf.ndim else leaf.axes[k] for k in gather.out)
+    place = {k: at for at, k in enumerate(gather.out)} | {RANK: RANK}
+
+    def pick(field: Any, roles: str) -> Any:
+        picked, found = gather(field, labels(roles, leaf.axes))
+        return order(picked, [place[k] for k in found], labels(roles, axes))
+
+    fields = mapped(leaf, pick)
+    w = base.then(leaf.base, _Primitive(params), indices)
+    return dataclasses.replace(leaf, w=w, roles=axes.lstrip("b"), **fields)

@@ -1,0 +1,64 @@
+"""The delta of a leaf, and the merged weight."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import lax
+
+from jlora._labels import wider
+from jlora._leaf import Full, LoRA, base, forms
+
+
+def scaled(leaf: LoRA, name: str) -> jax.Array:
+    """scale * b, or scale * c.
+
+    Scaling the factor costs nothing per token and rounds once.  The scale is data that
+    does not train.
+    """
+    field, scale = getattr(leaf, name), lax.stop_gradient(leaf.scale)
+    if scale.ndim:  # of a stack; a scalar needs no axes
+        scale = lax.expand_dims(scale, range(scale.ndim, field.ndim))
+    wide = wider(field, scale)
+    return field.astype(wide) * scale.astype(wide)
+
+
+def delta(leaf: LoRA) -> jax.Array:
+    """scale * a·b in the weight's shape and the factors' dtype, at full precision."""
+    return forms.of(leaf.form).delta(leaf.a, scaled(leaf, "b"), leaf.axes)
+
+
+def dense(leaf: LoRA | Full) -> jax.Array:
+    """The merged weight, computed in float32 (or wider) and rounded once."""
+    if isinstance(leaf, Full):
+        return leaf.value.astype(leaf.dtype)
+    d = delta(leaf)
+    wide = wider(leaf, d)
+    w = base.use(leaf.base, lambda w: w.astype(wide))
+    return base.plus(w, d).astype(leaf.dtype)
+
+
+def low_rank(leaf: LoRA) -> LoRA:
+    """The leaf in the plain form, for which the algebra is written.
+
+    Raises:
+      NotFactored: its form has none.
+    """
+    if leaf.form is None:
+        return leaf
+    a, b = forms.of(leaf.form).low_rank(leaf.a, leaf.b, leaf.axes)
+    return dataclasses.replace(leaf, a=a, b=b, form=None)
+
+
+def in_low_rank(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Calls fn with its leaf in the plain form."""
+
+    @functools.wraps(fn)
+    def call(leaf: LoRA, *args: Any, **kwargs: Any) -> Any:
+        return fn(low_rank(leaf), *args, **kwargs)
+
+    return call

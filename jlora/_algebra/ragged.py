@@ -1,0 +1,118 @@
+"""ragged_dot_general: a stack of experts, each on its own rows of an activation."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+from jax import lax
+
+from jlora._algebra.merge import in_low_rank, scaled
+from jlora._algebra.structure import with_units
+from jlora._algebra.use import (
+    Params,
+    RolesError,
+    compute_dtype,
+    drop,
+    inlined,
+    with_output_bias_of,
+)
+from jlora._labels import order
+from jlora._leaf import LoRA, base
+from jlora._leaf.fields import labels
+from jlora._leaf.forms import NotFactored
+
+
+def _check(leaf: LoRA, summed: Any, stacked: Any, groups: Any) -> bool:
+    """Whether the weight is used transposed; raises unless the groups are its batch."""
+    roles = {leaf.axes[k] for k in summed if leaf.shape[k] != 1}
+    batch = {leaf.axes[k] for k in stacked if leaf.shape[k] != 1}
+    if not batch <= {"b"} or "b" in roles or len(roles) > 1:
+        raise RolesError(
+            f"groups axes {tuple(map(int, groups))} and contracts axes "
+            f"{tuple(map(int, summed))} of a weight of shape {leaf.shape} and "
+            f"roles {leaf.axes!r}: expected batch axes (b), and in axes (i) or out "
+            "axes (o)"
+        )
+    return "o" in roles
+
+
+@functools.partial(inlined, static_argnames=("params", "nth"))
+@in_low_rank
+def ragged(
+    leaf: LoRA,
+    x: jax.Array,
+    sizes: jax.Array,
+    params: Params,
+    *,
+    aside: jax.Array,
+    nth: int = 0,
+) -> jax.Array:
+    """ragged_dot_general of x and the weight.
+
+    Args:
+      leaf: its group axis is a batch axis.
+      x: the activation, of which ``sizes`` says how many rows belong to each expert.
+      sizes: as ragged_dot_general takes them.
+      params: of the primitive.
+      aside: x for the low-rank branch.
+      nth: how many uses of the weight came before, for the dropout.
+
+    Raises:
+      RolesError: the contracted axes mix in and out axes, or the groups are no batch.
+      NotFactored: no group axis in the weight (the gradient of a ragged product).
+    """
+    rest = dict(params)
+    numbers = rest.pop("ragged_dot_dimension_numbers")
+    sharding, offset = rest.pop("out_sharding", None), rest.get("group_offset")
+    (xc, wc), (xb, wb) = numbers.dot_dimension_numbers
+    groups = numbers.rhs_group_dimensions
+    if not groups or offset is not None or sharding is not None:
+        raise NotFactored
+    stacked = (*wb, *groups)
+    transposed = _check(leaf, wc, stacked, groups)
+    n = leaf.ndim
+    leaf = with_units(
+        leaf, "".join("b" if k in stacked else c for k, c in enumerate(leaf.axes))
+    )
+    xl = list(range(n, n + x.ndim))
+    for kw, kx in zip((*wc, *wb), (*xc, *xb), strict=True):
+        xl[kx] = kw
+    (row,) = (xl[k] for k in numbers.lhs_ragged_dimensions)
+    kept = [k for k in range(n) if k not in (*wc, *stacked)]
+    out = [*wb, *(k for k in xl if k >= n), *kept]
+
+    def own(w: Any, x: Any, sizes: Any) -> Any:
+        return lax.ragged_dot_general(x, w, sizes, numbers, **rest)
+
+    y = base.use(leaf.base, own, x, sizes)
+    dtype = compute_dtype(x, leaf)
+
+    def times(h: jax.Array, hl: Any, factor: Any, fl: Any, keep: set[int]) -> Any:
+        """The rows of h with each expert's own part of the factor."""
+        batch = [k for k in hl if k in fl and k in keep]
+        summed = [k for k in hl if k in fl and k not in keep]
+        dims = (
+            ([hl.index(k) for k in summed], [fl.index(k) for k in summed]),
+            ([hl.index(k) for k in batch], [fl.index(k) for k in batch]),
+        )
+        own = lax.RaggedDotDimensionNumbers(
+            dims, [hl.index(row)], [fl.index(k) for k in groups]
+        )
+        h, factor = h.astype(dtype), factor.astype(dtype)
+        left = [k for k in hl if k not in batch and k not in summed]
+        right = [k for k in fl if k not in (*batch, *summed, *groups)]
+        product = lax.ragged_dot_general(h, factor, sizes, own, **rest)
+        return product, [*batch, *left, *right]
+
+    la, lb = labels("bir", leaf.axes), labels("bro", leaf.axes)
+    first, second = (leaf.a, la), (scaled(leaf, "b"), lb)
+    if transposed:
+        first, second = second, first
+    h = drop(leaf, aside.astype(dtype), nth)
+    h, hl = times(h, xl, *first, {*out, *second[1]})
+    factor, fl = second
+    h, factor = with_output_bias_of(leaf, wc, h, hl, factor, fl)
+    d, dl = times(h, hl, factor, fl, {*out})
+    return base.plus(y, order(d, dl, out))

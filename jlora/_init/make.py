@@ -1,0 +1,128 @@
+"""make: the adapted leaf of a base, its factors made where the base is."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jlora._init.kaiming import kaiming
+from jlora._init.keys import path_key, typed
+from jlora._leaf import LoRA, base
+from jlora._plan.spec import Spec
+from jlora._tree import paths, sharding
+
+# fn(key, w, spec) gives (w, a, b): the base, which most return as they got it, and
+# factors of the spec's shapes.  w may be any base; `base.array` makes an array of it.
+Initialiser = Callable[[jax.Array, Any, Spec], tuple[Any, Any, Any]]
+
+NAMED: dict[str, Initialiser] = {"kaiming": kaiming}
+
+
+def initialiser(init: str | Initialiser) -> Initialiser:
+    """The initialiser of this name; one that is a function itself."""
+    if callable(init):
+        return init
+    if init not in NAMED:
+        raise ValueError(
+            f"init {init!r}: expected one of {', '.join(NAMED)}, or a function such as "
+            "jlora.initializers.kaiming."
+        )
+    return NAMED[init]
+
+
+class _Maker(NamedTuple):
+    """Makes the fields of all leaves of one kind, so that JAX traces them once.
+
+    Attributes:
+      fields: (key, w) to the fields by name; w only where the base changes.
+      shapes: the same of the shapes alone.
+    """
+
+    fields: Callable[..., dict[str, Any]]
+    shapes: Callable[..., dict[str, Any]]
+
+
+@functools.lru_cache(maxsize=1024)
+def _maker(init: Initialiser, spec: Spec, dtype: Any) -> _Maker:
+    def fields(key: jax.Array, w: Any) -> dict[str, Any]:
+        new, a, b = init(key, w, spec)
+        made = {"a": a.astype(dtype), "b": b.astype(dtype)}
+        for name, shape in spec.shapes(w.shape).items():
+            if name == "scale":
+                made[name] = jnp.full(shape, spec.scale, jnp.float32)
+            elif name not in made:
+                made[name] = jnp.zeros(shape, dtype)
+        return made if new is w else made | {"w": new}
+
+    return _Maker(fields, jax.jit(fields).eval_shape)
+
+
+def make(
+    w: Any,
+    path: str,
+    spec: Spec,
+    *,
+    init: str | Initialiser,
+    dtype: Any,
+    key: jax.Array | None,
+) -> LoRA:
+    """The adapted leaf of a base, its factors where the base is (`sharding`).
+
+    An abstract base gets abstract factors.
+
+    Args:
+      w: the base.
+      path: of the weight, from which its key is folded.
+      spec: what it is adapted with.
+      init: an initialiser, or the name of one.
+      dtype: of a, b and c.
+      key: PRNG key; None is ``jax.random.key(0)``.
+
+    Raises:
+      ValueError: no initialiser has this name, or its factors have other shapes.
+    """
+    init, key = initialiser(init), typed(key)
+    alike = dataclasses.replace(spec.resolved(), bias=None)
+    maker = _maker(init, alike, jnp.dtype(dtype))
+    shapes = maker.shapes(jax.ShapeDtypeStruct((), key.dtype), base.abstract(w))
+    _check(path, init, shapes, w, spec)
+    leaf = LoRA(
+        **{"w": w} | shapes,
+        roles=spec.axes.lstrip("b"),
+        form=spec.form,
+        bias_path=None if spec.bias is None else paths.relative(spec.bias, path),
+    )
+    place = sharding.of_array(w)
+    placed = sharding.of_fields(leaf, place)
+    own = {name: getattr(placed, name) for name in shapes}
+    if isinstance(w, jax.ShapeDtypeStruct):
+        made: dict[str, Any] = {
+            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own[name])
+            for name, x in shapes.items()
+        }
+        return dataclasses.replace(leaf, **made)
+    args = path_key(key, path), w
+    if place is None:
+        made = maker.fields(*args)
+    elif isinstance(w, jax.core.Tracer):  # of explicit axes, which are in its type
+        made = jax.tree.map(jax.sharding.reshard, maker.fields(*args), own)
+    else:  # every device makes its own part, of the numbers that no mesh changes
+        made = jax.jit(maker.fields, out_shardings=own)(*args)
+    return dataclasses.replace(leaf, **made)
+
+
+def _check(path: str, init: Any, shapes: dict[str, Any], w: Any, spec: Spec) -> None:
+    """Raises unless an initialiser gave what the spec and the base ask for."""
+    wanted = spec.shapes(w.shape) | {"w": tuple(w.shape)}
+    for name, x in shapes.items():
+        if tuple(x.shape) != wanted[name]:
+            raise ValueError(
+                f"{path!r}: the initialiser {init!r} gives {name} of shape "
+                f"{tuple(x.shape)}: expected {wanted[name]}, by the roles "
+                f"{spec.axes!r} and rank {spec.resolved().rank}."
+            )

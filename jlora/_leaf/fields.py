@@ -1,0 +1,155 @@
+"""The one table of the fields of an adapted leaf, and what follows from it.
+
+The table says which of the weight's axes each field has.  Labels, shapes, partition
+specs, mapping, what trains, what a checkpoint stores and what is verified come from
+it.  A new field is one line here, and one in the leaf's class.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+
+from jlora._labels import RANK
+from jlora._leaf import base, forms
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """One field of a leaf, beside ``w``.
+
+    Attributes:
+      axes: the roles of its axes in order: b, i and o stand for the weight's batch, in
+        and out axes, r for the rank, * for all axes of the weight.
+      trains: whether it trains; all else is frozen.
+      optional: whether it is None in most leaves, and then is no part of the tree.
+      kept: whether it is part of an adapter, and of a checkpoint.
+    """
+
+    axes: str
+    trains: bool = False
+    optional: bool = False
+    kept: bool = True
+
+
+LORA = {
+    "a": Field("bir", trains=True),
+    "b": Field("bro", trains=True),
+    "scale": Field("b"),
+    "c": Field("bo", trains=True, optional=True),
+    "dropout": Field("b", optional=True, kept=False),
+}
+FULL = {"value": Field("*", trains=True)}
+
+
+def labels(roles: str, axes: str) -> list[int]:
+    """The labels of a field's axes, where the weight's have the roles ``axes``.
+
+    Example:
+      >>> labels("bir", "bio"), labels("bo", "obi"), labels("*", "io")
+      ([0, 1, -1], [1, 0], [0, 1])
+    """
+    if roles == "*":
+        return list(range(len(axes)))
+    own = {role: [k for k, c in enumerate(axes) if c == role] for role in "bio"}
+    own["r"] = [RANK]
+    return [k for role in roles for k in own[role]]
+
+
+def mapped(leaf: Any, fn: Callable[[Any, str], Any]) -> dict[str, Any]:
+    """fn(array, roles) of every field's array, by field; a field of None stays None."""
+    return {
+        name: jax.tree.map(
+            lambda x, roles=field.axes: fn(x, roles), getattr(leaf, name)
+        )
+        for name, field in leaf.fields.items()
+    }
+
+
+def shapes(
+    shape: Sequence[int], axes: str, rank: int, form: forms.Form | None = None
+) -> dict[str, tuple[int, ...]]:
+    """The shape of every field of a `LoRA` leaf for a weight of this shape.
+
+    Example:
+      >>> {name: shapes((5, 3, 4), "bio", 2)[name] for name in ("a", "b", "c")}
+      {'a': (5, 3, 2), 'b': (5, 2, 4), 'c': (5, 4)}
+    """
+    factors = iter(forms.of(form).shapes(tuple(shape), axes, rank))
+    return {
+        name: next(factors)
+        if "r" in field.axes
+        else tuple(shape[k] for k in labels(field.axes, axes))
+        for name, field in LORA.items()
+    }
+
+
+def specs(leaf: Any, spec: Any) -> Any:
+    """The leaf with a PartitionSpec for each array, where its weight has ``spec``.
+
+    A field's axes are sharded as the weight's are; the rank is whole.  Factors whose
+    axes are not the weight's are small, and whole on every device.
+    """
+    names = dict(enumerate(spec))
+
+    def own(_: Any, roles: str) -> PartitionSpec:
+        whole = "r" in roles and not forms.of(leaf.form).aligned
+        axes = [] if whole else labels(roles, leaf.axes)
+        return PartitionSpec(*(names.get(k) for k in axes))
+
+    w = base.specs(leaf.w, spec)
+    return dataclasses.replace(leaf, w=w, **mapped(leaf, own))
+
+
+def trained(leaf: Any) -> tuple[str, ...]:
+    """The fields of a leaf that train; all others are frozen."""
+    return _present(leaf, lambda field: field.trains)
+
+
+def stored(leaf: Any) -> tuple[str, ...]:
+    """The fields of a leaf that are part of its adapter."""
+    return _present(leaf, lambda field: field.kept)
+
+
+def _present(leaf: Any, wanted: Callable[[Field], bool]) -> tuple[str, ...]:
+    """The wanted fields that a leaf has, or has to have."""
+    return tuple(
+        name
+        for name, field in leaf.fields.items()
+        if wanted(field) and not (field.optional and getattr(leaf, name) is None)
+    )
+
+
+def missing(leaf: Any) -> list[str]:
+    """The fields that a leaf lacks, as an adapter or half of a partition does."""
+    table: Mapping[str, Field] = leaf.fields
+    names = ["w", *(name for name, field in table.items() if not field.optional)]
+    return [name for name in names if getattr(leaf, name) is None]
+
+
+def bare(leaf: Any) -> Any:
+    """The leaf as it stands in an adapter: without its base, and what is not kept."""
+    table: Mapping[str, Field] = leaf.fields
+    gone = {name: None for name, field in table.items() if not field.kept}
+    return dataclasses.replace(leaf, w=base.kept(leaf.w), **gone)
+
+
+def check(leaf: Any) -> None:
+    """Raises ValueError for a field of a `LoRA` leaf of another rank or stack."""
+    wanted = shapes(leaf.shape, leaf.axes, leaf.rank, leaf.form)
+    for name in stored(leaf):
+        if (found := tuple(getattr(leaf, name).shape)) != wanted[name]:
+            raise ValueError(
+                f"has {name} of shape {found}: expected {wanted[name]}, by its roles "
+                f"{leaf.axes!r} and rank {leaf.rank}."
+            )
+
+
+def made(output_bias: bool) -> tuple[str, ...]:
+    """The fields that a new leaf starts with, the output bias where it is wanted."""
+    optional = {"c"} if output_bias else set()
+    return tuple(n for n, field in LORA.items() if not field.optional or n in optional)

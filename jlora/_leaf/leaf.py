@@ -1,0 +1,229 @@
+"""The adapted leaves: what stands in a params tree where an array stood.
+
+Their invariants, in one place:
+
+* ``w`` is the base array that the user passed, the same object.  It is the first field.
+* The roles of the weight's axes are one static string, counted from the end: ``"i"``
+  for an axis that is contracted with the activation, ``"o"`` for one that comes out,
+  ``"b"`` for a batch axis (stacked layers, experts).  Axes that the string does not
+  reach lead, and are batch axes.
+* `fields.LORA` says which of the weight's axes each field has: every field of a stacked
+  leaf starts with the batch axes.
+
+So a user's own ``tree.map(lambda x: x[0], ...)``, scan or vmap slices the leaf by
+slicing its fields.  Nothing is validated in the constructors: the leaves must survive
+``jax.tree.map`` to anything.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar, NoReturn
+
+import jax
+
+from jlora._leaf import base, forms
+from jlora._leaf.fields import FULL, LORA
+
+_ADVICE = (
+    "is an adapted leaf, not an array: call the function that uses it through "
+    "jlora.lift(fn), or turn the tree into plain arrays with jlora.merge(tree)"
+)
+
+
+class _NotAnArray:
+    """Refuses every use as an array, so that W + BA is never formed in silence."""
+
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise TypeError(f"{self!r} {_ADVICE}.")
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(
+            f"{type(self).__name__} has no attribute {name!r}; it {_ADVICE}.", name=name
+        )
+
+    __jax_array__ = __array__ = __array_ufunc__ = _refuse
+    __getitem__ = __len__ = __iter__ = _refuse
+    __float__ = __int__ = __index__ = __complex__ = _refuse
+
+
+_OPERATORS = "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift"
+for _name in _OPERATORS.split():
+    setattr(_NotAnArray, f"__{_name}__", _NotAnArray._refuse)
+    setattr(_NotAnArray, f"__r{_name}__", _NotAnArray._refuse)
+for _name in "neg pos abs invert lt le gt ge round divmod rdivmod".split():
+    setattr(_NotAnArray, f"__{_name}__", _NotAnArray._refuse)
+
+
+def _brief(x: Any) -> str:
+    """``float32[3,4]`` for an array, the repr of anything else."""
+    if hasattr(x, "shape") and hasattr(x, "dtype") and not base.is_base(x):
+        return f"{x.dtype}[{','.join(map(str, x.shape))}]"
+    return repr(x)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dropout:
+    """Dropout on the activation that enters a low-rank branch; see `jlora.dropout`.
+
+    Attributes:
+      key: (*batch) typed PRNG keys.
+      rate: static; the probability of a zero.
+    """
+
+    key: Any
+    rate: float
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class LoRA(_NotAnArray):
+    """A weight ``w`` with a low-rank delta: W + scale * a·b (arXiv:2106.09685, eq. 3).
+
+    Attributes:
+      w: the frozen base: an array, or what stands in for one, such as `Dropped`; None
+        in an adapter and in half of a partition.
+      a: (*batch, *in, r), float32 whatever the base's dtype.
+      b: (*batch, r, *out), likewise.
+      scale: (*batch) float32, alpha / rank; data, so that turning an adapter up,
+        down or off does not recompile.
+      c: (*batch, *out) output bias of the low-rank branch, or None: a product of x
+        with the weight has scale * c added to it.
+      dropout: a `Dropout` on the activation, or None.
+      roles: static; one letter for each axis of the weight, from the end.
+      form: static; None for a and b as above, or how else they make the delta.
+      bias_path: static; where the bias of the weight's layer stands, as a path from
+        where the weight stands, such as "bias"; None if it has none.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jlora import LoRA
+      >>> LoRA(jnp.ones((3, 4)), jnp.ones((3, 2)), jnp.zeros((2, 4)), jnp.ones(())).rank
+      2
+    """
+
+    w: Any
+    a: Any
+    b: Any
+    scale: Any
+    c: Any = None
+    dropout: Any = None
+    roles: str = "io"
+    form: forms.Form | None = None
+    bias_path: str | None = None
+
+    fields: ClassVar = LORA
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes of the weight, known from it or from the factors alone."""
+        if base.shaped(self.w):
+            return len(self.w.shape)
+        return forms.of(self.form).ndim(self.a, self.roles)
+
+    @property
+    def axes(self) -> str:
+        """The role of each axis of the weight, e.g. ``"bio"`` for a stacked Dense."""
+        return self.roles.rjust(self.ndim, "b")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The weight's shape, with or without the base."""
+        if base.shaped(self.w):
+            return tuple(self.w.shape)
+        a, b = tuple(self.a.shape), tuple(self.b.shape)
+        return forms.of(self.form).weight_shape(a, b, self.axes)
+
+    @property
+    def dtype(self) -> Any:
+        """The weight's dtype; AttributeError without a base."""
+        return self.w.dtype
+
+    @property
+    def rank(self) -> int:
+        """r, the size of the axis that ``a`` and ``b`` share."""
+        return forms.of(self.form).rank(self.a)
+
+    @property
+    def base(self) -> Any:
+        """What ``w`` is by now: of a slice of a stack the factors tell the shape."""
+        return self.w.of_shape(self.shape) if base.is_base(self.w) else self.w
+
+    def __repr__(self) -> str:
+        names = ["w", "a", "b"] + (["c"] if self.c is not None else [])
+        fields = ", ".join(f"{n}={_brief(getattr(self, n))}" for n in names)
+        form = f", form={self.form}" if self.form else ""
+        return f"LoRA({fields}, roles={self.roles!r}{form})"
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Full(_NotAnArray):
+    """A whole array that trains, for heads and biases, beside its base.
+
+    Attributes:
+      w: the frozen base, as in `LoRA`.
+      value: what trains: a copy of ``w`` at the start, float32 unless asked otherwise.
+    """
+
+    w: Any
+    value: Any
+
+    fields: ClassVar = FULL
+    form: ClassVar = None
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes of the array."""
+        return len(self.shape)
+
+    @property
+    def axes(self) -> str:
+        """No axis has a role: all of them are kept."""
+        return "o" * self.ndim
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The array's shape, with or without the base."""
+        return tuple((self.w if base.shaped(self.w) else self.value).shape)
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype that the model sees: the base's."""
+        return self.w.dtype
+
+    @property
+    def base(self) -> Any:
+        """As in `LoRA`."""
+        return self.w.of_shape(self.shape) if base.is_base(self.w) else self.w
+
+    def __repr__(self) -> str:
+        return f"Full(w={_brief(self.w)}, value={_brief(self.value)})"
+
+
+Adapted = LoRA | Full
+
+
+def _register(cls: Any, meta: list[str]) -> None:
+    names = [f.name for f in dataclasses.fields(cls)]
+    data = [name for name in names if name not in meta]
+    jax.tree_util.register_dataclass(cls, data_fields=data, meta_fields=meta)
+
+
+_register(Dropout, ["rate"])
+_register(LoRA, ["roles", "form", "bias_path"])
+_register(Full, [])
+
+
+def is_adapted(x: Any) -> bool:
+    """Whether x is an adapted leaf; the ``is_leaf`` of every tree function here.
+
+    Example:
+      >>> import jax, jlora
+      >>> jax.tree.leaves({"bias": jlora.Full(1.0, 2.0)}, is_leaf=jlora.is_adapted)
+      [Full(w=1.0, value=2.0)]
+    """
+    return isinstance(x, (LoRA, Full))
+
+
+def is_leaf(x: Any) -> bool:
+    """Whether x is one leaf of a params tree though JAX sees a node: it is at a path."""
+    return is_adapted(x) or base.is_base(x)

@@ -1,0 +1,246 @@
+"""lift: a function of params becomes one that also reads adapted leaves.
+
+The function is traced on the base arrays, and its jaxpr is evaluated with the low-rank
+rules.  The evaluation is itself traced once and kept by JAX's own trace cache, so eager
+calls do not retrace.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import lax
+
+from jlora import _compat
+from jlora._algebra.merge import dense
+from jlora._leaf import LoRA, base, is_adapted, is_leaf
+from jlora._leaf.fields import missing, stored
+from jlora._lift import control as control  # the rules register themselves
+from jlora._lift.evaluate import Evaluation, Tracked
+from jlora._lift.report import Report, report
+from jlora._tree import output_bias
+from jlora._tree.leaves import flatten
+from jlora._tree.trace import hide, show, trace
+from jlora._tree.variables import variables
+
+
+def _frozen(leaves: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    """stop_gradient on what does not train; the algebra does it for scales."""
+    held = lax.stop_gradient([x.w if is_adapted(x) else x for _, x in leaves])
+    return [
+        (path, dataclasses.replace(x, w=w) if is_adapted(x) else w)
+        for (path, x), w in zip(leaves, held, strict=True)
+    ]
+
+
+def _settled(leaves: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    """The leaves with their output biases in the biases of the layers."""
+    by_path = dict(leaves)
+    found, _ = output_bias.homes(by_path)
+    taken = {
+        weight
+        for bias, weights in found.items()
+        if not isinstance(by_path[bias], LoRA)
+        for weight in weights
+    }
+
+    def settle(path: str, x: Any) -> Any:
+        if isinstance(x, LoRA):
+            return dataclasses.replace(x, c=None) if path in taken else x
+        if path not in found:
+            return x
+        new = output_bias.plus(x, [by_path[p] for p in found[path]])
+        return dataclasses.replace(x, value=new) if is_adapted(x) else new
+
+    return [(path, settle(path, x)) for path, x in leaves]
+
+
+def _value(path: str, x: Any) -> Any:
+    """What a leaf is in the evaluation; a base without an adapter is its array."""
+    return Tracked(x, (path,)) if is_adapted(x) else base.array(x)
+
+
+def _lifted(
+    fn: Callable[..., Any],
+    ev: Evaluation,
+    args: Any,
+    kwargs: Any,
+    *,
+    freeze: bool = True,
+    must_use: bool = True,
+) -> Any:
+    """What `trace` gives of fn on hidden arguments, evaluated by the low-rank rules."""
+    values: list[Any] = []
+
+    def swap(tree: Any) -> Any:
+        leaves, build = flatten(tree)
+        if freeze and any(is_adapted(x) for _, x in leaves):
+            leaves = _frozen(leaves)
+        leaves = _settled(leaves)
+        values.extend(_value(path, x) for path, x in leaves)
+        # What the function is traced on: the bases, or their shapes.
+        return build(base.traced(x.base if is_adapted(x) else x) for _, x in leaves)
+
+    args = [swap(a) for a in args]
+    kwargs = {k: swap(v) for k, v in sorted(kwargs.items())}
+
+    jaxpr, out = trace(fn, args, kwargs)
+    outs = ev.run(jaxpr, values)
+    returned = [x for x in outs if isinstance(x, Tracked)]
+    unused = [v.name for v in values if isinstance(v, Tracked)]
+    if must_use and unused and not ev.seen and not returned:
+        raise ValueError(
+            f"none of the {len(unused)} adapted leaves (the first is {unused[0]!r}) is "
+            f"used by {_name(fn)}: expected it to read its weights from its arguments, "
+            "found that it does not; it probably captured them by closure. Pass the "
+            "tree to a function that takes the params as an argument."
+        )
+    # A layer gives arrays; anyone else gets back the leaf that the function returns.
+    leaf = (lambda x: x) if freeze else dense
+    outs = [leaf(x.leaf) if isinstance(x, Tracked) else x for x in outs]
+    return jax.tree.unflatten(jax.tree.structure(out), outs)
+
+
+def _name(fn: Any) -> str:
+    return getattr(fn, "__qualname__", None) or repr(fn)
+
+
+def _check(args: Any, kwargs: Any) -> bool:
+    """Whether there is something to lift; raises for a leaf that is not whole."""
+    found = False
+    for arg in [*args, *kwargs.values()]:
+        for path, x in flatten(arg)[0]:
+            found = found or is_leaf(x)
+            if not is_adapted(x):
+                continue
+            lacks = missing(x)
+            if lacks == ["w"]:
+                raise ValueError(
+                    f"{path!r} is an adapter without its base (w=None): put it back "
+                    "with jlora.attach(params, adapter), or, if it is half of a "
+                    "partition, with jlora.combine(trainable, frozen). Of variables of "
+                    "jlora.linen layers explain the plain twin, on "
+                    "jlora.attach({'params': variables['params']}, "
+                    "jlora.linen.adapter(variables))."
+                )
+            if no_arrays := [
+                f"{name}={y!r}"
+                for name in stored(x)
+                if not hasattr(y := getattr(x, name), "ndim") and y is not None
+            ]:
+                raise ValueError(
+                    f"{path!r} has {', '.join(no_arrays)}: expected arrays, such as "
+                    "jnp.float32(2.0)."
+                )
+            if lacks:
+                raise ValueError(
+                    f"{path!r} lacks {', '.join(lacks)}: it is half of a partition; "
+                    "put the halves together with jlora.combine(trainable, frozen)."
+                )
+    return found
+
+
+def _lift(fn: Callable[..., Any], *, strict: bool = False, freeze: bool = True) -> Any:
+    def hidden(args: Any, kwargs: Any) -> Any:
+        return _lifted(fn, Evaluation(strict), args, kwargs, freeze=freeze)
+
+    # JAX's own trace cache: keyed by structure, avals, shardings and trace context.
+    stage = jax.make_jaxpr(hidden, return_shape=True)
+
+    @functools.wraps(fn)
+    def lifted(*args: Any, **kwargs: Any) -> Any:
+        if not _check(args, kwargs):
+            return fn(*args, **kwargs)
+        held = variables((args, kwargs))
+        args, kwargs = hide((args, kwargs))
+        if _compat.under_jit():  # that jit keeps the trace
+            hidden_out = hidden(args, kwargs)
+        else:
+            jaxpr, out = stage(args, kwargs)
+            outs = _compat.evaluate(jaxpr, jax.tree.leaves((args, kwargs)))
+            hidden_out = jax.tree.unflatten(jax.tree.structure(out), outs)
+        out, written = show(hidden_out)
+        for i, value in written.items():
+            if is_adapted(held[i].get_raw_value()) and not is_adapted(value):
+                raise ValueError(
+                    f"{_name(fn)} writes into a variable whose weight is adapted (of "
+                    f"shape {held[i].get_raw_value().shape}), as nnx.WeightNorm does: "
+                    "expected it to be read only, since the adapter would be lost. "
+                    "Exclude its path from the plan."
+                )
+            held[i].set_raw_value(value)
+        return out
+
+    return lifted
+
+
+def lift(fn: Callable[..., Any], *, strict: bool = False) -> Callable[..., Any]:
+    """The same function, now also reading adapted leaves.
+
+    lift(f)(t, x) equals f(merge(t), x), without forming W + scale·a·b: a product of x
+    with a weight becomes x·w + (x·a)·(scale·b) (arXiv:2106.09685, eq. 3).  An adapted
+    leaf that the function returns as it is comes back as one.
+
+    The result is called exactly as ``fn`` is.  Only arrays and adapted leaves are
+    traced, so ``fn`` may not branch on their values; everything else reaches it as it
+    is.  As with jit a trace is kept: Python state that ``fn`` reads is read once, and a
+    Python number is part of what it was traced for.
+
+    In an argument that holds adapted leaves everything that does not train is under
+    stop_gradient.  Without an adapted leaf among the arguments it is ``fn``.
+
+    Args:
+      fn: any function of pytrees, such as a Flax module's ``apply``.
+      strict: raise where a weight would have to be materialised, instead of warning.
+
+    Returns:
+      A function with the signature of ``fn``.  Products keep the dtype that they had:
+      a and b are cast to the activation's dtype and accumulated as the base product.
+
+    Raises (when called):
+      ValueError: a weight is used otherwise than planned; a leaf has no base; none of
+        the adapted leaves is used; or, with strict, one would be materialised.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> f = lambda params, x: x @ params["kernel"]
+      >>> params = {"kernel": jnp.ones((3, 4))}
+      >>> lora = jlora.wrap(params, rank=2)
+      >>> jlora.lift(f)(lora, jnp.ones((5, 3))).shape
+      (5, 4)
+    """
+    return _lift(fn, strict=strict)
+
+
+def lift_layer(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`lift` for a layer's own code: what trains is the caller's to say."""
+    return _lift(fn, freeze=False)
+
+
+def explain(fn: Callable[..., Any], tree: Any, *args: Any, **kwargs: Any) -> Report:
+    """How ``lift(fn)(tree, *args, **kwargs)`` treats each adapted leaf of the tree.
+
+    Nothing is computed: the arguments may be arrays or ``jax.ShapeDtypeStruct``s.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> f = lambda params, x: x @ params["kernel"]
+      >>> lora = jlora.wrap({"kernel": jnp.ones((3, 4))}, rank=2)
+      >>> print(jlora.explain(f, lora, jnp.ones((5, 3))))
+      kernel  factored      dot_general
+      1 factored
+    """
+    _check((tree, *args), kwargs)
+    ev = Evaluation(strict=False)
+    hidden_args, hidden_kwargs = hide(((tree, *args), kwargs))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        jax.make_jaxpr(functools.partial(_lifted, fn, ev, must_use=False))(
+            hidden_args, hidden_kwargs
+        )
+    return report([path for path, x in flatten(tree)[0] if is_adapted(x)], ev.seen)

@@ -1,0 +1,66 @@
+"""Report and Entry: how the lift treats each adapted leaf."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """How the lift treats one adapted leaf.
+
+    Attributes:
+      path: of the leaf in its tree.
+      status: "factored" (never formed; a `Full` leaf is read as it is), "materialised"
+        (W + scale·a·b is formed at least once) or "unused".
+      where: the primitives that use it, in order of use.
+    """
+
+    path: str
+    status: str
+    where: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What `explain` found: iterates over one `Entry` per adapted leaf; printable."""
+
+    entries: tuple[Entry, ...]
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __str__(self) -> str:
+        width = max([len(e.path) for e in self], default=0)
+        rows = [
+            f"{e.path:{width}}  {e.status:12}  {', '.join(e.where)}".rstrip()
+            for e in self
+        ]
+        counts = collections.Counter(e.status for e in self)
+        if not rows:
+            return "no adapted leaves"
+        return "\n".join([*rows, ", ".join(f"{n} {s}" for s, n in counts.items())])
+
+
+def report(
+    paths: Sequence[str], seen: Mapping[str, Sequence[tuple[str, bool]]]
+) -> Report:
+    """The report on these paths.
+
+    Args:
+      paths: of the adapted leaves, in the order of the tree.
+      seen: by path the primitives that used it, and whether each formed the weight.
+    """
+
+    def entry(path: str) -> Entry:
+        uses = seen.get(path, ())
+        formed = any(formed for _, formed in uses)
+        status = "materialised" if formed else "factored" if uses else "unused"
+        return Entry(path, status, tuple(name for name, _ in uses))
+
+    return Report(tuple(map(entry, paths)))

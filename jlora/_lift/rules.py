@@ -1,0 +1,352 @@
+"""What each primitive does with an adapted leaf: uses and structure.
+
+A rule computes with (w, a, b) by the algebra of `_algebra`.  Loops and calls are in
+`control`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jlora import _compat
+from jlora._algebra import structure
+from jlora._algebra.concatenate import concatenate
+from jlora._algebra.conv import conv
+from jlora._algebra.dot import contract
+from jlora._algebra.gather import indexed_axes, lookup, take
+from jlora._algebra.merge import dense, scaled
+from jlora._algebra.ragged import ragged
+from jlora._algebra.use import RolesError
+from jlora._labels import RANK, spread
+from jlora._leaf import LoRA, base, fields, forms
+from jlora._leaf.forms import NotFactored
+from jlora._lift.evaluate import Evaluation, Tracked, rule
+from jlora._tree import sharding
+
+# ---------------------------------------------------------------------------- uses
+
+
+def _compute(
+    fn: Callable[..., jax.Array],
+    ev: Evaluation,
+    eqn: Any,
+    x: Tracked,
+    *others: jax.Array,
+    **options: Any,
+) -> jax.Array:
+    """A use of a weight, with the path in the error where it contradicts its roles."""
+    name = eqn.primitive.name
+    if fn is not lookup:
+        options |= ev.first_product(eqn, others[0])
+        if x.leaf.dropout is not None:
+            options["nth"] = ev.uses[x.paths]  # a mask of its own
+    try:
+        out = fn(x.leaf, *others, tuple(eqn.params.items()), **options)
+    except RolesError as e:
+        raise ValueError(
+            f"{x.name!r} was planned otherwise than it is used: {name} {e}. Plan it "
+            "from the function that uses it, jlora.plan(fn, params, *args), or exclude "
+            "the path."
+        ) from None
+    ev.note(x, name, formed=forms.of(x.leaf.form).formed)
+    return out
+
+
+@rule("dot_general")
+def _dot_general(ev: Evaluation, eqn: Any, lhs: Any, rhs: Any) -> Any:
+    first = isinstance(lhs, Tracked)
+    if first and isinstance(rhs, Tracked):
+        rhs = ev.materialise(rhs, "dot_general (with another adapted weight)")
+    leaf, x = (lhs, rhs) if first else (rhs, lhs)
+    return _compute(contract, ev, eqn, leaf, x, weight_first=first)
+
+
+@rule("conv_general_dilated")
+def _conv(ev: Evaluation, eqn: Any, x: Any, kernel: Any) -> Any:
+    if isinstance(x, Tracked):
+        raise NotFactored
+    return _compute(conv, ev, eqn, kernel, x)
+
+
+@rule("ragged_dot_general")
+def _ragged_dot(ev: Evaluation, eqn: Any, x: Any, w: Any, sizes: Any) -> Any:
+    if isinstance(x, Tracked):
+        raise NotFactored
+    return _compute(ragged, ev, eqn, w, x, sizes)
+
+
+@rule("gather")
+def _gather(ev: Evaluation, eqn: Any, w: Any, indices: Any) -> Any:
+    shape, sizes = eqn.invars[0].aval.shape, eqn.params["slice_sizes"]
+    at = indexed_axes(shape, eqn.params["dimension_numbers"], sizes)
+    if all(w.leaf.axes[k] == "b" for k in at):
+        return w.now(take(w.leaf, indices, tuple(eqn.params.items())))
+    return _compute(lookup, ev, eqn, w, indices)
+
+
+# ------------------------------------------------- structure: the leaf goes on as one
+
+
+@rule("convert_element_type", "reduce_precision", "name", *_compat.COPY)
+def _base_only(ev: Evaluation, eqn: Any, x: Tracked) -> Tracked:
+    """The value stays: it is the base that changes."""
+    w = base.then(x.leaf.base, _compat.operation(eqn))
+    if not jnp.issubdtype(w.dtype, jnp.inexact):
+        raise NotFactored
+    return x.now(dataclasses.replace(x.leaf, w=w))
+
+
+@rule("device_put")
+def _device_put(ev: Evaluation, eqn: Any, *args: Any) -> list[Any]:
+    """One output for each operand, and one entry in each of its parameters."""
+    outs = []
+    for i, x in enumerate(args):
+        own = _compat.operation(eqn, {k: (v[i],) for k, v in eqn.params.items()})
+        if isinstance(x, Tracked):
+            w = base.then(x.leaf.base, own)
+            outs.append(x.now(dataclasses.replace(x.leaf, w=w)))
+        else:
+            outs.append(own(x))
+    return outs
+
+
+@rule("optimization_barrier")
+def _barrier(ev: Evaluation, eqn: Any, *args: Any) -> list[Any]:
+    """All arrays of the bases wait at the barrier."""
+    bases = [v.leaf.base if isinstance(v, Tracked) else v for v in args]
+    arrays, treedef = jax.tree.flatten(bases)
+    held = jax.tree.unflatten(treedef, _compat.rebind(eqn, arrays))
+    return [
+        v.now(dataclasses.replace(v.leaf, w=w)) if isinstance(v, Tracked) else w
+        for v, w in zip(args, held, strict=True)
+    ]
+
+
+@rule(*_compat.RESHARD)
+def _reshard(ev: Evaluation, eqn: Any, x: Tracked) -> Tracked:
+    """A weight that is to be sharded otherwise: its factors are to be as well."""
+    w = base.then(x.leaf.base, _compat.operation(eqn))
+
+    def place(field: Any, own: Any) -> Any:
+        if eqn.primitive.name == "reshard":  # perhaps into a mesh of other axis types
+            return eqn.primitive.bind(field, **{**eqn.params, "dst_sharding": own})
+        return lax.with_sharding_constraint(field, own)
+
+    leaf = dataclasses.replace(x.leaf, w=w)
+    return x.now(with_factors(leaf, _compat.target_sharding(eqn), place))
+
+
+def with_factors(leaf: Any, wanted: Any, place: Callable[[Any, Any], Any]) -> Any:
+    """The leaf, place(field, sharding) of each factor, where its base is to be.
+
+    Args:
+      leaf: its base is placed already.
+      wanted: the sharding of the base; without a mesh there is nothing to do.
+      place: what puts an array under a sharding.
+    """
+    if not isinstance(wanted, jax.sharding.NamedSharding):
+        return leaf
+    own = sharding.of_fields(leaf, wanted)
+    placed = {
+        name: place(getattr(leaf, name), getattr(own, name))
+        for name in fields.stored(leaf)
+    }
+    return dataclasses.replace(leaf, **placed)
+
+
+@rule(*_compat.VARY)
+def _vary(ev: Evaluation, eqn: Any, x: Tracked) -> Tracked:
+    """A weight that is to differ between devices: its factors are to as well."""
+
+    def vary(field: jax.Array, labels: Sequence[int]) -> jax.Array:
+        axes = {*eqn.params["axes"]} - _compat.varying(field)
+        return lax.pcast(field, tuple(axes), to="varying") if axes else field
+
+    return x.now(structure.per_axis(x.leaf, vary))
+
+
+@rule("stop_gradient")
+def _stop_gradient(ev: Evaluation, eqn: Any, x: Tracked) -> Tracked:
+    return x.now(jax.tree.map(lax.stop_gradient, x.leaf))
+
+
+@rule("transpose")
+def _transpose(ev: Evaluation, eqn: Any, x: Tracked) -> Tracked:
+    return x.now(structure.transpose(x.leaf, eqn.params["permutation"]))
+
+
+@rule("squeeze")
+def _squeeze(ev: Evaluation, eqn: Any, x: Tracked) -> Tracked:
+    return x.now(structure.squeeze(x.leaf, eqn.params["dimensions"]))
+
+
+@rule("reshape", "expand_dims")
+def _reshape(ev: Evaluation, eqn: Any, x: Tracked) -> Tracked:
+    leaf, order = x.leaf, eqn.params.get("dimensions")
+    if eqn.primitive.name == "reshape" and order is not None:
+        leaf = structure.transpose(leaf, order)
+    return x.now(structure.reshape(leaf, eqn.outvars[0].aval.shape))
+
+
+@rule("broadcast_in_dim")
+def _broadcast(ev: Evaluation, eqn: Any, x: Tracked, *_: Any) -> Tracked:
+    shape = eqn.outvars[0].aval.shape
+    dims = eqn.params["broadcast_dimensions"]
+    return x.now(structure.broadcast(x.leaf, shape, dims))
+
+
+@rule("slice")
+def _slice(ev: Evaluation, eqn: Any, x: Tracked) -> Tracked:
+    p = eqn.params
+    return x.now(_cut(x.leaf, p["start_indices"], p["limit_indices"], p["strides"]))
+
+
+def _cut(leaf: LoRA, start: Any, limit: Any, strides: Any = None) -> LoRA:
+    def cut(x: jax.Array, labels: Sequence[int]) -> jax.Array:
+        at = [
+            (0, x.shape[i], 1)
+            if k == RANK
+            else (start[k], limit[k], strides[k] if strides else 1)
+            for i, k in enumerate(labels)
+        ]
+        return lax.slice(x, *zip(*at, strict=True)) if at else x
+
+    return structure.per_axis(leaf, cut)
+
+
+@rule("split")
+def _split(ev: Evaluation, eqn: Any, x: Tracked) -> list[Tracked]:
+    axis, outs, at = eqn.params["axis"], [], 0
+    for size in eqn.params["sizes"]:
+        start = [at if k == axis else 0 for k in range(x.leaf.ndim)]
+        limit = list(x.leaf.shape)
+        limit[axis] = at = at + size
+        outs.append(x.now(_cut(x.leaf, start, limit)))
+    return outs
+
+
+@rule("unstack")
+def _unstack(ev: Evaluation, eqn: Any, x: Tracked) -> list[Tracked]:
+    axis, shape, outs = eqn.params["axis"], x.leaf.shape, []
+    for at in range(shape[axis]):
+        start = [at if k == axis else 0 for k in range(len(shape))]
+        limit = [at + 1 if k == axis else n for k, n in enumerate(shape)]
+        outs.append(x.now(structure.squeeze(_cut(x.leaf, start, limit), [axis])))
+    return outs
+
+
+@rule("dynamic_slice")
+def _dynamic_slice(ev: Evaluation, eqn: Any, x: Any, *starts: Any) -> Any:
+    sizes, leaf = eqn.params["slice_sizes"], x.leaf
+
+    def cut(x: jax.Array, labels: Sequence[int], *starts: Any) -> jax.Array:
+        if not labels:
+            return x
+        zero = jnp.zeros_like(starts[0])
+        at = [zero if k == RANK else starts[k] for k in labels]
+        size = [x.shape[i] if k == RANK else sizes[k] for i, k in enumerate(labels)]
+        # The primitive clamps; lax.dynamic_slice would wrap a negative start again.
+        return eqn.primitive.bind(x, *at, slice_sizes=tuple(size))
+
+    full = list(zip(leaf.axes, sizes, leaf.shape, strict=True))
+    roles = {role for role, size, n in full if role != "b" and size < n}
+    if len(roles) != 1 or any(size != 1 for role, size, _ in full if role in roles):
+        return x.now(structure.per_axis(leaf, cut, *starts))
+    if leaf.c is not None and roles == {"o"}:
+        raise NotFactored
+    ev.note(x, "dynamic_slice")  # a lookup of one row
+    row = dense(structure.per_axis(dataclasses.replace(leaf, c=None), cut, *starts))
+    if leaf.c is None:
+        return row
+    labels = fields.labels(fields.LORA["c"].axes, leaf.axes)
+    c = cut(scaled(leaf, "c"), labels, *starts)
+    return row + spread(c, labels, sizes, range(leaf.ndim)).astype(row.dtype)
+
+
+@rule(*_compat.ALL_GATHER)
+def _all_gather(ev: Evaluation, eqn: Any, x: Tracked) -> Tracked:
+    """A sharded weight made whole (FSDP by hand): its factors are gathered instead."""
+    axis = eqn.params["all_gather_dimension"]
+    if not eqn.params["tiled"]:
+        raise NotFactored
+
+    def gather(field: jax.Array, labels: Sequence[int]) -> jax.Array:
+        if axis not in labels:
+            return field
+        at = {"all_gather_dimension": list(labels).index(axis)}
+        return eqn.primitive.bind(field, **{**eqn.params, **at})
+
+    return x.now(structure.per_axis(x.leaf, gather))
+
+
+@rule("rev")
+def _rev(ev: Evaluation, eqn: Any, x: Tracked) -> Tracked:
+    dimensions = eqn.params["dimensions"]
+
+    def rev(field: jax.Array, labels: Sequence[int]) -> jax.Array:
+        return lax.rev(field, [i for i, k in enumerate(labels) if k in dimensions])
+
+    return x.now(structure.per_axis(x.leaf, rev))
+
+
+@rule("concatenate")
+def _concatenate(ev: Evaluation, eqn: Any, *parts: Any) -> Tracked:
+    return _joined(parts, eqn.params["dimension"])
+
+
+@rule("stack")
+def _stack(ev: Evaluation, eqn: Any, *parts: Any) -> Tracked:
+    axis = eqn.params.get("axis", 0)
+    shape = eqn.outvars[0].aval.shape
+    unit = (*shape[:axis], 1, *shape[axis + 1 :])
+    expanded = [
+        p.now(structure.reshape(p.leaf, unit))
+        if isinstance(p, Tracked)
+        else lax.reshape(p, unit)
+        for p in parts
+    ]
+    return _joined(expanded, axis)
+
+
+def _joined(parts: Sequence[Any], axis: int) -> Tracked:
+    paths = dict.fromkeys(
+        path for p in parts if isinstance(p, Tracked) for path in p.paths
+    )
+    leaves = [p.leaf if isinstance(p, Tracked) else p for p in parts]
+    return Tracked(concatenate(leaves, axis), tuple(paths))
+
+
+_SCALAR: dict[str, Callable[..., jax.Array]] = {
+    "mul": jnp.multiply,
+    "div": jnp.divide,
+    "neg": jnp.negative,
+}
+
+
+@rule(*_SCALAR)
+def _times_scalar(ev: Evaluation, eqn: Any, *args: Any) -> Tracked:
+    """A weight times a number; anything larger is the fallback's."""
+    x, rest = args[0], args[1:]
+    if eqn.primitive.name == "mul" and not isinstance(x, Tracked):
+        x, rest = args[1], args[:1]
+    if not isinstance(x, Tracked) or any(
+        isinstance(c, Tracked) or np.ndim(c) for c in rest
+    ):
+        raise NotFactored
+    w = base.then(x.leaf.base, _compat.operation(eqn), *rest)
+    # The number goes into b and not into scale, which has no gradient: it may train.
+    if not jnp.issubdtype(w.dtype, jnp.floating):
+        raise NotFactored
+    dtypes = (w.dtype, x.leaf.b.dtype, jnp.dtype(jnp.float32))
+    wide = max(dtypes, key=lambda dtype: dtype.itemsize)
+    b = _SCALAR[eqn.primitive.name](
+        *(jnp.asarray(x.leaf.b if v is x else v, wide) for v in args)
+    )
+    return x.now(dataclasses.replace(x.leaf, b=b, w=w))

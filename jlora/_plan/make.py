@@ -1,0 +1,146 @@
+"""plan: the plan of the weights that a traced function is seen to use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from jlora._leaf import base
+from jlora._plan import watch
+from jlora._plan.plan import Plan
+from jlora._plan.select import Candidate, Wanted, select
+from jlora._plan.spec import RANK, Rule, Spec
+from jlora._tree import leaves as trees
+from jlora._tree.patterns import Pattern, are_patterns
+from jlora._tree.trace import hide, trace
+
+_IDLE = "not used as a weight (no product, convolution or lookup)"
+
+
+def plan(
+    fn: Callable[..., Any],
+    params: Any,
+    *args: Any,
+    rank: int = RANK,
+    alpha: float | None = None,
+    targets: Pattern | Iterable[Pattern] | None = None,
+    exclude: Pattern | Iterable[Pattern] = (),
+    rules: Iterable[Rule] = (),
+    **kwargs: Any,
+) -> Plan:
+    """Plans which weights of ``params`` to adapt, by watching how ``fn`` uses them.
+
+    ``fn(params, *args, **kwargs)`` is traced abstractly: nothing is computed and
+    nothing allocated, and every argument may hold ``jax.ShapeDtypeStruct``s.  What a
+    product contracts are a weight's in axes, what it batches or a scan slices are
+    batch axes, and the rest are out axes.
+
+    Args:
+      fn: the function whose first argument is ``params``, such as ``model.apply``.
+      params: the tree that `wrap` will be given.
+      *args: the other arguments of ``fn``.
+      **kwargs: and its keyword arguments.
+      rank: r of every adapter that no rule names.
+      alpha: None for alpha = rank, a scale of 1.
+      targets: patterns of the paths to adapt: globs over the whole path (``*`` within
+        one key, ``**`` for any number of keys), compiled regular expressions (full
+        match), or callables (path, array) -> bool.  None for every dense, einsum and
+        convolution kernel; embeddings are adapted when named.
+      exclude: patterns of paths that stay as they are.
+      rules: `Rule`s, the first match wins.
+
+    Returns:
+      A `Plan`; print it to see what will be adapted before a step is run.
+
+    Raises:
+      ValueError: a bad rank; a pattern that matches no path (with the paths near it);
+        a target that is integer or complex, or that is used in ways that contradict
+        each other; or nothing left to adapt.
+      TypeError: train or bias patterns, which are passed to `wrap`.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> f = lambda p, x: jnp.einsum("bi,hio->bho", x, p["w"])
+      >>> jlora.plan(f, {"w": jnp.ones((2, 3, 4))}, jnp.ones((5, 3)))["w"].in_axes
+      (-2,)
+    """
+    _refuse_wraps(kwargs)
+    wanted = Wanted.of(rank, alpha, targets, exclude, rules)
+    plain = trees.map_leaves(lambda _, x: base.traced(x), params, share=True)
+    hidden = hide(((plain, *args), kwargs))
+    leaves = trees.arrays(params)
+    jaxpr, _ = trace(fn, *hidden)
+    paths: list[str | None] = [p for p, _ in trees.flatten(hidden[0][0])[0]]
+    paths += [None] * (len(jaxpr.jaxpr.invars) - len(paths))
+    seen = watch.watch(jaxpr, paths)
+
+    def candidate(path: str, x: Any) -> Candidate:
+        if path not in seen or not seen[path].uses:
+            return None
+        kind, axes = _merged_roles(seen[path].uses, x.ndim)
+        if kind is None:
+            return axes
+        return Spec.of(kind, axes, bias=_bias(path, seen, leaves))
+
+    return select(leaves, candidate, _IDLE, trees.others(params), wanted)
+
+
+def _refuse_wraps(kwargs: Mapping[str, Any]) -> None:
+    """Raises for what can only be meant for `wrap`, and would go to the function."""
+    for name in ("train", "bias", "lora_bias"):
+        said = kwargs.get(name)
+        if are_patterns(said) or (name == "lora_bias" and said is not None):
+            raise TypeError(
+                f"plan: {name}={kwargs[name]!r} would go to the function as an "
+                f"argument: expected it in jlora.wrap(params, plan=plan, {name}=...)."
+            )
+
+
+def _bias(
+    path: str, seen: Mapping[str, watch.Seen], leaves: Mapping[str, Any]
+) -> str | None:
+    """The path of a weight's bias: as it was added, or by its name."""
+    bias = seen[path].bias
+    if bias is None:  # the product was lost sight of before anything was added
+        beside = trees.sibling_bias(path, leaves)
+        if beside in seen and seen[beside].may_be_bias_of(path):
+            bias = beside
+    return bias if bias in seen and seen[bias].idle else None
+
+
+_LOOKUPS = frozenset({"gather", "dynamic_slice"})
+
+
+def _merged_roles(uses: Sequence[watch.Use], ndim: int) -> tuple[str | None, str]:
+    """(kind, roles) of a weight from all its uses, or (None, why there are none)."""
+    uses = [use.resolved() for use in uses]
+    # A lookup or the first use decides which side is in; a later use may swap them.
+    uses = sorted(uses, key=lambda u: u.primitive not in _LOOKUPS)
+    swap = str.maketrans("io", "oi")
+    merged: dict[int, str] = {}
+    for use in uses:
+        roles = use.roles
+        both = {
+            k: r for k, r in roles.items() if merged.get(k, "b") + r in ("io", "oi")
+        }
+        if both and use.primitive == "conv_general_dilated":
+            roles |= {k: merged[k] for k in both}  # from its outputs to its inputs
+        elif both:
+            roles = {k: r.translate(swap) for k, r in roles.items()}
+        for k, role in roles.items():
+            known = merged.setdefault(k, role)
+            if {known, role} == {"i", "o"}:
+                return None, (
+                    "used in ways that contradict each other: axis "
+                    f"{k - ndim} is contracted in one and kept in another "
+                    f"({', '.join(u.primitive for u in uses)})"
+                )
+            # A batch axis may be kept as well; only an in axis may be summed over.
+            merged[k] = "i" if "i" in (known, role) else min(known, role)
+    axes = "".join(merged.get(k, "b") for k in range(ndim))
+    if "i" not in axes or "o" not in axes:
+        return None, f"no matrix: its axes are all one role ({axes})"
+    names = {u.primitive for u in uses}
+    if names & _LOOKUPS:
+        return "embed", axes
+    return ("conv" if "conv_general_dilated" in names else "dense"), axes

@@ -1,0 +1,83 @@
+"""Plan: a mapping from path to Spec, and how it is printed."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from jlora._plan.spec import Spec
+from jlora._tree import paths
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Plan(Mapping[str, Spec]):
+    """A mapping from path to `Spec`; ``print(plan)`` is a table.
+
+    Attributes:
+      specs: the specs in the order of the tree, with a rank and an alpha of None where
+        nothing was said.  ``plan[path]`` has the defaults in their place.
+      shapes: the shape of every array of the tree that it was planned for.
+      skipped: path to reason, for what was matched and is no weight.
+    """
+
+    specs: Mapping[str, Spec]
+    shapes: Mapping[str, tuple[int, ...]]
+    skipped: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def __getitem__(self, path: str) -> Spec:
+        return self.specs[path].resolved()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.specs)
+
+    def __len__(self) -> int:
+        return len(self.specs)
+
+    def __str__(self) -> str:
+        header = "path shape kind roles rank alpha bias parameters".split()
+        rows = [
+            (
+                path,
+                "×".join(map(str, self.shapes[path])),
+                s.kind if s.form is None else f"{s.kind}, {s.form}",
+                s.axes,
+                str(s.rank),
+                f"{s.alpha:g}",
+                "" if s.bias is None else paths.relative(s.bias, path),
+                f"{s.size(self.shapes[path]):,}",
+            )
+            for path, s in self.items()
+        ]
+        adapters = sum(s.size(self.shapes[path]) for path, s in self.items())
+        base = sum(math.prod(shape) for shape in self.shapes.values())
+        lines = [
+            table(header, rows),
+            f"{len(self)} adapted lea{'f' if len(self) == 1 else 'ves'}, "
+            f"{adapters:,} adapter parameters, "
+            f"{100 * adapters / max(base, 1):.3g} % of the base's {base:,}",
+        ]
+        if self.skipped:
+            lines.append("skipped:")
+            lines += [f"  {path}: {why}" for path, why in self.skipped.items()]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Text columns; numbers are set to the right."""
+    rows = [header, *rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    right = [
+        all(r[k].replace(",", "").replace(".", "").isdigit() for r in rows[1:])
+        for k in range(len(header))
+    ]
+    lines = [
+        "  ".join(
+            c.rjust(w) if r else c.ljust(w)
+            for c, w, r in zip(row, widths, right, strict=True)
+        ).rstrip()
+        for row in rows
+    ]
+    return "\n".join([lines[0], "-" * (sum(widths) + 2 * len(widths) - 2), *lines[1:]])

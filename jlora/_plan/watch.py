@@ -1,0 +1,501 @@
+"""Watches how a function uses its weights, in its jaxpr: nothing is computed.
+
+A walk over the equations carries, for every variable, what is known of it: that it is
+a weight (or a reshaped, sliced, concatenated one) and which axis of the original each
+of its axes is; that it is the product of a weight; or that it depends on data.
+
+`STEPS` has a function for each primitive that uses a weight or calls another jaxpr,
+`MOVES` one for each that moves a weight's axes.  Any other primitive that keeps a
+weight's shape keeps its axes; what else it gives is data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jlora import _compat
+from jlora._algebra.gather import indexed_axes
+from jlora._labels import runs
+
+# Which axes of the original weight an axis came from.
+Origin = frozenset[int]
+_NONE: Origin = frozenset()
+
+
+@dataclasses.dataclass
+class Use:
+    """One use of a weight: the primitive, and the role of each axis that it names.
+
+    Attributes:
+      primitive: its name.
+      roles: role by axis of the original weight.
+      rows: the use of what a gather left, where that was then a weight itself: a
+        matrix for each token, out of a stack of them.
+    """
+
+    primitive: str
+    roles: dict[int, str]
+    rows: Use | None = None
+
+    def resolved(self) -> Use:
+        """The use of the rows where they were matrices: then the weight is a stack."""
+        rows = self.rows
+        if rows is None or not {"i", "o"} <= {*rows.roles.values()}:
+            return self
+        return Use(rows.primitive, dict.fromkeys(self.roles, "b") | rows.roles)
+
+
+@dataclasses.dataclass
+class Seen:
+    """All that was seen of one array.
+
+    Attributes:
+      uses: as a weight, in order.
+      bias: the path of the array that is added to its product.
+      of: the paths of the weights whose bias it is itself.
+      after: the paths that had been used when it was last added to data.
+    """
+
+    uses: list[Use] = dataclasses.field(default_factory=list)
+    bias: str | None = None
+    of: set[str] = dataclasses.field(default_factory=set)
+    after: frozenset[str] = frozenset()
+
+    @property
+    def idle(self) -> bool:
+        """Whether it is no weight itself; a stack of biases may be looked up."""
+        lookups = "gather", "dynamic_slice"
+        return all(use.primitive in lookups for use in self.uses)
+
+    def may_be_bias_of(self, path: str) -> bool:
+        """Whether it may be the bias of this weight, if its product was lost sight of.
+
+        It was added after the weight's use, and was not seen to be another's.
+        """
+        return path in self.after and self.of <= {path}
+
+
+Axes = tuple[Origin, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """Parts of parameters: for each path, the origin of each of the value's axes.
+
+    Rows that data gathered may still be a weight (experts), or a lookup's result
+    (words).  Their next use decides.  ``gathers`` are then the gathers, one for each
+    part.
+    """
+
+    parts: tuple[tuple[str, Axes], ...]
+    gathers: tuple[Use, ...] = ()
+
+    def move(self, fn: Callable[[Axes], Sequence[Origin]]) -> Weight:
+        """The weight with fn(axes) as the axes of each part."""
+        parts = tuple((path, tuple(fn(axes))) for path, axes in self.parts)
+        return dataclasses.replace(self, parts=parts)
+
+    def as_product(self, shape: tuple[int, ...]) -> Product:
+        """What rows are where they meet data."""
+        _, axes = self.parts[0]
+        size = math.prod(n for n, origin in zip(shape, axes, strict=True) if origin)
+        return Product(tuple(path for path, _ in self.parts), size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """What a weight's product became, until something is added to it.
+
+    Attributes:
+      paths: of the weights.
+      size: of the weight's out axes, which are what a bias has.
+    """
+
+    paths: tuple[str, ...]
+    size: int
+
+
+class _Data:
+    """Depends on what is not a parameter."""
+
+
+_DATA = _Data()
+
+# fn(walk, equation, infos) gives what is known of the outputs; None for the general
+# rule, which `Walk.general` is.
+Step = Callable[["Walk", Any, list[Any]], "list[Any] | None"]
+STEPS: dict[str, Step] = {}
+# fn(weight, equation, old shape, new shape) gives the weight with its axes moved.
+Move = Callable[[Weight, Any, Sequence[int], Sequence[int]], Weight]
+MOVES: dict[str, Move] = {}
+# After these a weight's product is still one that a bias may be added to.
+KEEPS_PRODUCT = frozenset(
+    "reshape transpose convert_element_type squeeze expand_dims broadcast_in_dim copy "
+    "sharding_constraint name reduce_precision mul psum psum_invariant rev".split()
+)
+
+
+def _step(*names: str) -> Callable[[Step], Step]:
+    def register(fn: Step) -> Step:
+        STEPS.update(dict.fromkeys(names, fn))
+        return fn
+
+    return register
+
+
+def _move(*names: str) -> Callable[[Move], Move]:
+    def register(fn: Move) -> Move:
+        MOVES.update(dict.fromkeys(names, fn))
+        return fn
+
+    return register
+
+
+class Walk:
+    """One walk over a jaxpr.
+
+    Attributes:
+      seen: what was seen of each path.
+    """
+
+    def __init__(self) -> None:
+        self.seen: dict[str, Seen] = {}
+
+    def run(self, jaxpr: Any, infos: Sequence[Any]) -> list[Any]:
+        """What is known of the outputs, from what is known of the inputs."""
+        jaxpr, _ = _compat.jaxpr_and_consts(jaxpr)
+        env: dict[Any, Any] = dict(zip(jaxpr.invars, infos, strict=True))
+
+        def read(v: Any) -> Any:
+            return None if isinstance(v, _compat.Literal) else env.get(v)
+
+        for eqn in jaxpr.eqns:
+            infos = [read(v) for v in eqn.invars]
+            if any(info is not None for info in infos):
+                env.update(zip(eqn.outvars, self.apply(eqn, infos), strict=True))
+        return [read(v) for v in jaxpr.outvars]
+
+    def apply(self, eqn: Any, infos: list[Any]) -> list[Any]:
+        """What is known of an equation's outputs."""
+        step = STEPS.get(eqn.primitive.name, _call)
+        outs = step(self, eqn, infos)
+        return self.general(eqn, infos) if outs is None else outs
+
+    def general(self, eqn: Any, infos: list[Any]) -> list[Any]:
+        """What any primitive makes of weights, products and data."""
+        infos = _met(eqn, infos)
+        products = [i for i in infos if isinstance(i, Product)]
+        mixed = len(products) > 1 or any(isinstance(i, (_Data, Weight)) for i in infos)
+        kept = eqn.primitive.name in KEEPS_PRODUCT and len(eqn.outvars) == 1
+        if products and kept and not mixed:
+            return [products[0]]
+        if any(isinstance(i, (_Data, Product)) for i in infos):
+            return [_DATA] * len(eqn.outvars)
+        return [self.moved(eqn, infos, v.aval.shape) for v in eqn.outvars]
+
+    def moved(self, eqn: Any, infos: list[Any], shape: tuple[int, ...]) -> Any:
+        """What a weight's axes become in an output of this shape."""
+        weights = [(i, k) for k, i in enumerate(infos) if isinstance(i, Weight)]
+        if not weights:
+            return None
+        weight, at = weights[0]
+        old = eqn.invars[at].aval.shape
+        if eqn.primitive.name in ("concatenate", "stack"):
+            parts = tuple(part for info, _ in weights for part in info.parts)
+            weight = Weight(parts)
+        if (move := MOVES.get(eqn.primitive.name)) is not None:
+            return move(weight, eqn, old, shape)
+        return weight if shape == old else None
+
+    def use(
+        self, weight: Weight, name: str, roles: dict[int, str], shape: tuple[int, ...]
+    ) -> Product:
+        """Notes that a primitive gives these roles to the axes of a weight."""
+        for i, (path, axes) in enumerate(weight.parts):
+            use = Use(name, _original(axes, roles))
+            if weight.gathers:
+                weight.gathers[i].rows = weight.gathers[i].rows or use
+            else:
+                self.seen.setdefault(path, Seen()).uses.append(use)
+        out = math.prod(n for k, n in enumerate(shape) if roles.get(k) == "o")
+        return Product(tuple(path for path, _ in weight.parts), out)
+
+    def rows(self, weight: Weight, fn: Callable[[Axes], Sequence[Origin]]) -> Weight:
+        """What a lookup that was just noted leaves, of which the next use decides."""
+        uses = tuple(self.seen[path].uses[-1] for path, _ in weight.parts)
+        return dataclasses.replace(weight.move(fn), gathers=uses)
+
+
+def _met(eqn: Any, infos: list[Any]) -> list[Any]:
+    """The infos, with rows that meet something as the lookup's results that they are."""
+    if len([i for i in infos if i is not None]) < 2:
+        return infos
+    return [
+        i.as_product(v.aval.shape) if isinstance(i, Weight) and i.gathers else i
+        for i, v in zip(infos, eqn.invars, strict=True)
+    ]
+
+
+# ---------------------------------------------------------------------------- uses
+
+
+@_step("dot_general")
+def _dot(walk: Walk, eqn: Any, infos: list[Any]) -> list[Any]:
+    out: Any = _DATA
+    ((lc, rc), (lb, rb)) = eqn.params["dimension_numbers"]
+    others = infos[::-1]
+    dims = zip(infos, others, eqn.invars, (lc, rc), (lb, rb), strict=True)
+    for info, other, v, c, b in dims:
+        if not isinstance(info, Weight):
+            continue
+        roles = dict.fromkeys(range(v.aval.ndim), "o")
+        roles |= dict.fromkeys(c, "i") | dict.fromkeys(b, "b")
+        # Rows that meet another weight are words, not matrices.
+        if (
+            not info.gathers
+            or isinstance(other, (_Data, Product))
+            or (_a_matrix_each(info, roles) and not _is_weight(other))
+        ):
+            out = walk.use(info, "dot_general", roles, v.aval.shape)
+    return [out]
+
+
+@_step("conv_general_dilated")
+def _conv(walk: Walk, eqn: Any, infos: list[Any]) -> list[Any] | None:
+    if not isinstance(infos[1], Weight):
+        return None
+    out, *convolved = eqn.params["dimension_numbers"].rhs_spec
+    roles = dict.fromkeys(convolved, "i") | {out: "o"}
+    shape = eqn.invars[1].aval.shape
+    return [walk.use(infos[1], "conv_general_dilated", roles, shape)]
+
+
+@_step("ragged_dot_general")
+def _ragged_dot(walk: Walk, eqn: Any, infos: list[Any]) -> list[Any] | None:
+    if not isinstance(infos[1], Weight):
+        return None
+    dn = eqn.params["ragged_dot_dimension_numbers"]
+    (_, contracted), (_, batch) = dn.dot_dimension_numbers
+    shape = eqn.invars[1].aval.shape
+    roles = dict.fromkeys(range(len(shape)), "o")
+    roles |= dict.fromkeys((*batch, *dn.rhs_group_dimensions), "b")
+    roles |= dict.fromkeys(contracted, "i")
+    return [walk.use(infos[1], "ragged_dot_general", roles, shape)]
+
+
+@_step("gather")
+def _gather(walk: Walk, eqn: Any, infos: list[Any]) -> list[Any] | None:
+    """Rows: a lookup's result, or the weights of each token's expert."""
+    weight = infos[0]
+    if not isinstance(weight, Weight):
+        return None
+    dn = eqn.params["dimension_numbers"]
+    shape = eqn.invars[0].aval.shape
+    roles = dict.fromkeys(range(len(shape)), "o")
+    roles |= dict.fromkeys(dn.operand_batching_dims, "b")
+    indexed = indexed_axes(shape, dn, eqn.params["slice_sizes"])
+    product = walk.use(weight, "gather", roles | dict.fromkeys(indexed, "i"), shape)
+    if weight.gathers:  # rows of rows
+        return [product]
+    gone = {*dn.collapsed_slice_dims, *dn.operand_batching_dims}
+    kept = [k for k in range(len(shape)) if k not in gone]
+    ndim = eqn.outvars[0].aval.ndim
+
+    def rows(axes: Axes) -> list[Origin]:
+        left = iter(kept)
+        return [axes[next(left)] if k in dn.offset_dims else _NONE for k in range(ndim)]
+
+    return [walk.rows(weight, rows)]
+
+
+@_step("dynamic_slice")
+def _dynamic_slice(walk: Walk, eqn: Any, infos: list[Any]) -> list[Any] | None:
+    """A part of a weight; one row of it is a lookup, or one matrix of a stack."""
+    weight = _met(eqn, infos)[0]
+    if not isinstance(weight, Weight):
+        return None
+    old, sizes = eqn.invars[0].aval.shape, eqn.params["slice_sizes"]
+    cut = [k for k, (n, size) in enumerate(zip(old, sizes, strict=True)) if size < n]
+    if not cut or weight.gathers or any(sizes[k] != 1 for k in cut):
+        return [weight]
+    roles = dict.fromkeys(range(len(old)), "o") | dict.fromkeys(cut, "i")
+    walk.use(weight, "dynamic_slice", roles, old)
+    return [
+        walk.rows(
+            weight,
+            lambda axes: [_NONE if k in cut else axes[k] for k in range(len(old))],
+        )
+    ]
+
+
+@_step("add")
+def _add(walk: Walk, eqn: Any, infos: list[Any]) -> list[Any] | None:
+    """A parameter of the size of a product's out axes, added to it, is its bias."""
+    used = frozenset(path for path, seen in walk.seen.items() if seen.uses)
+    for info in infos:
+        for path, _ in info.parts if isinstance(info, Weight) else ():
+            walk.seen.setdefault(path, Seen()).after |= used
+    pairs = list(zip(_met(eqn, infos), eqn.invars, strict=True))
+    for (product, _), (other, v) in (pairs, pairs[::-1]):
+        if not (isinstance(product, Product) and isinstance(other, Weight)):
+            continue
+        own = zip(other.parts[0][1], v.aval.shape, strict=True)
+        if math.prod(n for origin, n in own if origin) != product.size:
+            continue
+        biases = [path for path, _ in other.parts]
+        if len(biases) != len(product.paths):  # else fused as the weights are
+            biases = biases[:1] * len(product.paths)
+        for path, bias in zip(product.paths, biases, strict=True):
+            seen = walk.seen[path]
+            seen.bias = seen.bias or bias
+            walk.seen[bias].of.add(path)
+        return [_DATA]
+    return None
+
+
+@_step("optimization_barrier")
+def _barrier(walk: Walk, eqn: Any, infos: list[Any]) -> list[Any]:
+    """An output for each operand, as it is."""
+    return _met(eqn, infos)
+
+
+def _is_weight(info: Any) -> bool:
+    """Whether it is a weight that was not gathered."""
+    return isinstance(info, Weight) and not info.gathers
+
+
+def _a_matrix_each(rows: Weight, roles: dict[int, str]) -> bool:
+    """Whether a product uses a row for each token as a matrix of that token's own."""
+    _, axes = rows.parts[0]
+    tokens = {roles[k] for k, origin in enumerate(axes) if not origin}
+    own = {roles[k] for k, origin in enumerate(axes) if origin}
+    return tokens == {"b"} and {"i", "o"} <= own
+
+
+def _original(axes: Sequence[Origin], roles: dict[int, str]) -> dict[int, str]:
+    """The roles of a value's axes, as those of the original's."""
+    return {o: roles[k] for k, ax in enumerate(axes) if k in roles for o in ax}
+
+
+# --------------------------------------------------- what a weight's axes become
+
+
+@_move("transpose")
+def _transpose(weight: Weight, eqn: Any, old: Any, new: Any) -> Weight:
+    return weight.move(lambda axes: [axes[k] for k in eqn.params["permutation"]])
+
+
+@_move("squeeze")
+def _squeeze(weight: Weight, eqn: Any, old: Any, new: Any) -> Weight:
+    gone = {k % len(old) for k in eqn.params["dimensions"]}
+    kept = [k for k in range(len(old)) if k not in gone]
+    return weight.move(lambda axes: [axes[k] for k in kept])
+
+
+@_move("broadcast_in_dim")
+def _broadcast(weight: Weight, eqn: Any, old: Any, new: Any) -> Weight:
+    dims = eqn.params["broadcast_dimensions"]
+    own = {k: j for j, k in enumerate(dims) if old[j] == new[k]}
+    return weight.move(
+        lambda axes: [axes[own[k]] if k in own else _NONE for k in range(len(new))]
+    )
+
+
+@_move("reshape", "expand_dims")
+def _reshape(weight: Weight, eqn: Any, old: Any, new: Any) -> Weight:
+    if (order := eqn.params.get("dimensions")) and eqn.primitive.name == "reshape":
+        weight = weight.move(lambda axes: [axes[k] for k in order])
+        old = tuple(old[k] for k in order)
+    pairs = runs(old, new) if 0 not in old else []
+    from_ = {k: left for left, right in pairs for k in right}
+    return weight.move(
+        lambda axes: [
+            _NONE.union(*(axes[j] for j in from_.get(k, ()))) for k in range(len(new))
+        ]
+    )
+
+
+@_move("concatenate", "stack")
+def _concatenate(weight: Weight, eqn: Any, old: Any, new: Any) -> Weight:
+    before = (_NONE,) * (len(new) - len(old))
+    return weight.move(lambda axes: before + axes)
+
+
+@_move("unstack")
+def _unstack(weight: Weight, eqn: Any, old: Any, new: Any) -> Weight:
+    axis = eqn.params["axis"]
+    return weight.move(lambda axes: axes[:axis] + axes[axis + 1 :])
+
+
+@_move("slice", "split", *_compat.ALL_GATHER)
+def _cut(weight: Weight, eqn: Any, old: Any, new: Any) -> Any:
+    return weight if len(new) == len(old) else None
+
+
+# ------------------------------------- functions inside: roles are followed into them
+
+
+@_step("scan")
+def _scan(walk: Walk, eqn: Any, infos: list[Any]) -> list[Any]:
+    n, m = _compat.scan_counts(eqn.params)
+    jaxpr, _ = _compat.jaxpr_and_consts(eqn.params["jaxpr"])
+    sliced = [
+        i.move(lambda axes: axes[1:]) if isinstance(i, Weight) else i
+        for i in infos[n + m :]
+    ]
+    ins, outs = jaxpr.invars[n : n + m], jaxpr.outvars[:m]
+    same = _unchanged(ins, outs, infos[n : n + m])
+    found = walk.run(jaxpr, [*infos[:n], *same, *sliced])
+    return [*same, *(_DATA if i is not None else None for i in found[m:])]
+
+
+@_step("while")
+def _while(walk: Walk, eqn: Any, infos: list[Any]) -> list[Any]:
+    p = eqn.params
+    n, m = p["cond_nconsts"], p["body_nconsts"]
+    jaxpr, _ = _compat.jaxpr_and_consts(p["body_jaxpr"])
+    same = _unchanged(jaxpr.invars[m:], jaxpr.outvars, infos[n + m :])
+    walk.run(p["cond_jaxpr"], [*infos[:n], *same])
+    walk.run(jaxpr, [*infos[n : n + m], *same])
+    return same
+
+
+@_step("cond")
+def _cond(walk: Walk, eqn: Any, infos: list[Any]) -> list[Any]:
+    outs = [walk.run(branch, infos[1:]) for branch in eqn.params["branches"]]
+    return [
+        found[0] if all(i == found[0] for i in found) else _DATA
+        for found in zip(*outs, strict=True)
+    ]
+
+
+@_step(*_compat.JIT, *_compat.REMAT, *_compat.CALL, "shard_map")
+def _call(walk: Walk, eqn: Any, infos: list[Any]) -> list[Any] | None:
+    """A call of a jaxpr with the equation's own operands, whatever primitive it is."""
+    for key in ("jaxpr", "call_jaxpr"):
+        body, _ = _compat.jaxpr_and_consts(eqn.params.get(key))
+        if hasattr(body, "eqns") and len(body.invars) == len(infos):
+            outs = walk.run(body, infos)
+            return outs if len(outs) == len(eqn.outvars) else None
+    return None
+
+
+def _unchanged(ins: Any, outs: Any, infos: list[Any]) -> list[Any]:
+    """A loop's carry: what comes back as it went in keeps what is known of it."""
+    return [
+        info if i is o else _DATA for i, o, info in zip(ins, outs, infos, strict=True)
+    ]
+
+
+def watch(jaxpr: Any, paths: Sequence[str | None]) -> dict[str, Seen]:
+    """What a jaxpr does with the inputs that have a path; None marks data."""
+    walk = Walk()
+    infos: list[Any] = []
+    for path, v in zip(paths, jaxpr.jaxpr.invars, strict=True):
+        axes = tuple(frozenset({k}) for k in range(v.aval.ndim))
+        infos.append(_DATA if path is None else Weight(((path, axes),)))
+    walk.run(jaxpr, infos)
+    return walk.seen

@@ -1,0 +1,127 @@
+"""The leaves of a tree: listed by path, mapped, and counted on to be there."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+
+from jlora._leaf import is_adapted, is_leaf
+from jlora._leaf.base import is_base
+from jlora._tree import boxes, paths
+from jlora._tree.trace import is_array
+from jlora._tree.variables import is_variable, refuse_layers, variables
+
+
+def flatten(
+    tree: Any,
+) -> tuple[list[tuple[str, Any]], Callable[[Iterable[Any]], Any]]:
+    """(path, leaf) pairs, adapted leaves whole, and what makes a tree of new leaves."""
+    pairs, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+
+    def build(leaves: Iterable[Any]) -> Any:
+        return boxes.fit(jax.tree.unflatten(treedef, leaves))
+
+    return [(paths.path_of(keys), x) for keys, x in pairs], build
+
+
+def map_leaves(fn: Callable[[str, Any], Any], tree: Any, *, share: bool = False) -> Any:
+    """tree_map of fn(path, leaf), with adapted leaves whole.
+
+    A tree of NNX's variables gets new ones.  With ``share`` those whose leaves stay are
+    the old ones, so that what a call writes into them is not lost.
+    """
+    pairs, build = flatten(tree)
+    out = build(fn(path, x) for path, x in pairs)
+    if not share or not variables(tree):
+        return out
+    old, treedef = jax.tree.flatten(tree, is_leaf=is_variable)
+    new = jax.tree.leaves(out, is_leaf=is_variable)
+
+    def same(x: Any, y: Any) -> bool:
+        return is_variable(x) and x.get_raw_value() is y.get_raw_value()
+
+    kept = [x if same(x, y) else y for x, y in zip(old, new, strict=True)]
+    return jax.tree.unflatten(treedef, kept)
+
+
+def arrays(params: Any) -> dict[str, Any]:
+    """Path to array, without what is no array; refuses trees adapted or empty."""
+    pairs, _ = flatten(params)
+    out: dict[str, Any] = {}
+    for path, x in pairs:
+        if is_adapted(x):
+            raise ValueError(
+                f"{path!r} is adapted already: expected a plain params tree, found "
+                f"{x!r}. Merge or unwrap the tree first (jlora.merge, jlora.unwrap)."
+            )
+        if path in out:
+            raise ValueError(
+                f"two leaves have the path {path!r}: an adapter could not tell them "
+                "apart. Rename one of them (a key may not hold '/')."
+            )
+        if is_array(x) or is_base(x):
+            out[path] = x
+        elif hasattr(x, "shape") and hasattr(x, "dtype"):
+            raise TypeError(
+                f"{path!r} is a {type(x).__name__}: expected an array. Pass the arrays "
+                "that it stands for, as variable.value is in Keras."
+            )
+    if not out:
+        found = ", ".join(sorted({type(x).__name__ for _, x in pairs}))
+        raise ValueError(
+            "nothing to adapt: expected a tree of arrays, found "
+            + (f"no array, only {found}" if found else "an empty tree")
+            + ". Initialise or build the model first (one of Keras has no variables "
+            "before), and pass its arrays: {v.path: v.value for v in "
+            "model.trainable_variables} in Keras, the params elsewhere."
+        )
+    seen = variables(params)
+    if len({*map(id, seen)}) < len(seen):
+        raise ValueError(
+            "a variable stands in two places of the module: expected it in one, since "
+            "it would get two adapters. Split the module, whose state has it once: "
+            "graph, state = nnx.split(module)."
+        )
+    return out
+
+
+def sibling_bias(path: str, leaves: Mapping[str, Any]) -> str | None:
+    """The path of the bias that stands beside a weight, by its name."""
+    parent = path.rpartition("/")[0]
+    siblings = (f"{parent}/{name}" if parent else name for name in ("bias", "b"))
+    return next((s for s in siblings if s in leaves and s != path), None)
+
+
+def others(tree: Any) -> dict[str, str]:
+    """Path to what stands there, of arrays that their framework calls no parameters.
+
+    NNX's variables that are no ``Param`` or belong to an adapter already, and Linen's
+    collections beside ``params``.
+    """
+    found = {}
+    if variables(tree):
+        nnx = sys.modules["flax.nnx"]
+        pairs, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_variable)
+        for keys, x in pairs:
+            plain = isinstance(x, nnx.Param) and not isinstance(x, nnx.LoRAParam)
+            if is_variable(x) and not plain:
+                found[paths.path_of(keys)] = f"a {type(x).__name__}"
+    elif isinstance(tree, Mapping) and "params" in tree:
+        for path, _ in flatten(tree)[0]:
+            if (collection := path.split("/")[0]) != "params":
+                found[path] = f"in {collection!r}"
+    return found
+
+
+def require_adapted(tree: Any, what: str, advice: str = "") -> None:
+    """Raises for a tree without adapted leaves."""
+    if not any(is_adapted(x) for _, x in flatten(tree)[0]):
+        if not advice:
+            refuse_layers(tree, what)
+        raise ValueError(
+            f"{what}: the tree has no adapted leaf: expected the result of "
+            f"jlora.wrap(params, ...), found plain params. {advice}".rstrip()
+        )

@@ -1,0 +1,113 @@
+"""Where adapters live: every field is sharded as its own axes of the base are.
+
+a has the base's in axes, b its out axes, both its batch axes; the rank is whole on
+every device.  So a product with a factor moves what the base's own product moves, and
+besides it only what has the rank for a size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+
+from jlora import _compat
+from jlora._leaf import Adapted, fields, is_adapted
+from jlora._leaf.base import is_base
+from jlora._tree import leaves, paths
+
+
+def of_array(w: Any) -> Sharding | None:
+    """The sharding that an array was given; None where JAX may still choose.
+
+    A traced array has one where the axes of its mesh are explicit, a
+    ``jax.ShapeDtypeStruct`` where it was made with one.
+    """
+    if isinstance(w, jax.core.Tracer):
+        return _compat.explicit_sharding(w)
+    return getattr(w, "sharding", None) if getattr(w, "committed", True) else None
+
+
+def of_fields(leaf: Adapted, base: Any) -> Any:
+    """The leaf with the sharding of each field, where that of its base is this one.
+
+    Args:
+      leaf: with arrays, or their shapes.
+      base: a PartitionSpec, a Sharding, or None for no say.
+    """
+    if isinstance(base, PartitionSpec):
+        return fields.specs(leaf, base)
+    if isinstance(base, NamedSharding):
+        own = jax.tree.map(
+            lambda spec: NamedSharding(base.mesh, spec), fields.specs(leaf, base.spec)
+        )
+    else:
+        one = isinstance(base, SingleDeviceSharding)
+        place = SingleDeviceSharding(*base.device_set) if one else None
+        own = jax.tree.map(lambda _: place, leaf)
+    # A base may be in the host's memory; what is computed with every step is not.
+    array = leaf.w is not None and not is_base(leaf.w)
+    return dataclasses.replace(own, w=base) if array else own
+
+
+def like(w: Any, fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """fn, what it gives sharded as w is; nothing is gathered for it."""
+    if isinstance(w, jax.core.Tracer) or not isinstance(of_array(w), NamedSharding):
+        return fn
+    return jax.jit(fn, out_shardings=w.sharding)
+
+
+def shardings(tree: Any, base: Any) -> Any:
+    """The sharding of every array of an adapted tree, from those of its base.
+
+    For ``in_shardings`` and ``out_shardings`` of jit, the specs of ``shard_map``, or
+    ``jax.device_put``.  `wrap` of arrays that are sharded needs none of it: it gives
+    the factors their shardings.
+
+    Args:
+      tree: an adapted tree, or one of shapes (``jax.eval_shape(jlora.wrap, params)``).
+      base: the PartitionSpec or Sharding of every array of the plain params, as Flax's
+        ``get_partition_spec`` gives them; one that stands for a whole subtree will do.
+
+    Returns:
+      The tree with a PartitionSpec or Sharding for an array: a has the base's in axes,
+      b its out axes, both its batch axes, and the rank is whole.
+
+    Raises:
+      ValueError: an array that ``base`` says nothing of.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> from jax.sharding import PartitionSpec as P
+      >>> t = jlora.wrap({"kernel": jnp.ones((3, 4))}, rank=2)
+      >>> x = jlora.shardings(t, {"kernel": P("fsdp", "tp")})["kernel"]
+      >>> x.a, x.b
+      (P('fsdp', None), P(None, 'tp'))
+    """
+
+    def given(x: Any) -> bool:
+        return x is None or isinstance(x, (PartitionSpec, Sharding))
+
+    pairs, _ = jax.tree_util.tree_flatten_with_path(base, is_leaf=given)
+    by_path = {paths.path_of(keys): x for keys, x in pairs}
+
+    def own(path: str) -> Any:
+        at = path
+        while at not in by_path and at:
+            at = at.rpartition("/")[0]
+        if at not in by_path or not given(by_path[at]):
+            found = f"a {type(by_path[at]).__name__}" if at in by_path else "nothing"
+            raise ValueError(
+                f"shardings: expected a PartitionSpec or Sharding at {path!r} of base, "
+                f"found {found}; near paths: {paths.near(path, by_path)}. Give those "
+                "of the plain params, such as nn.get_partition_spec(params)."
+            )
+        return by_path[at]
+
+    def leaf(path: str, x: Any) -> Any:
+        return of_fields(x, own(path)) if is_adapted(x) else own(path)
+
+    return leaves.map_leaves(leaf, tree)

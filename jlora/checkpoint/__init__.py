@@ -1,0 +1,185 @@
+"""Adapter checkpoints on Orbax: the adapter without its base, and what goes with it.
+
+A checkpoint is a directory that Orbax commits by an atomic rename.  It holds the
+arrays of the adapter, those of ``extra``, and a JSON document with the format version,
+the plan (roles and rank of each leaf), a fingerprint of the base (the path, shape and
+dtype of every array) and a checksum of every array that is stored.  `restore` verifies
+all of it before it gives anything back.
+
+Nothing in it depends on the mesh: what was saved on one mesh, or by several processes
+that share a file system, is restored to where the new params and the new ``extra``
+live, on any other.
+
+For a series of checkpoints use Orbax's own CheckpointManager: an adapter is a pytree of
+arrays, so ``ocp.args.StandardSave(jlora.adapter(tree))`` saves it beside the optimizer
+state, and ``jlora.attach`` puts it back.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import orbax.checkpoint as ocp
+
+from jlora._adapter import adapter as adapter_of
+from jlora._adapter import attach
+from jlora._leaf import is_adapted
+from jlora._leaf.fields import missing
+from jlora._tree import leaves as trees
+from jlora.checkpoint import arrays as _arrays
+from jlora.checkpoint import checksum as _checksum
+from jlora.checkpoint import document as _document
+from jlora.checkpoint import extra as _extra
+from jlora.checkpoint import orbax as _orbax
+from jlora.checkpoint.orbax import DamagedError as DamagedError
+from jlora.checkpoint.orbax import Handle as Handle
+
+
+def save(
+    directory: str | os.PathLike[str],
+    tree: Any,
+    *,
+    extra: Any = None,
+    block: bool = True,
+) -> Handle | None:
+    """Saves the adapter of a tree, and ``extra``, in a directory of its own.
+
+    The directory appears whole or not at all, also if the process is killed.
+
+    Args:
+      directory: must not exist; parents are made.  Any path that Orbax takes.
+      tree: an adapted tree, with its base (of which only the fingerprint is stored).
+        Of several processes each passes its own view of the same global arrays.
+      extra: any pytree that must come back with it: batch statistics, optimizer state,
+        step.  Its leaves are arrays, PRNG keys, or numbers, strings and booleans.
+      block: return once committed.  Otherwise the arrays are copied to the host, a
+        `Handle` is returned, and the writing goes on in the background; the end of the
+        program waits for it, and logs what went wrong.
+
+    Returns:
+      None, or with ``block=False`` a `Handle`.
+
+    Raises:
+      FileExistsError: the directory exists.
+      OSError: it cannot be made, or the disk is full.
+      ValueError: the tree has no adapted leaf, or one without its base.
+      TypeError: a leaf of ``extra`` that cannot be stored.
+
+    Example:
+      >>> import jax.numpy as jnp, tempfile
+      >>> import jlora, jlora.checkpoint
+      >>> params = {"kernel": jnp.ones((3, 4))}
+      >>> path = tempfile.mkdtemp() + "/adapter"
+      >>> jlora.checkpoint.save(path, jlora.wrap(params, rank=2), extra={"step": 7})
+      >>> tree, extra = jlora.checkpoint.restore(path, params, extra={"step": 0})
+      >>> tree["kernel"].rank, extra["step"]
+      (2, 7)
+    """
+    path = _orbax.path_of(directory)
+    if not _orbax.saving(path):
+        _orbax.check_place(path)
+    _require_bases(tree)
+    adapter, other = adapter_of(tree), _extra.Extra.of(extra)
+    arrays = {
+        "adapter": {p: _arrays.data(x) for p, x in _arrays.of_adapter(adapter).items()},
+        "extra": {p: _arrays.data(x) for p, x in other.arrays.items()},
+    }
+    document = {
+        "format": _document.FORMAT,
+        "version": _document.VERSION,
+        "plan": {p: _document.entry(x) for p, x in adapter.items()},
+        "base": _document.fingerprint(tree),
+        "arrays": {
+            k: {
+                p: [*_document.signature(x), _checksum.checksum(x)]
+                for p, x in v.items()
+            }
+            for k, v in arrays.items()
+        },
+        "values": other.values,
+        "keys": other.keys,
+    }
+    document["crc"] = _document.crc(document)
+    stored = {k: {p: x for p, x in v.items() if x.size} for k, v in arrays.items()}
+    items = {k: ocp.args.StandardSave(v) for k, v in stored.items() if v}
+    handle = Handle(path)
+    handle._start({"document": ocp.args.JsonSave(document), **items})
+    if not block:
+        return handle
+    handle.wait()
+    return None
+
+
+def _require_bases(tree: Any) -> None:
+    """Raises for a leaf without its base, which the checkpoint describes."""
+    for path, x in trees.flatten(tree)[0]:
+        if is_adapted(x) and "w" in missing(x):
+            raise ValueError(
+                f"checkpoint.save: {path!r} has no base (w=None): expected the "
+                "whole tree, whose base the checkpoint describes. Attach it first: "
+                "jlora.attach(params, adapter)."
+            )
+
+
+def restore(
+    directory: str | os.PathLike[str], params: Any, *, extra: Any = None
+) -> Any:
+    """The adapted tree that was saved, on the base that it was saved from.
+
+    Args:
+      directory: as given to `save`.
+      params: the base: plain params with the paths, shapes and dtypes of the saved
+        tree's (``jax.ShapeDtypeStruct``s will do).  The adapter is sharded as they are.
+      extra: a pytree of the structure of the saved ``extra``; its arrays (or
+        ``jax.ShapeDtypeStruct``s, such as ``jax.eval_shape(tx.init, tree)`` gives)
+        need only have the right shapes and dtypes.  One with a sharding, as on a mesh
+        those of ``tx.init(tree)`` are, gets its array there, another one gets it on the
+        default device.  A Python number stands for a scalar array, such as a
+        TrainState's step, and gets a Python number back.
+
+    Returns:
+      The tree; with ``extra``, the pair (tree, extra).
+
+    Raises:
+      FileNotFoundError: there is no such directory.
+      DamagedError: it is no whole adapter checkpoint, or an array is damaged; on all
+        processes, if one of them found it.
+      OSError: it could not be read, which need not be the checkpoint's fault.
+      ValueError: it is of a newer format; it belongs to another base, or ``extra`` is
+        another structure (with the first path that differs, what was expected and what
+        was found).  DamagedError is one, too.
+
+    Example: see `save`.
+    """
+    path = _orbax.path_of(directory)
+    document = _orbax.together(path, lambda: _document.read(path))
+    for p, x in trees.flatten(params)[0]:
+        if is_adapted(x):
+            raise ValueError(
+                f"checkpoint.restore: {p!r} is adapted: expected the plain base params "
+                "(jlora.unwrap gives them)."
+            )
+    _document.require_same(
+        f"checkpoint.restore: {path} belongs to another base",
+        document["base"],
+        _document.fingerprint(params),
+        "Pass the params that the adapter was trained on.",
+    )
+    items, templates = ["adapter"], {}
+    if extra is not None:
+        items += ["extra"]
+        templates = _extra.require_structure(path, document, extra)
+    arrays, plan, bases = document["arrays"], document["plan"], _document.bases(params)
+    places = _arrays.places(arrays["adapter"], plan, bases)
+    read = _arrays.read(path, arrays, items, templates, places)
+    adapter = {}
+    for p, said in plan.items():
+        names = _document.names(said, p, arrays["adapter"])
+        own = {n: _extra.as_jax(read["adapter"][at], p) for n, at in names.items()}
+        adapter[p] = _document.leaf_of(said, bases[p].shape, own)
+    tree = attach(params, adapter)
+    if extra is None:
+        return tree
+    found = read.get("extra", {})
+    return tree, _extra.restored(extra, document, templates, found)

@@ -1,0 +1,152 @@
+"""The JSON document of a checkpoint: what it holds, and of which base.
+
+It has the format and version; the plan, with an entry for each leaf; the base's
+fingerprint, which is the path, shape and dtype of every array; the same and a checksum
+of every array that is stored; and a checksum of the document itself.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from jlora._leaf import Adapted, Full, LoRA, base, forms, is_adapted
+from jlora._tree import leaves as trees
+from jlora._tree import paths
+from jlora.checkpoint import orbax
+
+FORMAT = "jlora adapter"
+VERSION = 1
+
+
+def signature(x: Any) -> list[Any]:
+    """Shape and dtype, as JSON."""
+    return [list(x.shape), str(x.dtype)]
+
+
+def fingerprint(tree: Any) -> dict[str, list[Any]]:
+    """The signature of every array of the base, by path; of plain params too."""
+    return {path: signature(x) for path, x in bases(tree).items()}
+
+
+def bases(tree: Any) -> dict[str, Any]:
+    """The base arrays of a tree by path, or what knows their shape and dtype."""
+
+    def own(x: Any) -> Any:
+        return x.base if is_adapted(x) and base.shaped(x.w) else x
+
+    pairs = [(path, own(x)) for path, x in trees.flatten(tree)[0]]
+    return {p: x for p, x in pairs if hasattr(x, "shape") and hasattr(x, "dtype")}
+
+
+def entry(leaf: Adapted) -> dict[str, Any]:
+    """What the plan says of a leaf: all that its arrays do not."""
+    said = {"kind": "full"} if isinstance(leaf, Full) else {"kind": "lora"}
+    said |= base.document(leaf.w)
+    if isinstance(leaf, LoRA):
+        said |= {"roles": leaf.roles, "rank": leaf.rank, **forms.document(leaf.form)}
+        said |= {} if leaf.bias_path is None else {"bias": leaf.bias_path}
+    return said
+
+
+def names(said: dict[str, Any], path: str, arrays: Iterable[str]) -> dict[str, str]:
+    """The fields of a leaf that are stored, and the name of the array of each."""
+    table = Full.fields if said["kind"] == "full" else LoRA.fields
+    at = {name: f"{path}:{name}" for name in table}
+    return {name: own for name, own in at.items() if own in arrays}
+
+
+def leaf_of(said: dict[str, Any], shape: Any, arrays: dict[str, Any]) -> Adapted:
+    """The leaf of an entry of the plan, without its base.
+
+    Args:
+      said: the entry.
+      shape: of the weight.
+      arrays: its fields, or their shapes, by name.
+    """
+    w = base.from_document(said, shape)
+    if said["kind"] == "full":
+        return Full(w, **arrays)
+    form, bias = forms.from_document(said), said.get("bias")
+    return LoRA(w, **arrays, roles=said["roles"], form=form, bias_path=bias)
+
+
+def crc(document: dict[str, Any]) -> int:
+    """The checksum of all of a document but its own."""
+    text = json.dumps({k: v for k, v in document.items() if k != "crc"}, sort_keys=True)
+    return zlib.crc32(text.encode())
+
+
+def read(path: epath.Path) -> dict[str, Any]:
+    """The document of a checkpoint, of a format that this version reads.
+
+    Raises:
+      FileNotFoundError: there is no such directory.
+      DamagedError: the document is not as it was written.
+      ValueError: it is of a newer format.
+    """
+    if not path.exists():
+        raise FileNotFoundError(
+            f"checkpoint.restore: there is no directory {path}: expected one that "
+            "jlora.checkpoint.save made. A save that was killed leaves none."
+        )
+    with orbax.damage(path, "its document cannot be read"):
+        args = {"document": ocp.args.JsonRestore()}
+        document = orbax.restore(path, args)["document"]
+        fmt, version = document["format"], document["version"]
+    if fmt != FORMAT:
+        why = f"its format is {fmt!r}, not {FORMAT!r}"
+        raise orbax.DamagedError(orbax.damaged(path, why))
+    if version > VERSION:
+        raise ValueError(
+            f"checkpoint.restore: {path} has format version {version}: expected at "
+            f"most {VERSION}, which is what this jlora reads. Update jlora."
+        )
+    if document.get("crc") != crc(document):
+        raise orbax.DamagedError(orbax.damaged(path, "its document is damaged"))
+    return document
+
+
+def require_same(
+    what: str, want: dict[str, Any], have: dict[str, Any], do: str
+) -> None:
+    """Raises at the first path whose signatures differ.
+
+    Args:
+      what: what is wrong then.
+      want: signature by path, as it was saved.
+      have: the same of what was passed.
+      do: what to do about it.
+    """
+    for p in [*want, *have]:
+        expected, found = (side.get(p, "nothing") for side in (want, have))
+        if expected == found:
+            continue
+        near = paths.near(p, have) if found == "nothing" else ""
+        near = f" (near paths: {near})" if near else ""
+        if have == {q.removeprefix("params/"): v for q, v in want.items()}:
+            do = "It was saved from {'params': params}: pass that."
+        elif want == {q.removeprefix("params/"): v for q, v in have.items()}:
+            do = "It was saved from the tree under 'params': pass that."
+        raise ValueError(
+            f"{what}: at {p!r} expected {_words(expected)}, found "
+            f"{_words(found)}{near}. {do}"
+        )
+
+
+def _words(own: Any) -> str:
+    if isinstance(own, str):
+        return own
+    shape, dtype = own
+    return f"{dtype}[{','.join(map(str, shape))}]"
+
+
+def struct(stored: list[Any]) -> jax.ShapeDtypeStruct:
+    """The shape and dtype of a stored array, from its signature."""
+    return jax.ShapeDtypeStruct(*stored[:2])
