@@ -45,12 +45,12 @@ class Measured(base.Base):
     std: Any
 
     @property
-    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+    def shape(self) -> tuple[int, ...]:
         """Of the array."""
         return tuple(self.array.shape)
 
     @property
-    def dtype(self) -> Any:  # type: ignore[override]
+    def dtype(self) -> Any:
         """Of the array."""
         return self.array.dtype
 

@@ -43,7 +43,7 @@ def _words(x: Adapted) -> str:
     if isinstance(x, LoRA):
         words += [str(x.form)] if x.form else []
         words += ["c"] if x.c is not None else []
-    words += [base.words(x.w)] if base.words(x.w) else []
+    words += [base.remark(x.w)] if base.remark(x.w) else []
     return ", ".join(words)
 
 

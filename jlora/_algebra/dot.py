@@ -121,8 +121,9 @@ def contract(
         hl = [*(k for k in p.xl if k >= leaf.ndim), RANK]
     else:
         assert aside is not None
+        factor, fl = first
         h = drop(leaf, aside.astype(dtype), nth)
-        h, hl = times(h, p.xl, *first, {*p.out, *second[1]})
+        h, hl = times(h, p.xl, factor, fl, {*p.out, *second[1]})
     factor, fl = second
     h, factor = with_output_bias_of(
         leaf, p.contracted, h.astype(dtype), hl, factor.astype(dtype), fl

@@ -110,8 +110,9 @@ def ragged(
     first, second = (leaf.a, la), (scaled(leaf, "b"), lb)
     if transposed:
         first, second = second, first
+    factor, fl = first
     h = drop(leaf, aside.astype(dtype), nth)
-    h, hl = times(h, xl, *first, {*out, *second[1]})
+    h, hl = times(h, xl, factor, fl, {*out, *second[1]})
     factor, fl = second
     h, factor = with_output_bias_of(leaf, wc, h, hl, factor, fl)
     d, dl = times(h, hl, factor, fl, {*out})

@@ -52,7 +52,7 @@ class Base(abc.ABC):
 
     def then(self, fn: Callable[..., Any], *operands: Any) -> Any:
         """The base whose array is fn(array, *operands); by default made when used."""
-        return Pending((self,), operands, fn)
+        return Pending((self,), tuple(map(jnp.asarray, operands)), fn)
 
     def specs(self, spec: Sequence[Any]) -> Any:
         """This base with a PartitionSpec for each field, where its array has ``spec``.
@@ -96,7 +96,7 @@ class Base(abc.ABC):
         """What a checkpoint says of it beside shape and dtype, as JSON."""
         return {}
 
-    def words(self) -> str:
+    def remark(self) -> str:
         """What a table says of it beside shape and dtype."""
         return ""
 
@@ -155,7 +155,7 @@ class Dropped(Base):
         """The dtype, which nothing else in a checkpoint's plan says."""
         return {"dropped": str(self.dtype)}
 
-    def words(self) -> str:
+    def remark(self) -> str:
         """For `summary`."""
         return "base dropped"
 
@@ -186,12 +186,12 @@ class Pending(Base):
         return jax.eval_shape(self.fn, *bases, *self.operands)
 
     @property
-    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+    def shape(self) -> tuple[int, ...]:
         """Of what the function gives."""
         return tuple(self._struct.shape)
 
     @property
-    def dtype(self) -> Any:  # type: ignore[override]
+    def dtype(self) -> Any:
         """Of what the function gives."""
         return self._struct.dtype
 
@@ -309,9 +309,9 @@ def from_document(said: dict[str, Any], shape: Sequence[int]) -> Any:
     return Dropped(tuple(shape), jnp.dtype(said["dropped"]))
 
 
-def words(w: Any) -> str:
+def remark(w: Any) -> str:
     """What a table says of a base beside shape and dtype."""
-    return w.words() if is_base(w) else ""
+    return w.remark() if is_base(w) else ""
 
 
 def size(w: Any) -> int:

@@ -356,5 +356,5 @@ def from_document(said: dict[str, Any]) -> Form | None:
     """The form of a checkpoint's words, in which JSON made tuples lists."""
     if (form := said.get("form")) is None:
         return None
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in form.items()}
-    return _FORMS[fields.pop("name")](**fields)
+    found = {k: tuple(v) if isinstance(v, list) else v for k, v in form.items()}
+    return _FORMS[str(found.pop("name"))](**found)

@@ -103,9 +103,9 @@ def _bias(
     bias = seen[path].bias
     if bias is None:  # the product was lost sight of before anything was added
         beside = trees.sibling_bias(path, leaves)
-        if beside in seen and seen[beside].may_be_bias_of(path):
+        if beside is not None and beside in seen and seen[beside].may_be_bias_of(path):
             bias = beside
-    return bias if bias in seen and seen[bias].idle else None
+    return bias if bias is not None and bias in seen and seen[bias].idle else None
 
 
 _LOOKUPS = frozenset({"gather", "dynamic_slice"})
