@@ -8,7 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-from jax.extend import core
+from jax.extend import core as core
+from jax.interpreters import ad as ad
+from jax.interpreters import batching as batching
+from jax.interpreters import mlir as mlir
 
 
 def jaxpr_and_consts(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
@@ -139,6 +142,11 @@ def copied(x: Any) -> Any:
 def evaluate(jaxpr: Any, args: Sequence[Any]) -> list[Any]:
     """Evaluates a closed jaxpr on flat arguments."""
     return core.jaxpr_as_fun(jaxpr)(*args)
+
+
+def default_precision() -> Any:
+    """The precision of products that is set here, for those that name none."""
+    return jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
 
 
 def under_jit() -> bool:

@@ -131,7 +131,7 @@ def fade(
     for path, x in trees.flatten(tree)[0]:
         if not isinstance(x, LoRA):
             continue
-        if _gone(x):
+        if base.is_zero(x.w):
             raise ValueError(
                 f"fade: the base of {path!r} was dropped: expected the tree that still "
                 "has its bases. Without them there is nothing to fade: leave the call "
@@ -246,7 +246,7 @@ def drop_base(tree: Any, *, force: bool = False) -> Any:
     leaves = dict(trees.flatten(tree)[0])
     biases = set()
     for path, x in leaves.items():
-        if not is_adapted(x) or _gone(x):
+        if not is_adapted(x) or base.is_zero(x.w):
             continue
         if lacks := missing(x):
             raise ValueError(
@@ -269,16 +269,11 @@ def drop_base(tree: Any, *, force: bool = False) -> Any:
     def leaf(path: str, x: Any) -> Any:
         if path in biases:
             return jnp.zeros_like(x)
-        if not is_adapted(x) or _gone(x):
+        if not is_adapted(x) or base.is_zero(x.w):
             return x
         return dataclasses.replace(x, w=base.Dropped(x.shape, x.dtype))
 
     return trees.map_leaves(leaf, tree)
-
-
-def _gone(x: Any) -> bool:
-    """Whether the leaf's base was dropped."""
-    return x.w is not None and not base.shaped(x.w)
 
 
 def _require_faded(path: str, w: Any) -> None:

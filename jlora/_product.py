@@ -20,10 +20,9 @@ from typing import Any
 import jax
 import numpy as np
 from jax import lax
-from jax.extend import core
-from jax.interpreters import ad, batching, mlir
 
 from jlora import _compat
+from jlora._compat import ad, batching, core, mlir
 
 Params = tuple[tuple[str, Any], ...]  # of dot_general as items: hashable
 _DEFAULTS = {"precision": None, "preferred_element_type": None, "out_sharding": None}
@@ -51,7 +50,7 @@ def product(x: jax.Array, y: jax.Array, params: Params) -> jax.Array:
     inner = math.prod(sizes[k] for k in summed)
     if math.prod(sizes.values()) > inner**2:
         if known.get("precision") is None:  # as it is here, wherever it is derived
-            known["precision"] = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+            known["precision"] = _compat.default_precision()
         return _widening(x, y, tuple(known.items()))
     return lax.dot_general(x, y, **known)
 

@@ -83,8 +83,8 @@ def _formed(
         y = run(x, dense(leaf))
     else:
         y = base.use(leaf.base, lambda w, x: run(x, w), x)
-        dropped = drop(leaf, aside, nth).astype(dtype)
-        y = base.plus(y, run(dropped, delta(leaf).astype(dtype)))
+        x = drop(leaf, aside, nth).astype(dtype)
+        y = base.plus(y, run(x, delta(leaf).astype(dtype)))
     if leaf.c is None:
         return y
     out = spec.rhs_spec[0]

@@ -48,7 +48,7 @@ class _Gather:
     Attributes:
       out: the labels of the result.
       roles: of the axes that are indexed.
-      dropped: the axes of size one that are gone without being indexed.
+      units: the axes of size one that are gone without being indexed.
 
     Raises:
       NotFactored: it cuts a row, or its axes have several roles.
@@ -75,7 +75,7 @@ class _Gather:
         for k, at in zip(batched, dn.start_indices_batching_dims, strict=True):
             self.index[at] = k
         self.gone = {*dn.collapsed_slice_dims, *batched}
-        self.dropped = self.gone - {*self.indexed, *batched}
+        self.units = self.gone - {*self.indexed, *batched}
         rows, free = iter([k for k in range(n) if k not in self.gone]), iter(self.index)
         ndim = len(self.index) + n - len(self.gone)
         self.out = [next(rows if k in dn.offset_dims else free) for k in range(ndim)]
@@ -96,7 +96,7 @@ class _Gather:
         rest["dimension_numbers"] = lax.GatherDimensionNumbers(
             offset_dims=tuple(range(first, first + len(kept))),
             collapsed_slice_dims=at(
-                sorted({*dn.collapsed_slice_dims} - self.dropped, key=own.index)
+                sorted({*dn.collapsed_slice_dims} - self.units, key=own.index)
             ),
             start_index_map=at(self.indexed),
             operand_batching_dims=at(dn.operand_batching_dims),
@@ -112,10 +112,10 @@ class _Gather:
         return lax.gather(field, self.indices, **rest), [*self.index, *kept]
 
     def drop(self, field: Any, own: list[int]) -> tuple[Any, list[int]]:
-        """The field without the axes of `dropped`."""
-        at = [i for i, k in enumerate(own) if k in self.dropped]
+        """The field without the axes of `units`."""
+        at = [i for i, k in enumerate(own) if k in self.units]
         field = lax.squeeze(field, at) if at else field
-        return field, [k for k in own if k not in self.dropped]
+        return field, [k for k in own if k not in self.units]
 
 
 @functools.partial(inlined, static_argnames=("params",))

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 from jax import lax
 
@@ -29,7 +30,9 @@ def scaled(leaf: LoRA, name: str) -> jax.Array:
 
 def delta(leaf: LoRA) -> jax.Array:
     """scale * a·b in the weight's shape and the factors' dtype, at full precision."""
-    return forms.of(leaf.form).delta(leaf.a, scaled(leaf, "b"), leaf.axes)
+    d = forms.of(leaf.form).delta(leaf.a, scaled(leaf, "b"), leaf.axes)
+    chex.assert_equal(tuple(d.shape), leaf.shape)
+    return d
 
 
 def dense(leaf: LoRA | Full) -> jax.Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -24,18 +25,52 @@ from jlora._leaf.fields import labels
 from jlora._leaf.forms import NotFactored
 
 
-def _check(leaf: LoRA, summed: Any, stacked: Any, groups: Any) -> bool:
-    """Whether the weight is used transposed; raises unless the groups are its batch."""
-    roles = {leaf.axes[k] for k in summed if leaf.shape[k] != 1}
-    batch = {leaf.axes[k] for k in stacked if leaf.shape[k] != 1}
-    if not batch <= {"b"} or "b" in roles or len(roles) > 1:
-        raise RolesError(
-            f"groups axes {tuple(map(int, groups))} and contracts axes "
-            f"{tuple(map(int, summed))} of a weight of shape {leaf.shape} and "
-            f"roles {leaf.axes!r}: expected batch axes (b), and in axes (i) or out "
-            "axes (o)"
-        )
-    return "o" in roles
+@dataclasses.dataclass(frozen=True)
+class _Product:
+    """The dimension numbers of a ragged product, seen from the weight.
+
+    Attributes:
+      contracted: the weight's axes that are summed over.
+      groups: its axes of experts.
+      axes: its roles, with b for all axes that are batched or experts.
+      xl: the labels of the activation: the weight's where they meet, else new ones.
+      row: the label of the activation's axis of rows.
+      out: the labels of the result.
+      transposed: whether the weight's out axes are contracted.
+    """
+
+    contracted: tuple[int, ...]
+    groups: tuple[int, ...]
+    axes: str
+    xl: list[int]
+    row: int
+    out: list[int]
+    transposed: bool
+
+    @classmethod
+    def of(cls, leaf: LoRA, x: Any, numbers: Any) -> _Product:
+        (xc, wc), (xb, wb) = numbers.dot_dimension_numbers
+        groups = numbers.rhs_group_dimensions
+        if not groups:
+            raise NotFactored
+        n, axes, stacked = leaf.ndim, leaf.axes, (*wb, *groups)
+        roles = {axes[k] for k in wc if leaf.shape[k] != 1}
+        batch = {axes[k] for k in stacked if leaf.shape[k] != 1}
+        if not batch <= {"b"} or "b" in roles or len(roles) > 1:
+            raise RolesError(
+                f"groups axes {tuple(map(int, groups))} and contracts axes "
+                f"{tuple(map(int, wc))} of a weight of shape {leaf.shape} and "
+                f"roles {axes!r}: expected batch axes (b), and in axes (i) or out "
+                "axes (o)"
+            )
+        xl = list(range(n, n + x.ndim))
+        for kw, kx in zip((*wc, *wb), (*xc, *xb), strict=True):
+            xl[kx] = kw
+        (row,) = (xl[k] for k in numbers.lhs_ragged_dimensions)
+        kept = [k for k in range(n) if k not in (*wc, *stacked)]
+        out = [*wb, *(k for k in xl if k >= n), *kept]
+        axes = "".join("b" if k in stacked else c for k, c in enumerate(axes))
+        return cls(tuple(wc), tuple(groups), axes, xl, row, out, "o" in roles)
 
 
 @functools.partial(inlined, static_argnames=("params", "nth"))
@@ -66,22 +101,10 @@ def ragged(
     rest = dict(params)
     numbers = rest.pop("ragged_dot_dimension_numbers")
     sharding, offset = rest.pop("out_sharding", None), rest.get("group_offset")
-    (xc, wc), (xb, wb) = numbers.dot_dimension_numbers
-    groups = numbers.rhs_group_dimensions
-    if not groups or offset is not None or sharding is not None:
+    if offset is not None or sharding is not None:
         raise NotFactored
-    stacked = (*wb, *groups)
-    transposed = _check(leaf, wc, stacked, groups)
-    n = leaf.ndim
-    leaf = with_units(
-        leaf, "".join("b" if k in stacked else c for k, c in enumerate(leaf.axes))
-    )
-    xl = list(range(n, n + x.ndim))
-    for kw, kx in zip((*wc, *wb), (*xc, *xb), strict=True):
-        xl[kx] = kw
-    (row,) = (xl[k] for k in numbers.lhs_ragged_dimensions)
-    kept = [k for k in range(n) if k not in (*wc, *stacked)]
-    out = [*wb, *(k for k in xl if k >= n), *kept]
+    p = _Product.of(leaf, x, numbers)
+    leaf = with_units(leaf, p.axes)
 
     def own(w: Any, x: Any, sizes: Any) -> Any:
         return lax.ragged_dot_general(x, w, sizes, numbers, **rest)
@@ -98,22 +121,21 @@ def ragged(
             ([hl.index(k) for k in batch], [fl.index(k) for k in batch]),
         )
         own = lax.RaggedDotDimensionNumbers(
-            dims, [hl.index(row)], [fl.index(k) for k in groups]
+            dims, [hl.index(p.row)], [fl.index(k) for k in p.groups]
         )
         h, factor = h.astype(dtype), factor.astype(dtype)
         left = [k for k in hl if k not in batch and k not in summed]
-        right = [k for k in fl if k not in (*batch, *summed, *groups)]
+        right = [k for k in fl if k not in (*batch, *summed, *p.groups)]
         product = lax.ragged_dot_general(h, factor, sizes, own, **rest)
         return product, [*batch, *left, *right]
 
-    la, lb = labels("bir", leaf.axes), labels("bro", leaf.axes)
-    first, second = (leaf.a, la), (scaled(leaf, "b"), lb)
-    if transposed:
+    first = leaf.a, labels("bir", leaf.axes)
+    second = scaled(leaf, "b"), labels("bro", leaf.axes)
+    if p.transposed:
         first, second = second, first
-    factor, fl = first
-    h = drop(leaf, aside.astype(dtype), nth)
-    h, hl = times(h, xl, factor, fl, {*out, *second[1]})
+    (factor, fl), keep = first, {*p.out, *second[1]}
+    h, hl = times(drop(leaf, aside.astype(dtype), nth), p.xl, factor, fl, keep)
     factor, fl = second
-    h, factor = with_output_bias_of(leaf, wc, h, hl, factor, fl)
-    d, dl = times(h, hl, factor, fl, {*out})
-    return base.plus(y, order(d, dl, out))
+    h, factor = with_output_bias_of(leaf, p.contracted, h, hl, factor, fl)
+    d, dl = times(h, hl, factor, fl, {*p.out})
+    return base.plus(y, order(d, dl, p.out))

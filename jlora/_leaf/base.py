@@ -20,6 +20,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
@@ -245,17 +246,16 @@ def then(w: Any, fn: Callable[..., Any], *operands: Any) -> Any:
 
 def joined(bases: Sequence[Any], fn: Callable[..., Any]) -> Any:
     """The base whose array is fn(*arrays) of several bases."""
-    if all(is_base(w) and w.zero for w in bases):
+    if all(map(is_zero, bases)):
         made = jax.eval_shape(fn, *map(struct, bases))
         return Dropped(made.shape, made.dtype)
-    some = tuple(
-        jnp.zeros(w.shape, w.dtype) if is_base(w) and w.zero else w for w in bases
-    )
+    some = tuple(jnp.zeros(w.shape, w.dtype) if is_zero(w) else w for w in bases)
     return Pending(some, (), fn) if any(map(is_base, some)) else fn(*some)
 
 
 def plus(y: Any, h: jax.Array) -> jax.Array:
     """What `use` gave, plus h in its dtype."""
+    chex.assert_equal(tuple(y.shape), tuple(h.shape))
     h = h.astype(y.dtype)
     return h if isinstance(y, jax.ShapeDtypeStruct) else y + h
 
@@ -282,9 +282,14 @@ def traced(w: Any) -> Any:
     return struct(w) if is_base(w) else w
 
 
+def is_zero(w: Any) -> bool:
+    """Whether it is a base that counts as zero, and has no arrays."""
+    return is_base(w) and w.zero
+
+
 def shaped(w: Any) -> bool:
-    """Whether the base tells its shape: None and a base that was dropped do not."""
-    return w is not None and not (is_base(w) and w.zero)
+    """Whether the base tells its shape: None does not, nor a base without arrays."""
+    return w is not None and not is_zero(w)
 
 
 def plain(w: Any) -> Any:
@@ -323,6 +328,6 @@ def size(w: Any) -> int:
 
 def specs(w: Any, spec: Any) -> Any:
     """A base with a PartitionSpec for each field, where its array has ``spec``."""
-    if w is None or (is_base(w) and w.zero):
+    if not shaped(w):
         return w
     return w.specs(spec) if is_base(w) else PartitionSpec(*spec)

@@ -70,9 +70,7 @@ def plan(
     hidden = hide(((plain, *args), kwargs))
     leaves = trees.arrays(params)
     jaxpr, _ = trace(fn, *hidden)
-    paths: list[str | None] = [p for p, _ in trees.flatten(hidden[0][0])[0]]
-    paths += [None] * (len(jaxpr.jaxpr.invars) - len(paths))
-    seen = watch.watch(jaxpr, paths)
+    seen = watch.watch(jaxpr, [path for path, _ in trees.flatten(hidden[0][0])[0]])
 
     def candidate(path: str, x: Any) -> Candidate:
         if path not in seen or not seen[path].uses:

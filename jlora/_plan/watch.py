@@ -12,6 +12,7 @@ weight's shape keeps its axes; what else it gives is data.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -490,11 +491,12 @@ def _unchanged(ins: Any, outs: Any, infos: list[Any]) -> list[Any]:
     ]
 
 
-def watch(jaxpr: Any, paths: Sequence[str | None]) -> dict[str, Seen]:
-    """What a jaxpr does with the inputs that have a path; None marks data."""
+def watch(jaxpr: Any, paths: Sequence[str]) -> dict[str, Seen]:
+    """What a jaxpr does with the first inputs, which have these paths; the rest is data."""
     walk = Walk()
     infos: list[Any] = []
-    for path, v in zip(paths, jaxpr.jaxpr.invars, strict=True):
+    invars = _compat.jaxpr_and_consts(jaxpr)[0].invars
+    for path, v in itertools.zip_longest(paths, invars):
         axes = tuple(frozenset({k}) for k in range(v.aval.ndim))
         infos.append(_DATA if path is None else Weight(((path, axes),)))
     walk.run(jaxpr, infos)

@@ -47,7 +47,9 @@ def bases(tree: Any) -> dict[str, Any]:
 
 def entry(leaf: Adapted) -> dict[str, Any]:
     """What the plan says of a leaf: all that its arrays do not."""
-    said: dict[str, Any] = {"kind": "full"} if isinstance(leaf, Full) else {"kind": "lora"}
+    said: dict[str, Any] = (
+        {"kind": "full"} if isinstance(leaf, Full) else {"kind": "lora"}
+    )
     said |= base.document(leaf.w)
     if isinstance(leaf, LoRA):
         said |= {"roles": leaf.roles, "rank": leaf.rank, **forms.document(leaf.form)}
