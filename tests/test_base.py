@@ -244,7 +244,7 @@ def test_a_stack_is_sliced_as_arrays_are():
 
     def unrolled(tree, x):
         for k in range(3):
-            layer = jax.tree.map(lambda x: x[k], tree)
+            layer = jax.tree.map(lambda x, k=k: x[k], tree)
             x = jnp.tanh(jlora.lift(lambda p, x: x @ p["w"])(layer, x))
         return x
 

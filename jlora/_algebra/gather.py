@@ -1,4 +1,4 @@
-"""gather of whole rows of a weight: lookups, and the matrices of each token's expert."""
+"""gather of whole rows of a weight: lookups, and each token's own matrix."""
 
 from __future__ import annotations
 

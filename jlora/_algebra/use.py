@@ -35,7 +35,7 @@ def compute_dtype(x: jax.Array, w: Any) -> Any:
 
 
 def drop(leaf: LoRA, x: jax.Array, nth: int) -> jax.Array:
-    """Inverted dropout on the activation (arXiv:1207.0580), with a mask for each use."""
+    """Inverted dropout on the activation (arXiv:1207.0580); each use has its mask."""
     if leaf.dropout is None:
         return x
     rate = leaf.dropout.rate

@@ -28,7 +28,8 @@ def kaiming(key: jax.Array, w: Any, spec: Spec) -> tuple[Any, jax.Array, jax.Arr
     Example:
       >>> import jax, jax.numpy as jnp, jlora
       >>> spec = jlora.Spec.of("dense", "io", rank=2)
-      >>> w, a, b = jlora.initializers.kaiming(jax.random.key(0), jnp.ones((3, 4)), spec)
+      >>> key, w = jax.random.key(0), jnp.ones((3, 4))
+      >>> w, a, b = jlora.initializers.kaiming(key, w, spec)
       >>> a.shape, b.shape, float(abs(a).max()) <= 1 / 3**0.5
       ((3, 2), (2, 4), True)
     """

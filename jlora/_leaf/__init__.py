@@ -3,7 +3,7 @@
 * `base`: what ``w`` can be.  **A new kind of base**, such as a quantised array, is a
   subclass of `base.Base` in a file of its own.
 * `forms`: how a and b make the delta.  **Another factorisation** is a class there.
-* `fields`: the one table of which axes each field has.  **A new field** is a line there.
+* `fields`: the table of which axes each field has.  **A new field** is a line there.
 * `leaf`: `LoRA` and `Full`.
 
 In come arrays; out goes a pytree.  Everything below may call this package; what a

@@ -225,5 +225,5 @@ def is_adapted(x: Any) -> bool:
 
 
 def is_leaf(x: Any) -> bool:
-    """Whether x is one leaf of a params tree though JAX sees a node: it is at a path."""
+    """Whether x is one leaf of a params tree, where JAX sees a node."""
     return is_adapted(x) or base.is_base(x)

@@ -231,7 +231,7 @@ class Walk:
 
 
 def _met(eqn: Any, infos: list[Any]) -> list[Any]:
-    """The infos, with rows that meet something as the lookup's results that they are."""
+    """The infos; rows that meet something are the results of a lookup."""
     if len([i for i in infos if i is not None]) < 2:
         return infos
     return [
@@ -492,7 +492,10 @@ def _unchanged(ins: Any, outs: Any, infos: list[Any]) -> list[Any]:
 
 
 def watch(jaxpr: Any, paths: Sequence[str]) -> dict[str, Seen]:
-    """What a jaxpr does with the first inputs, which have these paths; the rest is data."""
+    """What a jaxpr does with its first inputs, which have these paths.
+
+    All other inputs are data.
+    """
     walk = Walk()
     infos: list[Any] = []
     invars = _compat.jaxpr_and_consts(jaxpr)[0].invars

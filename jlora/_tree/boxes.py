@@ -1,7 +1,7 @@
 """Linen's boxes, which name the mesh axes of an array, around adapted leaves.
 
-A box of a weight becomes one of an adapted leaf.  The box keeps the weight's axis names.
-Its new class derives each field's names from them.  Then Flax's
+A box of a weight becomes one of an adapted leaf.  It keeps the weight's axis names.
+Its new class derives each field's names from them, so that Flax's
 ``get_partition_spec``, ``get_sharding`` and ``unbox`` know where adapters live.
 """
 

@@ -90,6 +90,7 @@ threading._register_atexit(_finish_all)  # type: ignore[attr-defined]
 
 
 def path_of(directory: str | os.PathLike[str]) -> epath.Path:
+    """The directory as an absolute path; one of another file system as it is."""
     path = epath.Path(directory)
     return path if "://" in os.fspath(directory) else path.expanduser().absolute()
 
@@ -174,6 +175,7 @@ def damage(path: epath.Path, what: str) -> Iterator[None]:
 
 
 def damaged(path: epath.Path, why: str, error: Exception | None = None) -> str:
+    """The words of a `DamagedError`."""
     cause = f" ({type(error).__name__}: {str(error)[:200]})" if error else ""
     return (
         f"checkpoint.restore: {path} is no whole adapter checkpoint: {why}{cause}. "

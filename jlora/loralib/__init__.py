@@ -16,7 +16,6 @@ torch, and without running anything that is in it:
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

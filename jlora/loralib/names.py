@@ -39,6 +39,7 @@ class Tree:
 
     @classmethod
     def of(cls, params: Any, plan: Plan | None, rename: Any) -> Tree:
+        """From the arguments of `load`."""
         leaves = None if params is None else trees.arrays(params)
         if plan is not None:
             leaves = {path: shape_of(*shape) for path, shape in plan.shapes.items()}
@@ -111,6 +112,7 @@ def _join(place: str, name: str) -> str:
 
 
 def shape_of(*shape: int) -> Any:
+    """A float32 array of this shape, without the array."""
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
@@ -124,6 +126,7 @@ class Patterns:
 
     @classmethod
     def of(cls, name: str, said: Any) -> Patterns:
+        """From an argument of `load` of this name."""
         everywhere = not isinstance(said, Mapping)
         values = said
         if everywhere:
@@ -141,14 +144,15 @@ class Patterns:
         return cls(name, values, everywhere)
 
     def find(self, path: str, x: Any) -> Any:
+        """The value for a path; None where nothing was given."""
         return next((v for p, v in self.values.items() if matches(p, path, x)), None)
 
     def check(self, leaves: Mapping[str, Any], layers: str) -> None:
         """Raises for a pattern that matches none of these leaves."""
         if self.values and not leaves:
             raise ValueError(
-                f"{self.name}={self.values}: the file has no {layers} layer to which it "
-                "could be said. Leave it out."
+                f"{self.name}={self.values}: the file has no {layers} layer that could "
+                "take it. Leave it out."
             )
         if not self.everywhere:
             check_matched(self.name, list(self.values), list(leaves.items()))
