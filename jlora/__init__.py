@@ -6,8 +6,48 @@
     ...
     params = jlora.merge(lora)
 
-The submodules ``jlora.linen``, ``jlora.nnx``, ``jlora.loralib``, ``jlora.schedules``
-and ``jlora.checkpoint`` are imported by name.
+``jlora.initializers`` is imported with it.  Import the submodules ``jlora.linen`` and
+``jlora.nnx`` (Flax layers that have an adapter of their own), ``jlora.loralib``
+(PyTorch's loralib: its files and layers), ``jlora.schedules`` (for `fade`) and
+``jlora.checkpoint`` by their names.
+
+The words.  An *adapted leaf* stands in a params tree where an array stood; its *base*
+is that array, frozen; its *factors* are a and b.  Each axis of a weight has a *role*:
+in (contracted with the activation), out, or batch (stacked layers, experts).  A *plan*
+says which paths are adapted and with what.  To *lift* a function is to make it read
+adapted leaves.  An *adapter* is only what trains, as a flat dict from path to leaf.
+
+The house, from the bottom to the top; each part imports only what comes before it:
+
+* `_compat`: all that differs between JAX versions.  `_product`, `_labels`: products of
+  arrays whose axes have labels, as the letters of an einsum; they know no leaf.
+* `_leaf`: the adapted leaf.  `_algebra`: what a weight's uses become.
+* `_tree`: trees, paths and frameworks.  `_plan`: which weights, with which roles.
+  `_init`: how factors start.  `_lift`: the evaluation of a function.
+* One file for each group of public functions: `_adapter` (merge, unwrap, adapter,
+  attach), `_wrap`, `_training` (partition, labels, scaled, dropout), `_summary`
+  (count, summary), `_optim` (optimizer), `_fade` (3L: the base fades away).
+* `checkpoint`; `linen`, `nnx`; `loralib`, with `_torch_file`, its reader of torch's
+  pickles.
+
+To change it:
+
+* **a variant of the weight** (DoRA): its new field in `_leaf.fields` and `_leaf.leaf`,
+  how it starts in `_init.make`, what it makes of the weight in `_algebra.delta`, what
+  it makes of each use in `_algebra.use`, its option in `_plan.spec`;
+* **a kind of base** (int4): a new file ``_leaf/int4.py`` with a subclass of
+  `_leaf.base.Base`; nothing else;
+* **another factorisation**: a class in `_leaf.forms`;
+* **a rule for a primitive**: its low-rank form in `_algebra`, a function under
+  ``@rule`` in `_lift.rules` (loops and calls: `_lift.control`), and one under
+  ``@_step`` in `_plan.watch` if a plan should learn roles from it;
+* **what a checkpoint holds**: an array of the leaf by its line in `_leaf.fields` alone;
+  anything else in `checkpoint.document`;
+* **a framework's modules**: a new file of `_plan` beside `from_names`, for the roles
+  that its classes tell; one of `_tree` beside `boxes`, if its trees need it; layers of
+  our own as `linen` has them;
+* **an initialiser**: a new file of `_init` beside `kaiming`, and a line in
+  `initializers`.
 """
 
 from jlora import initializers as initializers
@@ -27,7 +67,7 @@ from jlora._lift.lift import lift as lift
 from jlora._lift.report import Entry as Entry
 from jlora._lift.report import Report as Report
 from jlora._optim import optimizer as optimizer
-from jlora._plan.make import plan as plan
+from jlora._plan.from_use import plan as plan
 from jlora._plan.plan import Plan as Plan
 from jlora._plan.spec import Rule as Rule
 from jlora._plan.spec import Spec as Spec

@@ -12,11 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora._algebra.merge import dense
+from jlora._algebra.delta import dense
 from jlora._leaf import Adapted, Full, LoRA, base, fields, is_adapted
 from jlora._leaf.fields import missing
-from jlora._tree import leaves as trees
-from jlora._tree import output_bias, paths, sharding
+from jlora._tree import by_path, output_bias, paths, sharding
 from jlora._tree.trace import is_array
 from jlora._tree.variables import refuse_layers
 
@@ -53,7 +52,7 @@ def merge(tree: Any) -> Any:
 
 def _with_output_biases(params: Any, adapter: Any, what: str, sign: int = 1) -> Any:
     """The params with the output biases of an adapter in those of the layers."""
-    leaves, old = (dict(trees.flatten(tree)[0]) for tree in (params, adapter))
+    leaves, old = (dict(by_path.flatten(tree)[0]) for tree in (params, adapter))
     weights = {path: x for path, x in old.items() if isinstance(x, LoRA)}
     found, homeless = output_bias.homes({**leaves, **weights})
     for path, why in homeless.items():
@@ -70,7 +69,7 @@ def _with_output_biases(params: Any, adapter: Any, what: str, sign: int = 1) -> 
         whole = was if isinstance(was, Full) else x
         return output_bias.plus(whole, [weights[p] for p in found[path]], sign)
 
-    return trees.map_leaves(leaf, params) if found else params
+    return by_path.map_leaves(leaf, params) if found else params
 
 
 def unwrap(tree: Any) -> Any:
@@ -109,7 +108,7 @@ def _map_adapted(fn: Any, tree: Any, what: str) -> Any:
             )
         return fn(x)
 
-    return trees.map_leaves(leaf, tree)
+    return by_path.map_leaves(leaf, tree)
 
 
 def adapter(tree: Any) -> Adapter:
@@ -127,7 +126,7 @@ def adapter(tree: Any) -> Adapter:
       ['kernel']
     """
     out: Adapter = {}
-    for path, x in trees.flatten(tree)[0]:
+    for path, x in by_path.flatten(tree)[0]:
         if not is_adapted(x):
             continue
         if path in out:
@@ -163,7 +162,7 @@ def attach(params: Any, adapter: Adapter) -> Any:
     """
     _fitting("attach", params, adapter)
 
-    leaves = dict(trees.flatten(params)[0])
+    leaves = dict(by_path.flatten(params)[0])
     # A bias fades with the base, so beside a base that is zero it was zero, too.
     gone = {
         paths.resolve(x.bias_path, path)
@@ -180,7 +179,7 @@ def attach(params: Any, adapter: Adapter) -> Any:
                 new = dataclasses.replace(new, bias_path=None)
         return dataclasses.replace(new, w=x) if new.w is None else new
 
-    return trees.map_leaves(leaf, params)
+    return by_path.map_leaves(leaf, params)
 
 
 def unmerge(params: Any, adapter: Adapter) -> Any:
@@ -215,7 +214,7 @@ def unmerge(params: Any, adapter: Adapter) -> Any:
         minus = dataclasses.replace(found, w=x, scale=-found.scale)
         return sharding.like(x, dense)(minus)
 
-    merged = trees.map_leaves(leaf, params)
+    merged = by_path.map_leaves(leaf, params)
     # The leaves of an adapter stand under their whole paths, as those of a tree do.
     return _with_output_biases(merged, adapter, "unmerge", sign=-1)
 
@@ -233,7 +232,7 @@ def _fitting(what: str, params: Any, adapter: Adapter) -> None:
             "template has plain dicts: give Orbax jax.eval_shape(lambda: "
             "jlora.adapter(tree)), as in StandardRestore(template)."
         )
-    leaves = dict(trees.flatten(params)[0])
+    leaves = dict(by_path.flatten(params)[0])
     for path, y in leaves.items():
         if is_adapted(y):
             raise ValueError(

@@ -21,8 +21,7 @@ from jax import lax
 from jlora._init.keys import path_key, typed
 from jlora._leaf import LoRA, base, is_adapted
 from jlora._leaf.fields import missing
-from jlora._tree import leaves as trees
-from jlora._tree import paths
+from jlora._tree import by_path, paths
 
 
 @functools.partial(
@@ -113,7 +112,7 @@ def fade(
       >>> float(jlora.unwrap(jlora.fade(t, 0.25))["kernel"].mean())
       0.25
     """
-    trees.require_adapted(tree, "fade")
+    by_path.require_adapted(tree, "fade")
     d, amount = _number("factor", factor, 1.0), None
     if noise is not None:
         amount = _number("noise", noise, math.inf)
@@ -128,7 +127,7 @@ def fade(
         )
     own = None if key is None else typed(key)
     biases = set()
-    for path, x in trees.flatten(tree)[0]:
+    for path, x in by_path.flatten(tree)[0]:
         if not isinstance(x, LoRA):
             continue
         if base.is_zero(x.w):
@@ -160,7 +159,7 @@ def fade(
             w = _noisy(_measured(x, per), d, amount, path_key(own, f"{path}:noise"))
         return dataclasses.replace(x, w=w)
 
-    return trees.map_leaves(leaf, tree, share=True)
+    return by_path.map_leaves(leaf, tree, share=True)
 
 
 def _number(name: str, x: Any, most: float) -> Any:
@@ -242,8 +241,8 @@ def drop_base(tree: Any, *, force: bool = False) -> Any:
       >>> jlora.count(jlora.drop_base(jlora.fade(t, 0.0)))
       (14, 14)
     """
-    trees.require_adapted(tree, "drop_base")
-    leaves = dict(trees.flatten(tree)[0])
+    by_path.require_adapted(tree, "drop_base")
+    leaves = dict(by_path.flatten(tree)[0])
     biases = set()
     for path, x in leaves.items():
         if not is_adapted(x) or base.is_zero(x.w):
@@ -273,7 +272,7 @@ def drop_base(tree: Any, *, force: bool = False) -> Any:
             return x
         return dataclasses.replace(x, w=base.Dropped(x.shape, x.dtype))
 
-    return trees.map_leaves(leaf, tree)
+    return by_path.map_leaves(leaf, tree)
 
 
 def _require_faded(path: str, w: Any) -> None:

@@ -12,8 +12,7 @@ import optax
 from jlora._adapter import adapter
 from jlora._leaf import is_adapted
 from jlora._leaf.fields import trained
-from jlora._tree import boxes, paths
-from jlora._tree import leaves as trees
+from jlora._tree import boxes, by_path, paths
 from jlora._tree.variables import variables
 
 
@@ -54,7 +53,7 @@ def optimizer(
             "NNX: a wrapped module is optimised wrt=nnx.Param; one of jlora.nnx layers "
             "by plain optax, wrt=nnx.LoRAParam."
         )
-    trees.require_adapted(tree, "optimizer", advice)
+    by_path.require_adapted(tree, "optimizer", advice)
     if not advice:  # of NNX's variables `wrt` says which are optimised
         _require_floating(tree)
 
@@ -75,7 +74,7 @@ def optimizer(
     inner = optax.multi_transform(each, label)
 
     def init(params: Any) -> Any:
-        trees.require_adapted(params, "optimizer", advice)
+        by_path.require_adapted(params, "optimizer", advice)
         adapter(params)  # two of one path are an error
         _require_floating(params)
         return inner.init(flat(params))
@@ -91,13 +90,13 @@ def optimizer(
             new = {name: boxes.held(y) for name, y in updates[path].items()}
             return dataclasses.replace(zeros, **new)
 
-        return trees.map_leaves(leaf, grads), state
+        return by_path.map_leaves(leaf, grads), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _require_floating(tree: Any) -> None:
-    for path, x in trees.flatten(tree)[0]:
+    for path, x in by_path.flatten(tree)[0]:
         for y in jax.tree.leaves(x):
             # What is no array, as in a module of Equinox, is filtered out later.
             if hasattr(y, "dtype") and not jnp.issubdtype(y.dtype, jnp.floating):

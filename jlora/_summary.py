@@ -7,7 +7,7 @@ from typing import Any
 from jlora._leaf import Adapted, LoRA, base, is_adapted
 from jlora._leaf.fields import missing, trained
 from jlora._plan.plan import table
-from jlora._tree import leaves as trees
+from jlora._tree import by_path
 
 
 def count(tree: Any) -> tuple[int, int]:
@@ -21,7 +21,7 @@ def count(tree: Any) -> tuple[int, int]:
       >>> jlora.count(jlora.wrap({"kernel": jnp.ones((3, 4))}, rank=2))
       (14, 26)
     """
-    sizes = [_sizes(x) for _, x in trees.flatten(tree)[0]]
+    sizes = [_sizes(x) for _, x in by_path.flatten(tree)[0]]
     trainable = sum(t for t, _ in sizes)
     return trainable, trainable + sum(base for _, base in sizes)
 
@@ -66,7 +66,7 @@ def summary(tree: Any) -> Summary:
       1 adapted leaf: 14 trainable of 26 parameters (53.8 %)
     """
     rows = []
-    for path, x in trees.flatten(tree)[0]:
+    for path, x in by_path.flatten(tree)[0]:
         if is_adapted(x):
             low = isinstance(x, LoRA)
             rows.append(

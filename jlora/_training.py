@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jlora._init.keys import path_key, typed
 from jlora._leaf import Dropout, LoRA, is_adapted
 from jlora._leaf.fields import trained
-from jlora._tree import leaves as trees
+from jlora._tree import by_path
 
 
 def partition(tree: Any) -> tuple[Any, Any]:
@@ -31,7 +31,7 @@ def partition(tree: Any) -> tuple[Any, Any]:
       [(3, 2), (2, 4)]
     """
     found = labels(tree)
-    trees.require_adapted(tree, "partition")
+    by_path.require_adapted(tree, "partition")
 
     def half(frozen: bool) -> Any:
         return jax.tree.map(
@@ -83,7 +83,7 @@ def labels(tree: Any) -> Any:
         label = "lora" if isinstance(x, LoRA) else "full"
         return dataclasses.replace(all_frozen, **dict.fromkeys(trained(x), label))
 
-    return trees.map_leaves(leaf, tree)
+    return by_path.map_leaves(leaf, tree)
 
 
 def scaled(tree: Any, s: Any) -> Any:
@@ -98,14 +98,14 @@ def scaled(tree: Any, s: Any) -> Any:
       >>> float(jlora.scaled(t, 0.5)["kernel"].scale)
       0.5
     """
-    trees.require_adapted(tree, "scaled")
+    by_path.require_adapted(tree, "scaled")
 
     def leaf(_: str, x: Any) -> Any:
         if not isinstance(x, LoRA):
             return x
         return dataclasses.replace(x, scale=(x.scale * s).astype(jnp.float32))
 
-    return trees.map_leaves(leaf, tree, share=True)
+    return by_path.map_leaves(leaf, tree, share=True)
 
 
 def dropout(tree: Any, rate: float, key: jax.Array) -> Any:
@@ -134,7 +134,7 @@ def dropout(tree: Any, rate: float, key: jax.Array) -> Any:
             f"dropout: rate {rate!r}: expected a Python number in [0, 1), since it is "
             "part of the compiled function."
         )
-    trees.require_adapted(tree, "dropout")
+    by_path.require_adapted(tree, "dropout")
     key = typed(key)
 
     def leaf(path: str, x: Any) -> Any:
@@ -146,4 +146,4 @@ def dropout(tree: Any, rate: float, key: jax.Array) -> Any:
         keys = jax.random.split(own, x.scale.shape) if x.scale.shape else own
         return dataclasses.replace(x, dropout=Dropout(keys, float(rate)))
 
-    return trees.map_leaves(leaf, tree, share=True)
+    return by_path.map_leaves(leaf, tree, share=True)

@@ -12,12 +12,11 @@ import jax.numpy as jnp
 from jlora._init.keys import typed
 from jlora._init.make import Initialiser, initialiser, make
 from jlora._leaf import Full, base
-from jlora._plan.names import from_names
+from jlora._plan.from_names import from_names
 from jlora._plan.plan import Plan
 from jlora._plan.select import Wanted
 from jlora._plan.spec import RANK, Rule, Spec, check_rank
-from jlora._tree import leaves as trees
-from jlora._tree import paths, sharding
+from jlora._tree import by_path, paths, sharding
 from jlora._tree.patterns import Pattern, as_patterns, check_matched, matches
 from jlora._tree.variables import refuse_layers
 
@@ -87,7 +86,7 @@ def wrap(
     if bias not in ("none", "all", "lora_only"):
         raise ValueError(f"bias {bias!r}: expected 'none', 'all' or 'lora_only'.")
     key, init = typed(key), initialiser(init)
-    leaves = trees.arrays(params)
+    leaves = by_path.arrays(params)
     if plan is not None:
         plan = _checked_plan(plan, leaves, said, alpha, targets, exclude, rules)
     elif _only_full(targets):
@@ -106,7 +105,7 @@ def wrap(
             spec = dataclasses.replace(spec, lora_bias=lora_bias)
         return make(x, path, spec, init=init, dtype=dtype, key=key)
 
-    return trees.map_leaves(leaf, params)
+    return by_path.map_leaves(leaf, params)
 
 
 def _training(
@@ -114,7 +113,7 @@ def _training(
 ) -> Callable[[str, Any], bool]:
     """Whether a leaf trains whole: by a pattern, or as one of the biases that do."""
     patterns = as_patterns(train)
-    check_matched("train", patterns, trees.flatten(params)[0])
+    check_matched("train", patterns, by_path.flatten(params)[0])
     adapted = {s.bias for s in plan.values()}
 
     def trains(path: str, x: Any) -> bool:

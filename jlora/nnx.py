@@ -34,7 +34,7 @@ from jlora._leaf import Dropout, LoRA
 from jlora._leaf.forms import Blocks, Form
 from jlora._lift.lift import lift_layer
 from jlora._plan.spec import Spec, check_rank, einsum_axes, fitted
-from jlora._tree import leaves as trees
+from jlora._tree import by_path
 
 
 class Scale(nnx.Variable):
@@ -137,7 +137,7 @@ class _Adapted:
         if drops and self.dropout_rate and not off:
             keys = jax.random.split(self.dropout_rngs(), leaf.scale.shape)
             leaf = dataclasses.replace(leaf, dropout=Dropout(keys, self.dropout_rate))
-        module = trees.map_leaves(
+        module = by_path.map_leaves(
             lambda path, x: leaf if path == self._weight else x, self
         )
         return _lifted(method)(module, *args)

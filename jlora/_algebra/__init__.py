@@ -1,14 +1,17 @@
-"""The low-rank algebra, the only place where it is written.
+"""The low-rank algebra: the uses of W + scale * a·b, without forming it.
 
-Every function takes a leaf whose weight is W = w + scale * a·b, and gives what the
-operation of the same name gives on W without forming it.  The lift, the layers and
-`merge` have no other implementation.
+The lift, the layers of `linen` and `nnx`, and `jlora.merge` have no other
+implementation.
 
-* `structure`, `concatenate`: a leaf in, a leaf out: transpose, reshape, slice, join.
-* `merge`: the delta, and the merged weight.
-* `use`: what all uses share; `dot`, `ragged`, `conv`, `gather`: one use each.
+* `delta`: the delta a·b, and the merged weight.  **A variant of the weight**, such as
+  DoRA would be, goes there, and what it makes of a use to `use`.
+* `structure`, `concatenate`: what a transpose, reshape or slice of a weight, or several
+  weights in one, are as a leaf.
+* `dot`, `ragged`, `conv`, `gather`: the uses, one file for each; `use` is what they
+  share.  **A use by a new primitive** is a new file beside them; its rule is in
+  `_lift.rules`.
 
-**A new primitive** gets its low-rank form here, and its rule in `_lift.rules`.  All is
-written on labels (`_labels`); a base is read through `_leaf.base`, and a form through
-`_leaf.forms`.  What has no low-rank form raises `NotFactored`.
+All of it is written on labels, which say which axis of the weight each axis is
+(`_labels`).  A base is read through `_leaf.base`, a form through `_leaf.forms`.  What
+has no low-rank form raises `NotFactored`.
 """

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jlora._algebra.merge import low_rank, scaled
+from jlora._algebra.delta import low_rank, scaled
 from jlora._algebra.structure import folded, with_units
 from jlora._labels import RANK
 from jlora._leaf import LoRA, base, fields

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jlora._algebra.merge import delta, dense, low_rank, scaled
+from jlora._algebra.delta import delta, dense, low_rank, scaled
 from jlora._algebra.structure import with_units
 from jlora._algebra.use import (
     Params,

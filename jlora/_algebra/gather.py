@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jlora._algebra.merge import in_low_rank, scaled
+from jlora._algebra.delta import in_low_rank, scaled
 from jlora._algebra.use import Params, inlined, with_output_bias_of
 from jlora._labels import RANK, dot, order
 from jlora._leaf import LoRA, base

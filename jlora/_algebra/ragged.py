@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax import lax
 
-from jlora._algebra.merge import in_low_rank, scaled
+from jlora._algebra.delta import in_low_rank, scaled
 from jlora._algebra.structure import with_units
 from jlora._algebra.use import (
     Params,

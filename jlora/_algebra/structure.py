@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jlora._algebra.merge import in_low_rank
+from jlora._algebra.delta import in_low_rank
 from jlora._labels import RANK, order, runs
 from jlora._leaf import Dropout, LoRA, base
 from jlora._leaf.fields import labels, mapped

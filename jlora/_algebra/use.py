@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jlora._algebra.merge import scaled
+from jlora._algebra.delta import scaled
 from jlora._labels import RANK, wider
 from jlora._leaf import LoRA
 from jlora._leaf.forms import NotFactored

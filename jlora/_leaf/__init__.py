@@ -1,13 +1,17 @@
 """What stands where an array stood: the adapted leaves, and what they are made of.
 
-* `base`: what ``w`` can be.  **A new kind of base**, such as a quantised array, is a
-  subclass of `base.Base` in a file of its own.
-* `forms`: how a and b make the delta.  **Another factorisation** is a class there.
-* `fields`: the table of which axes each field has.  **A new field** is a line there.
-* `leaf`: `LoRA` and `Full`.
+* `base`: what ``w`` can be: an array, or an object that makes one for each use.  **A
+  new kind of base**, such as a quantised array, is a subclass of `base.Base` in a new
+  file of this folder.
+* `forms`: how the factors a and b make a·b: a plain pair, or loralib's blocks and
+  kernels.  **Another factorisation** is a new class there.  What changes the weight
+  and not the factors, as DoRA does, is no form: see `_algebra`.
+* `fields`: the table of a, b, scale and all other fields: which of the weight's axes
+  each has, whether it trains, whether an adapter keeps it.  **A new field** is a line
+  there, and an attribute in `leaf`.
+* `leaf`: `LoRA` and `Full`, the classes.
 
-In come arrays; out goes a pytree.  Everything below may call this package; what a
-weight's uses become is in `_algebra`.
+In come arrays; out goes a pytree.  All other packages use this one, and it uses none.
 """
 
 from jlora._leaf.leaf import Adapted as Adapted

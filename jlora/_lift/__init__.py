@@ -1,10 +1,11 @@
-"""Evaluation: a function of params also reads adapted leaves.
+"""The evaluation of a function some of whose arguments are adapted leaves.
 
-* `evaluate`: a jaxpr is evaluated, equation by equation; `RULES` by primitive.
-* `shared`: x·a of several weights that meet one activation, as one product.
-* `rules`, `control`: what each primitive does with a leaf; loops and calls.  **A rule
-  for a new primitive** is a function there, over the algebra of `_algebra`.
-* `lift`, `report`: `jlora.lift` and `jlora.explain`.
+* `evaluate`: evaluates a jaxpr, equation by equation, with the rule for each primitive.
+* `rules`: what each primitive does with a leaf.  **A rule for a new primitive** is a
+  function there under ``@rule("its_name")``, which calls `_algebra`.
+* `control`: the same for loops, branches and calls of other jaxprs.
+* `shared`: computes x·a of several weights that read one activation as one product.
+* `lift`: `jlora.lift` and `jlora.explain`.  `report`: what `explain` returns.
 
 In comes a function, and arguments with leaves in them; out goes what it returns.
 """

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 
 from jlora import _compat
-from jlora._algebra.merge import dense
+from jlora._algebra.delta import dense
 from jlora._leaf import Full, LoRA
 from jlora._leaf.forms import NotFactored
 from jlora._lift.shared import Products

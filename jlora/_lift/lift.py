@@ -17,14 +17,14 @@ import jax
 from jax import lax
 
 from jlora import _compat
-from jlora._algebra.merge import dense
+from jlora._algebra.delta import dense
 from jlora._leaf import LoRA, base, is_adapted, is_leaf
 from jlora._leaf.fields import missing, stored
 from jlora._lift import control as control  # the rules register themselves
 from jlora._lift.evaluate import Evaluation, Tracked
 from jlora._lift.report import Report, report
 from jlora._tree import output_bias
-from jlora._tree.leaves import flatten
+from jlora._tree.by_path import flatten
 from jlora._tree.trace import hide, show, trace
 from jlora._tree.variables import variables
 

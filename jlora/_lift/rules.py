@@ -19,9 +19,9 @@ from jlora import _compat
 from jlora._algebra import structure
 from jlora._algebra.concatenate import concatenate
 from jlora._algebra.conv import conv
+from jlora._algebra.delta import dense, scaled
 from jlora._algebra.dot import contract
 from jlora._algebra.gather import indexed_axes, lookup, take
-from jlora._algebra.merge import dense, scaled
 from jlora._algebra.ragged import ragged
 from jlora._algebra.use import RolesError
 from jlora._labels import RANK, spread

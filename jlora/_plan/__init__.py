@@ -1,11 +1,13 @@
 """What is adapted, and with what.
 
-* `spec`: `Rule` and `Spec`, the nouns; `plan`: `Plan`, a mapping from path to `Spec`.
-* `names`: the roles that names and shapes tell.  **What a framework's module tells**
-  of its weights goes beside it.
-* `watch`: the roles that a traced function shows.  **A new primitive** is a function
-  there if a plan should learn roles from it.
-* `select`: the one place where patterns decide; `make`: `jlora.plan` itself.
+* `spec`: `Rule` and `Spec`: what a user asks for, and what one weight gets.
+* `plan`: the class `Plan`, a mapping from path to `Spec`.
+* `select`: applies a user's patterns and rules to the weights that are known.
+* `from_names`: weights and their roles by Flax's names and by shapes.  **Roles that a
+  framework's module classes tell** are a new file beside it.
+* `from_use`: the function `jlora.plan`: weights and their roles by watching a function.
+  `watch` follows a weight through the function's jaxpr; **a new primitive from which
+  roles can be learnt** has a function there.
 
 In come params and perhaps a function; out goes a `Plan`.
 """

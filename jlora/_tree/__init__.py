@@ -1,10 +1,13 @@
-"""Between trees and leaves: names, frameworks, and where arrays live.
+"""Between a user's trees and leaves: names, frameworks, and where arrays live.
 
-* `paths`, `patterns`, `leaves`: a leaf's path, how paths are chosen, leaves by path.
-* `boxes`, `variables`: Linen's boxes with axis names, NNX's mutable variables.  What
-  **another framework's trees** need goes beside them.
-* `trace`: the jaxpr of a function that is called with arrays among other things.
-* `sharding`, `output_bias`: where factors live; which layer's bias takes an adapter's.
+* `paths`: the name of a leaf.  `patterns`: whether a pattern matches a name.
+* `by_path`: the leaves of a tree with their paths, listed and mapped.
+* `boxes`: Linen's boxes, which name the axes of arrays.  `variables`: NNX's mutable
+  variables.  **What another framework's trees need** is a new file beside these two.
+* `trace`: a user's function with its trees as arguments, as a jaxpr.
+* `sharding`: on which devices factors live.
+* `output_bias`: an adapter with an output bias adds it to the bias of the weight's
+  layer; this finds that bias.
 
-In come a user's trees; out go leaves by path.  Nothing here computes with a weight.
+In come trees; out go leaves by path.  Nothing here computes with a weight.
 """

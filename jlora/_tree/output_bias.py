@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora._algebra.merge import scaled
+from jlora._algebra.delta import scaled
 from jlora._leaf import Full, LoRA
 from jlora._tree import paths
 

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 from jlora import _compat
 from jlora._leaf import Adapted, fields, is_adapted
 from jlora._leaf.base import is_base
-from jlora._tree import leaves, paths
+from jlora._tree import by_path, paths
 
 
 def of_array(w: Any) -> Sharding | None:
@@ -92,22 +92,22 @@ def shardings(tree: Any, base: Any) -> Any:
         return x is None or isinstance(x, (PartitionSpec, Sharding))
 
     pairs, _ = jax.tree_util.tree_flatten_with_path(base, is_leaf=given)
-    by_path = {paths.path_of(keys): x for keys, x in pairs}
+    given_at = {paths.path_of(keys): x for keys, x in pairs}
 
     def own(path: str) -> Any:
         at = path
-        while at not in by_path and at:
+        while at not in given_at and at:
             at = at.rpartition("/")[0]
-        if at not in by_path or not given(by_path[at]):
-            found = f"a {type(by_path[at]).__name__}" if at in by_path else "nothing"
+        if at not in given_at or not given(given_at[at]):
+            found = f"a {type(given_at[at]).__name__}" if at in given_at else "nothing"
             raise ValueError(
                 f"shardings: expected a PartitionSpec or Sharding at {path!r} of base, "
-                f"found {found}; near paths: {paths.near(path, by_path)}. Give those "
+                f"found {found}; near paths: {paths.near(path, given_at)}. Give those "
                 "of the plain params, such as nn.get_partition_spec(params)."
             )
-        return by_path[at]
+        return given_at[at]
 
     def leaf(path: str, x: Any) -> Any:
         return of_fields(x, own(path)) if is_adapted(x) else own(path)
 
-    return leaves.map_leaves(leaf, tree)
+    return by_path.map_leaves(leaf, tree)

@@ -13,6 +13,11 @@ live, on any other.
 For a series of checkpoints use Orbax's own CheckpointManager: an adapter is a pytree of
 arrays, so ``ocp.args.StandardSave(jlora.adapter(tree))`` saves it beside the optimizer
 state, and ``jlora.attach`` puts it back.
+
+`save` and `restore` are in this file.  `document` is the JSON: **something new that a
+checkpoint says of an adapter** goes there.  `extra` is the pytree beside the adapter.
+`arrays` are the arrays of both, which `orbax` writes and reads, with `checksum`; an
+array that is a field of the leaf (`_leaf.fields`) needs no change in this folder.
 """
 
 from __future__ import annotations
@@ -26,7 +31,7 @@ from jlora._adapter import adapter as adapter_of
 from jlora._adapter import attach
 from jlora._leaf import is_adapted
 from jlora._leaf.fields import missing
-from jlora._tree import leaves as trees
+from jlora._tree import by_path
 from jlora.checkpoint import arrays as _arrays
 from jlora.checkpoint import checksum as _checksum
 from jlora.checkpoint import document as _document
@@ -113,7 +118,7 @@ def save(
 
 def _require_bases(tree: Any) -> None:
     """Raises for a leaf without its base, which the checkpoint describes."""
-    for path, x in trees.flatten(tree)[0]:
+    for path, x in by_path.flatten(tree)[0]:
         if is_adapted(x) and "w" in missing(x):
             raise ValueError(
                 f"checkpoint.save: {path!r} has no base (w=None): expected the "
@@ -154,7 +159,7 @@ def restore(
     """
     path = _orbax.path_of(directory)
     document = _orbax.together(path, lambda: _document.read(path))
-    for p, x in trees.flatten(params)[0]:
+    for p, x in by_path.flatten(params)[0]:
         if is_adapted(x):
             raise ValueError(
                 f"checkpoint.restore: {p!r} is adapted: expected the plain base params "

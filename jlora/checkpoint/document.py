@@ -17,8 +17,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from jlora._leaf import Adapted, Full, LoRA, base, forms, is_adapted
-from jlora._tree import leaves as trees
-from jlora._tree import paths
+from jlora._tree import by_path, paths
 from jlora.checkpoint import orbax
 
 FORMAT = "jlora adapter"
@@ -41,7 +40,7 @@ def bases(tree: Any) -> dict[str, Any]:
     def own(x: Any) -> Any:
         return x.base if is_adapted(x) and base.shaped(x.w) else x
 
-    pairs = [(path, own(x)) for path, x in trees.flatten(tree)[0]]
+    pairs = [(path, own(x)) for path, x in by_path.flatten(tree)[0]]
     return {p: x for p, x in pairs if hasattr(x, "shape") and hasattr(x, "dtype")}
 
 

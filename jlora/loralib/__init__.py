@@ -12,6 +12,9 @@ torch, and without running anything that is in it:
 
     adapter = jlora.loralib.load("adapter.pt", params, alpha=16)
     tree = jlora.attach(params, adapter)
+
+`load` is in this file.  `files` reads a file and pairs its factors, `names` finds the
+path of each of its modules, `layers` tells which kind of layer a pair of factors is of.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ from jlora._leaf.forms import Kernel as Kernel
 from jlora._plan.plan import Plan
 from jlora._plan.spec import Spec
 from jlora._tree import paths
-from jlora._tree.leaves import sibling_bias
+from jlora._tree.by_path import sibling_bias
 from jlora.loralib import layers
 from jlora.loralib.files import Factors, arrays, in_pairs
 from jlora.loralib.files import read as read

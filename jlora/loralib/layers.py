@@ -19,7 +19,7 @@ from jlora._leaf import LoRA, forms
 from jlora._leaf.forms import Blocks, Form, Kernel
 from jlora._plan.plan import Plan
 from jlora._plan.spec import Spec, fitted
-from jlora._tree.leaves import sibling_bias
+from jlora._tree.by_path import sibling_bias
 
 # Flax and Haiku have in axes first; Equinox has (out, in) as torch does.
 _IN_FIRST = ("kernel", "embedding", "w")

@@ -13,8 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora._plan.plan import Plan
-from jlora._tree import leaves as trees
-from jlora._tree import paths
+from jlora._tree import by_path, paths
 from jlora._tree.patterns import check_matched, matches
 from jlora.loralib.files import Factors
 
@@ -40,7 +39,7 @@ class Tree:
     @classmethod
     def of(cls, params: Any, plan: Plan | None, rename: Any) -> Tree:
         """From the arguments of `load`."""
-        leaves = None if params is None else trees.arrays(params)
+        leaves = None if params is None else by_path.arrays(params)
         if plan is not None:
             leaves = {path: shape_of(*shape) for path, shape in plan.shapes.items()}
         return cls(leaves, plan, rename)

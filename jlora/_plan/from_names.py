@@ -8,7 +8,7 @@ from typing import Any
 from jlora._plan.plan import Plan
 from jlora._plan.select import Candidate, Wanted, select
 from jlora._plan.spec import Spec
-from jlora._tree.leaves import arrays, others, sibling_bias
+from jlora._tree.by_path import arrays, others, sibling_bias
 
 _IDLE = "no dense, einsum or convolution kernel by Flax's names"
 

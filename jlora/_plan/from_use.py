@@ -10,7 +10,7 @@ from jlora._plan import watch
 from jlora._plan.plan import Plan
 from jlora._plan.select import Candidate, Wanted, select
 from jlora._plan.spec import RANK, Rule, Spec
-from jlora._tree import leaves as trees
+from jlora._tree import by_path
 from jlora._tree.patterns import Pattern, are_patterns
 from jlora._tree.trace import hide, trace
 
@@ -66,11 +66,11 @@ def plan(
     """
     _refuse_wraps(kwargs)
     wanted = Wanted.of(rank, alpha, targets, exclude, rules)
-    plain = trees.map_leaves(lambda _, x: base.traced(x), params, share=True)
+    plain = by_path.map_leaves(lambda _, x: base.traced(x), params, share=True)
     hidden = hide(((plain, *args), kwargs))
-    leaves = trees.arrays(params)
+    leaves = by_path.arrays(params)
     jaxpr, _ = trace(fn, *hidden)
-    seen = watch.watch(jaxpr, [path for path, _ in trees.flatten(hidden[0][0])[0]])
+    seen = watch.watch(jaxpr, [path for path, _ in by_path.flatten(hidden[0][0])[0]])
 
     def candidate(path: str, x: Any) -> Candidate:
         if path not in seen or not seen[path].uses:
@@ -80,7 +80,7 @@ def plan(
             return axes
         return Spec.of(kind, axes, bias=_bias(path, seen, leaves))
 
-    return select(leaves, candidate, _IDLE, trees.others(params), wanted)
+    return select(leaves, candidate, _IDLE, by_path.others(params), wanted)
 
 
 def _refuse_wraps(kwargs: Mapping[str, Any]) -> None:
@@ -100,7 +100,7 @@ def _bias(
     """The path of a weight's bias: as it was added, or by its name."""
     bias = seen[path].bias
     if bias is None:  # the product was lost sight of before anything was added
-        beside = trees.sibling_bias(path, leaves)
+        beside = by_path.sibling_bias(path, leaves)
         if beside is not None and beside in seen and seen[beside].may_be_bias_of(path):
             bias = beside
     return bias if bias is not None and bias in seen and seen[bias].idle else None
