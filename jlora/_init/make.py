@@ -49,17 +49,23 @@ class _Maker(NamedTuple):
 
 @functools.lru_cache(maxsize=1024)
 def _maker(init: Initialiser, spec: Spec, dtype: Any) -> _Maker:
-    def fields(key: jax.Array, w: Any) -> dict[str, Any]:
-        new, a, b = init(key, w, spec)
-        made = {"a": a.astype(dtype), "b": b.astype(dtype)}
+    def make_fields(key: jax.Array, w: Any) -> dict[str, Any]:
+        made = init(key, w, spec)
+        if not (isinstance(made, tuple) and len(made) == 3):
+            raise TypeError(
+                f"the initialiser {init!r} gives a {type(made).__name__}: expected the "
+                "three of (w, a, b)."
+            )
+        new, a, b = made
+        fields = {"a": a.astype(dtype), "b": b.astype(dtype)}
         for name, shape in spec.shapes(w.shape).items():
             if name == "scale":
-                made[name] = jnp.full(shape, spec.scale, jnp.float32)
-            elif name not in made:
-                made[name] = jnp.zeros(shape, dtype)
-        return made if new is w else made | {"w": new}
+                fields[name] = jnp.full(shape, spec.scale, jnp.float32)
+            elif name not in fields:
+                fields[name] = jnp.zeros(shape, dtype)
+        return fields if new is w else fields | {"w": new}
 
-    return _Maker(fields, jax.jit(fields).eval_shape)
+    return _Maker(make_fields, jax.jit(make_fields).eval_shape)
 
 
 def make(
