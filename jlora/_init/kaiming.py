@@ -14,13 +14,13 @@ from jlora._plan.spec import Spec
 def kaiming(key: jax.Array, w: Any, spec: Spec) -> tuple[Any, jax.Array, jax.Array]:
     """a ~ U(±1/√fan_in) over the in axes, b = 0; for embeddings a = 0, b ~ N(0, 1).
 
-    kaiming_uniform with a = √5 (arXiv:1502.01852, eq. 10), loralib's choice.  The delta
-    is exactly zero, and the base stays as it is.
+    kaiming_uniform with a = √5 (arXiv:1502.01852, eq. 10), as in loralib.  The delta is
+    exactly zero, and the base does not change.
 
     Args:
-      key: a typed PRNG key, the leaf's own.
-      w: the base: whatever has a shape.
-      spec: the weight's.
+      key: the leaf's typed PRNG key.
+      w: the base; only its shape is read.
+      spec: how the weight is adapted.
 
     Returns:
       (w, a, b): the base that was passed, and float32 factors of the spec's shapes.
@@ -37,5 +37,6 @@ def kaiming(key: jax.Array, w: Any, spec: Spec) -> tuple[Any, jax.Array, jax.Arr
     a, b = shapes["a"], shapes["b"]
     if spec.kind == "embed":
         return w, jnp.zeros(a), jax.random.normal(key, b, jnp.float32)
+    # An empty in axis gives a fan-in of 0.
     bound = 1 / math.sqrt(max(spec.fan_in(w.shape), 1))
     return w, jax.random.uniform(key, a, jnp.float32, -bound, bound), jnp.zeros(b)

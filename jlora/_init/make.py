@@ -1,4 +1,4 @@
-"""make: the adapted leaf of a base, its factors made where the base is."""
+"""make: an adapted leaf for a base, with its factors where the base is."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from jlora._leaf import LoRA, base
 from jlora._plan.spec import Spec
 from jlora._tree import paths, sharding
 
-# fn(key, w, spec) gives (w, a, b): the base, which most return as they got it, and
-# factors of the spec's shapes.  w may be any base; `base.array` makes an array of it.
+# fn(key, w, spec) gives (w, a, b): the base, which most initialisers return unchanged,
+# and factors of the spec's shapes.  w may be any base; `base.array` gives its array.
 Initialiser = Callable[[jax.Array, Any, Spec], tuple[Any, Any, Any]]
 
 NAMED: dict[str, Initialiser] = {"kaiming": kaiming}
 
 
 def initialiser(init: str | Initialiser) -> Initialiser:
-    """The initialiser of this name; one that is a function itself."""
+    """The initialiser of this name; a function is returned as it is."""
     if callable(init):
         return init
     if init not in NAMED:
@@ -36,11 +36,12 @@ def initialiser(init: str | Initialiser) -> Initialiser:
 
 
 class _Maker(NamedTuple):
-    """Makes the fields of all leaves of one kind, so that JAX traces them once.
+    """Makes the fields of all leaves that are adapted alike, so that JAX traces once.
 
     Attributes:
-      fields: (key, w) to the fields by name; w only where the base changes.
-      shapes: the same of the shapes alone.
+      fields: (key, w) to the fields by name; w is one only if the initialiser changed
+        the base.
+      shapes: the same for shapes, without computing.
     """
 
     fields: Callable[..., dict[str, Any]]
@@ -77,29 +78,30 @@ def make(
     dtype: Any,
     key: jax.Array | None,
 ) -> LoRA:
-    """The adapted leaf of a base, its factors where the base is (`sharding`).
+    """An adapted leaf for a base, with its factors where the base is (`sharding`).
 
     An abstract base gets abstract factors.
 
     Args:
       w: the base.
-      path: of the weight, from which its key is folded.
-      spec: what it is adapted with.
+      path: the weight's path, which is folded into the key.
+      spec: how the weight is adapted.
       init: an initialiser, or the name of one.
-      dtype: of a, b and c.
-      key: PRNG key; None is ``jax.random.key(0)``.
+      dtype: the dtype of a, b and c.
+      key: a PRNG key; None for ``jax.random.key(0)``.
 
     Raises:
-      ValueError: no initialiser has this name, or its factors have other shapes.
+      ValueError: no initialiser has this name, or its factors have wrong shapes.
     """
     init, key = initialiser(init), typed(key)
+    # Leaves that differ only in the path of their bias share one trace.
     alike = dataclasses.replace(spec.resolved(), bias=None)
     maker = _maker(init, alike, jnp.dtype(dtype))
     shapes = maker.shapes(jax.ShapeDtypeStruct((), key.dtype), base.abstract(w))
     _check(path, init, shapes, w, spec)
     leaf = LoRA(
         **{"w": w} | shapes,
-        roles=spec.axes.lstrip("b"),
+        roles=spec.axes.lstrip("b"),  # so that slices of a stack have the same roles
         form=spec.form,
         bias_path=None if spec.bias is None else paths.relative(spec.bias, path),
     )
@@ -115,15 +117,15 @@ def make(
     args = path_key(key, path), w
     if place is None:
         made = maker.fields(*args)
-    elif isinstance(w, jax.core.Tracer):  # of explicit axes, which are in its type
+    elif isinstance(w, jax.core.Tracer):  # its type has the explicit sharding
         made = jax.tree.map(jax.sharding.reshard, maker.fields(*args), own)
-    else:  # every device makes its own part, of the numbers that no mesh changes
+    else:  # every device makes its own part; the numbers do not depend on the mesh
         made = jax.jit(maker.fields, out_shardings=own)(*args)
     return dataclasses.replace(leaf, **made)
 
 
 def _check(path: str, init: Any, shapes: dict[str, Any], w: Any, spec: Spec) -> None:
-    """Raises unless an initialiser gave what the spec and the base ask for."""
+    """Raises unless an initialiser gave the shapes that the spec and the base need."""
     wanted = spec.shapes(w.shape) | {"w": tuple(w.shape)}
     for name, x in shapes.items():
         if tuple(x.shape) != wanted[name]:

@@ -4,10 +4,10 @@
 * `plan`: the class `Plan`, a mapping from path to `Spec`.
 * `select`: applies a user's patterns and rules to the weights that are known.
 * `from_names`: weights and their roles by Flax's names and by shapes.  **Roles that a
-  framework's module classes tell** are a new file beside it.
+  framework's module classes give** go in a new file beside it.
 * `from_use`: the function `jlora.plan`: weights and their roles by watching a function.
   `watch` follows a weight through the function's jaxpr; **a new primitive from which
-  roles can be learnt** has a function there.
+  roles can be learnt** gets a function there.
 
 In come params and perhaps a function; out goes a `Plan`.
 """

@@ -1,4 +1,4 @@
-"""plan: the plan of the weights that a traced function is seen to use."""
+"""plan: which weights to adapt, from how a traced function uses them."""
 
 from __future__ import annotations
 
@@ -31,32 +31,31 @@ def plan(
     """Plans which weights of ``params`` to adapt, by watching how ``fn`` uses them.
 
     ``fn(params, *args, **kwargs)`` is traced abstractly: nothing is computed and
-    nothing allocated, and every argument may hold ``jax.ShapeDtypeStruct``s.  What a
-    product contracts are a weight's in axes, what it batches or a scan slices are
-    batch axes, and the rest are out axes.
+    nothing allocated, and every argument may hold ``jax.ShapeDtypeStruct``s.  A
+    weight's in axes are those that a product contracts.  Its batch axes are those that
+    a product batches or a scan slices.  All other axes are out axes.
 
     Args:
       fn: the function whose first argument is ``params``, such as ``model.apply``.
-      params: the tree that `wrap` will be given.
+      params: the tree that will be passed to `wrap`.
       *args: the other arguments of ``fn``.
-      **kwargs: and its keyword arguments.
-      rank: r of every adapter that no rule names.
+      **kwargs: the keyword arguments of ``fn``.
+      rank: r of every adapter for which no rule gives another.
       alpha: None for alpha = rank, a scale of 1.
       targets: patterns of the paths to adapt: globs over the whole path (``*`` within
         one key, ``**`` for any number of keys), compiled regular expressions (full
         match), or callables (path, array) -> bool.  None for every dense, einsum and
-        convolution kernel; embeddings are adapted when named.
-      exclude: patterns of paths that stay as they are.
-      rules: `Rule`s, the first match wins.
+        convolution kernel.  An embedding is adapted only if a target or rule names it.
+      exclude: patterns of paths that are not adapted.
+      rules: `Rule`s for ranks, alphas and forms of single leaves; the first match wins.
 
     Returns:
-      A `Plan`; print it to see what will be adapted before a step is run.
+      A `Plan`.  Print it to see what will be adapted, and what was skipped and why.
 
     Raises:
-      ValueError: a bad rank; a pattern that matches no path (with the paths near it);
-        a target that is integer or complex, or that is used in ways that contradict
-        each other; or nothing left to adapt.
-      TypeError: train or bias patterns, which are passed to `wrap`.
+      ValueError: a bad rank; a pattern that matches no path (the error lists near
+        paths); a target that is integer or complex; or nothing to adapt.
+      TypeError: patterns as train or bias, or a lora_bias: these are passed to `wrap`.
 
     Example:
       >>> import jax.numpy as jnp, jlora
@@ -84,7 +83,7 @@ def plan(
 
 
 def _refuse_wraps(kwargs: Mapping[str, Any]) -> None:
-    """Raises for what can only be meant for `wrap`, and would go to the function."""
+    """Raises for arguments that are meant for `wrap`; here they would go to ``fn``."""
     for name in ("train", "bias", "lora_bias"):
         said = kwargs.get(name)
         if are_patterns(said) or (name == "lora_bias" and said is not None):
@@ -97,12 +96,13 @@ def _refuse_wraps(kwargs: Mapping[str, Any]) -> None:
 def _bias(
     path: str, seen: Mapping[str, watch.Seen], leaves: Mapping[str, Any]
 ) -> str | None:
-    """The path of a weight's bias: as it was added, or by its name."""
+    """The path of a weight's bias: the array that was added, else the one by name."""
     bias = seen[path].bias
-    if bias is None:  # the product was lost sight of before anything was added
+    if bias is None:  # the walk lost the product before a bias was added to it
         beside = by_path.sibling_bias(path, leaves)
         if beside is not None and beside in seen and seen[beside].may_be_bias_of(path):
             bias = beside
+    # An array that is a weight itself is no bias.
     return bias if bias is not None and bias in seen and seen[bias].idle else None
 
 
@@ -110,9 +110,10 @@ _LOOKUPS = frozenset({"gather", "dynamic_slice"})
 
 
 def _merged_roles(uses: Sequence[watch.Use], ndim: int) -> tuple[str | None, str]:
-    """(kind, roles) of a weight from all its uses, or (None, why there are none)."""
+    """(kind, roles) of a weight from all its uses; (None, reason) if it has none."""
     uses = [use.resolved() for use in uses]
-    # A lookup or the first use decides which side is in; a later use may swap them.
+    # A lookup decides which axes are in, else the first use does.  A later use may have
+    # in and out swapped, as when tied embeddings give the logits.
     uses = sorted(uses, key=lambda u: u.primitive not in _LOOKUPS)
     swap = str.maketrans("io", "oi")
     merged: dict[int, str] = {}
@@ -122,7 +123,9 @@ def _merged_roles(uses: Sequence[watch.Use], ndim: int) -> tuple[str | None, str
             k: r for k, r in roles.items() if merged.get(k, "b") + r in ("io", "oi")
         }
         if both and use.primitive == "conv_general_dilated":
-            roles |= {k: merged[k] for k in both}  # from its outputs to its inputs
+            # A convolution the other way round: in and out channels are swapped, but
+            # the spatial axes are in axes both times.
+            roles |= {k: merged[k] for k in both}
         elif both:
             roles = {k: r.translate(swap) for k, r in roles.items()}
         for k, role in roles.items():
@@ -133,7 +136,8 @@ def _merged_roles(uses: Sequence[watch.Use], ndim: int) -> tuple[str | None, str
                     f"{k - ndim} is contracted in one and kept in another "
                     f"({', '.join(u.primitive for u in uses)})"
                 )
-            # A batch axis may be kept as well; only an in axis may be summed over.
+            # An axis that one use batches and another keeps is a batch axis; one that
+            # another use contracts is an in axis.
             merged[k] = "i" if "i" in (known, role) else min(known, role)
     axes = "".join(merged.get(k, "b") for k in range(ndim))
     if "i" not in axes or "o" not in axes:

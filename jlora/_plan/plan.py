@@ -15,10 +15,10 @@ class Plan(Mapping[str, Spec]):
     """A mapping from path to `Spec`; ``print(plan)`` is a table.
 
     Attributes:
-      specs: the specs in the order of the tree, with a rank and an alpha of None where
-        nothing was said.  ``plan[path]`` has the defaults in their place.
-      shapes: the shape of every array of the tree that it was planned for.
-      skipped: path to reason, for what was matched and is no weight.
+      specs: path to spec, in the order of the tree.  Here a rank or alpha that the user
+        did not give is None; ``plan[path]`` has the default instead.
+      shapes: path to shape, for every array of the tree that was planned.
+      skipped: path to reason, for leaves that matched but are not adapted.
     """
 
     specs: Mapping[str, Spec]
@@ -66,7 +66,7 @@ class Plan(Mapping[str, Spec]):
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Text columns; numbers are set to the right."""
+    """Text in columns; columns of numbers are aligned to the right."""
     rows = [header, *rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     right = [

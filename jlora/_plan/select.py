@@ -14,8 +14,8 @@ from jlora._plan.spec import Rule, Spec, check_rank, fitted
 from jlora._tree import paths
 from jlora._tree.patterns import Pattern, as_patterns, check_matched, matches
 
-# A weight whose roles are known, or the words for why it is none.  None is for what is
-# no weight at all, which is only told where it was named.
+# The spec of a weight whose roles are known; or the reason why a leaf has none; or None
+# for a leaf that is not used as a weight, which is reported only if the user named it.
 Candidate = Spec | str | None
 
 
@@ -24,11 +24,11 @@ class Wanted:
     """What the caller of `plan` or `wrap` asked for.
 
     Attributes:
-      rank: of what no rule names; None where nothing was said.
+      rank: the rank if no rule gives another; None if the user did not give it.
       alpha: likewise.
-      targets: patterns of what is adapted; empty for all that is not named.
-      exclude: patterns of what stays as it is.
-      rules: for ranks and alphas of their own.
+      targets: patterns of what is adapted; empty for every kernel.
+      exclude: patterns of what is not adapted.
+      rules: ranks, alphas and forms by pattern.
     """
 
     rank: int | None
@@ -41,7 +41,7 @@ class Wanted:
     def of(
         cls, rank: Any, alpha: Any, targets: Any, exclude: Any, rules: Iterable[Rule]
     ) -> Wanted:
-        """From the arguments as they were passed."""
+        """From the arguments of `plan` or `wrap`."""
         rank = check_rank(rank, "rank")
         patterns = as_patterns(targets), as_patterns(exclude)
         return cls(rank, alpha, *patterns, list(rules))
@@ -53,7 +53,7 @@ class Wanted:
         check_matched("rule", [r.pattern for r in self.rules], leaves)
 
     def excluded(self, path: str, x: Any) -> bool:
-        """Whether it stays as it is whatever else is said."""
+        """Whether the leaf is excluded, even if a target or a rule names it."""
         return any(matches(p, path, x) for p in self.exclude)
 
     def rule(self, path: str, x: Any) -> Rule | None:
@@ -61,15 +61,16 @@ class Wanted:
         return next((r for r in self.rules if matches(r.pattern, path, x)), None)
 
     def named(self, path: str, x: Any) -> bool:
-        """Whether a target or a rule names it."""
+        """Whether a target or a rule names the leaf."""
         patterns = [*self.targets, *(r.pattern for r in self.rules)]
         return any(matches(p, path, x) for p in patterns)
 
     def spec(self, path: str, x: Any, found: Spec) -> Spec:
-        """The spec of a weight with what was said of it."""
+        """The spec of a weight, with the rank, alpha and form that it is to have."""
         rule = self.rule(path, x) or Rule("**")
         rank = self.rank if rule.rank is None else rule.rank
         alpha = rule.alpha
+        # A rule that gives a rank alone means alpha = rank, not the default alpha.
         if alpha is None and rule.rank is None:
             alpha = self.alpha
         form = fitted(rule.form, path, tuple(x.shape), found.axes, found.kind)
@@ -84,14 +85,14 @@ def select(
     others: Mapping[str, str],
     wanted: Wanted,
 ) -> Plan:
-    """The plan of what is wanted among the candidates.
+    """The plan of those candidates that are wanted.
 
     Args:
       leaves: path to array.
-      candidate: what is known of a leaf.
-      idle: the words for a named leaf that is no weight at all.
-      others: the paths that are only adapted when named.
-      wanted: what was asked for.
+      candidate: the `Candidate` of a path and its array.
+      idle: the reason to report for a named leaf whose candidate is None.
+      others: paths that are adapted only if they are named.
+      wanted: what the caller asked for.
     """
     pairs = list(leaves.items())
     wanted.check(pairs)

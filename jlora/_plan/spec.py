@@ -1,4 +1,4 @@
-"""Rule and Spec: with what one weight is adapted."""
+"""Rule and Spec: how one weight is adapted."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jlora._tree.patterns import Pattern
 
 
 class Default(int):
-    """A number that nobody gave, in a signature; it yields to any that is given."""
+    """A default value in a signature, so that it differs from one that a user gives."""
 
 
 RANK = Default(8)
@@ -23,15 +23,16 @@ RANK = Default(8)
 class Rule:
     """What the paths of a pattern get instead of the defaults; the first match wins.
 
-    A rule also makes a target of what it matches, such as an embedding.
+    What a rule matches is a target, too, even if it is an embedding.
 
     Attributes:
       pattern: a glob, a compiled regular expression or (path, array) -> bool.
-      rank: of these leaves; None for the default.
-      alpha: of these leaves; None for the default, and for alpha = rank where only the
-        rank is given.
-      form: of these leaves; None for a·b, or one of `jlora.loralib`'s.
-      lora_bias: whether these leaves have an output bias; None for what `wrap` says.
+      rank: r of these leaves; None for the default.
+      alpha: alpha of these leaves.  None for the default; or for alpha = rank, if the
+        rule gives a rank.
+      form: form of these leaves, one of `jlora.loralib`'s; None for a·b.
+      lora_bias: whether these leaves have an output bias; None for the ``lora_bias`` of
+        `wrap`.
 
     Example:
       >>> import jlora
@@ -61,16 +62,16 @@ class Spec:
 
     Attributes:
       kind: "dense", "embed" or "conv".
-      rank: r; None in a `Plan`'s own ``specs`` where nothing was said.
-      alpha: the delta is alpha / rank * a·b; None where nothing was said: the rank.
+      rank: r; None if the user did not give it.
+      alpha: the delta is alpha / rank * a·b; None, if not given, for alpha = rank.
       batch_axes: the weight's batch axes, counted from the end.
       in_axes: its in axes, likewise.
       out_axes: its out axes, likewise.
-      bias: path of the bias that belongs to the weight, or None: the array that was
-        seen to be added to its product; where the product was lost sight of before, or
-        nothing was watched, the array named ``bias`` or ``b`` beside the weight.
-      form: of the adapted leaf, as in `Rule`.
-      lora_bias: likewise.
+      bias: path of the bias that belongs to the weight, or None.  It is the array that
+        the watched function adds to the weight's product.  If no such array was seen,
+        or nothing was watched, it is the ``bias`` or ``b`` beside the weight.
+      form: as in `Rule`.
+      lora_bias: as in `Rule`.
     """
 
     kind: str
@@ -113,7 +114,7 @@ class Spec:
         )
 
     def resolved(self) -> Spec:
-        """This spec with the defaults where nothing was said."""
+        """This spec with the defaults for a rank or alpha of None."""
         rank = int(RANK) if self.rank is None else self.rank
         return self.with_scale(rank, rank if self.alpha is None else self.alpha)
 
@@ -139,11 +140,11 @@ class Spec:
         return {name: found[name] for name in fields.made(bool(self.lora_bias))}
 
     def fan_in(self, shape: Sequence[int]) -> int:
-        """How many inputs a sums over for a weight of this shape."""
+        """How many inputs the factor a sums over, for a weight of this shape."""
         return forms.of(self.form).fan_in(tuple(shape), self.axes)
 
     def size(self, shape: Sequence[int]) -> int:
-        """Parameters of the adapter of a weight of this shape."""
+        """Number of adapter parameters for a weight of this shape."""
         return sum(
             math.prod(own)
             for name, own in self.shapes(shape).items()
@@ -152,8 +153,8 @@ class Spec:
 
 
 def check_rank(rank: Any, where: str) -> int | None:
-    """The rank that was given, or None for a default; raises for no positive int."""
-    if hasattr(rank, "specs"):
+    """The rank, or None for a `Default`; raises unless it is a positive integer."""
+    if hasattr(rank, "specs"):  # a Plan, whose module imports this one
         raise TypeError(
             f"{where}: a plan goes in by keyword, plan=plan, found it as rank."
         )
@@ -169,12 +170,12 @@ def check_rank(rank: Any, where: str) -> int | None:
 def fitted(
     form: Form | None, where: str, shape: tuple[int, ...], axes: str, kind: str
 ) -> Form | None:
-    """The form with all that it takes from the weight.
+    """The form, completed with what it needs to know of the weight.
 
     Raises:
-      TypeError: it is no form.
-      ValueError: the weight cannot have it.
-      AdaptsNothing: it would leave the weight as it is.
+      TypeError: ``form`` is not a form.
+      ValueError: the weight cannot have this form.
+      AdaptsNothing: this form would not change the weight.
     """
     if form is None:
         return None
@@ -186,7 +187,7 @@ def fitted(
     try:
         return form.fits(shape, axes, kind)
     except forms.AdaptsNothing:
-        raise
+        raise  # a Misfit as well, but no error to `select`, which skips the leaf
     except forms.Misfit as e:
         raise ValueError(
             f"{where}: {form} does not fit a {kind} weight of shape {shape} and roles "
@@ -208,6 +209,6 @@ def einsum_axes(text: str, ndim: int) -> str:
     def role(c: str) -> str:
         return ("b" if c in x else "o") if c in out else "i"
 
-    # What stands for the ellipsis has its axes; \0 is no letter of an einsum.
+    # One \0, which is no letter of an einsum, for each axis that the ellipsis covers.
     named = w.replace("...", "\0" * rest)
     return "".join(role("..." if c == "\0" else c) for c in named)

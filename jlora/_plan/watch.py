@@ -1,12 +1,16 @@
 """Watches how a function uses its weights, in its jaxpr: nothing is computed.
 
-A walk over the equations carries, for every variable, what is known of it: that it is
-a weight (or a reshaped, sliced, concatenated one) and which axis of the original each
-of its axes is; that it is the product of a weight; or that it depends on data.
+A walk over the equations keeps an info for every variable:
 
-`STEPS` has a function for each primitive that uses a weight or calls another jaxpr,
-`MOVES` one for each that moves a weight's axes.  Any other primitive that keeps a
-weight's shape keeps its axes; what else it gives is data.
+* a `Weight`: it holds a parameter, or a reshaped, sliced or concatenated one.  Each of
+  its axes knows the axis of the parameter that it came from;
+* a `Product`: it is the product of a weight;
+* ``_DATA``: it depends on an input that is no parameter;
+* None: nothing is known, as of a constant.
+
+`STEPS` has a function for each primitive that uses a weight or calls another jaxpr.
+`MOVES` has one for each primitive that moves a weight's axes.  Any other primitive
+keeps a weight's axes if it keeps its shape; else nothing is known of its result.
 """
 
 from __future__ import annotations
@@ -21,20 +25,20 @@ from jlora import _compat
 from jlora._algebra.gather import indexed_axes
 from jlora._labels import runs
 
-# Which axes of the original weight an axis came from.
+# Which axes of the parameter an axis came from: several after a reshape joined them.
 Origin = frozenset[int]
 _NONE: Origin = frozenset()
 
 
 @dataclasses.dataclass
 class Use:
-    """One use of a weight: the primitive, and the role of each axis that it names.
+    """One use of a weight: the primitive, and the roles that it gives to the axes.
 
     Attributes:
       primitive: its name.
-      roles: role by axis of the original weight.
-      rows: the use of what a gather left, where that was then a weight itself: a
-        matrix for each token, out of a stack of them.
+      roles: role by axis of the parameter.
+      rows: of a lookup, the first use of the rows that it took out, if they were used
+        as a weight: a matrix for each token, from a stack of matrices.
     """
 
     primitive: str
@@ -42,7 +46,7 @@ class Use:
     rows: Use | None = None
 
     def resolved(self) -> Use:
-        """The use of the rows where they were matrices: then the weight is a stack."""
+        """The use of the rows if they were matrices: the weight is a stack of them."""
         rows = self.rows
         if rows is None or not {"i", "o"} <= {*rows.roles.values()}:
             return self
@@ -54,10 +58,11 @@ class Seen:
     """All that was seen of one array.
 
     Attributes:
-      uses: as a weight, in order.
-      bias: the path of the array that is added to its product.
-      of: the paths of the weights whose bias it is itself.
-      after: the paths that had been used when it was last added to data.
+      uses: its uses as a weight, in order.
+      bias: the path of the array that was added to its product.
+      of: the paths of the weights whose bias this array is.
+      after: the paths of the weights that were used before this array was added to
+        something.
     """
 
     uses: list[Use] = dataclasses.field(default_factory=list)
@@ -67,28 +72,33 @@ class Seen:
 
     @property
     def idle(self) -> bool:
-        """Whether it is no weight itself; a stack of biases may be looked up."""
+        """Whether it is no weight: only lookups use it, as in a stack of biases."""
         lookups = "gather", "dynamic_slice"
         return all(use.primitive in lookups for use in self.uses)
 
     def may_be_bias_of(self, path: str) -> bool:
-        """Whether it may be the bias of this weight, if its product was lost sight of.
+        """Whether it may be the bias of a weight whose product the walk lost.
 
-        It was added after the weight's use, and was not seen to be another's.
+        It was added to something after the weight was used, and it is not known as the
+        bias of another weight.
         """
         return path in self.after and self.of <= {path}
 
 
+# The origin of each axis of a value.
 Axes = tuple[Origin, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """Parts of parameters: for each path, the origin of each of the value's axes.
+    """A value that holds parameters, or parts of them.
 
-    Rows that data gathered may still be a weight (experts), or a lookup's result
-    (words).  Their next use decides.  ``gathers`` are then the gathers, one for each
-    part.
+    Rows that a lookup took out may be weights (experts) or the result of the lookup
+    (words).  Their next use decides.
+
+    Attributes:
+      parts: (path, axes) of each parameter; several after a concatenation.
+      gathers: if the value is such rows, the lookup's `Use` for each part.
     """
 
     parts: tuple[tuple[str, Axes], ...]
@@ -100,7 +110,8 @@ class Weight:
         return dataclasses.replace(self, parts=parts)
 
     def as_product(self, shape: tuple[int, ...]) -> Product:
-        """What rows are where they meet data."""
+        """What rows are if they are the result of a lookup."""
+        # The other axes are those of the indices.
         _, axes = self.parts[0]
         size = math.prod(n for n, origin in zip(shape, axes, strict=True) if origin)
         return Product(tuple(path for path, _ in self.parts), size)
@@ -108,11 +119,11 @@ class Weight:
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """What a weight's product became, until something is added to it.
+    """The product of a weight, until something is added to it.
 
     Attributes:
-      paths: of the weights.
-      size: of the weight's out axes, which are what a bias has.
+      paths: the paths of the weights; several after a concatenation.
+      size: the number of elements along the out axes, which a bias has, too.
     """
 
     paths: tuple[str, ...]
@@ -120,19 +131,19 @@ class Product:
 
 
 class _Data:
-    """Depends on what is not a parameter."""
+    """The info of a value that depends on an input that is no parameter."""
 
 
 _DATA = _Data()
 
-# fn(walk, equation, infos) gives what is known of the outputs; None for the general
-# rule, which `Walk.general` is.
+# fn(walk, equation, infos) gives the infos of the outputs, or None to leave it to
+# `Walk.general`.
 Step = Callable[["Walk", Any, list[Any]], "list[Any] | None"]
 STEPS: dict[str, Step] = {}
 # fn(weight, equation, old shape, new shape) gives the weight with its axes moved.
 Move = Callable[[Weight, Any, Sequence[int], Sequence[int]], Weight]
 MOVES: dict[str, Move] = {}
-# After these a weight's product is still one that a bias may be added to.
+# What these give from a product is still the product, to which a bias may be added.
 KEEPS_PRODUCT = frozenset(
     "reshape transpose convert_element_type squeeze expand_dims broadcast_in_dim copy "
     "sharding_constraint name reduce_precision mul psum psum_invariant rev".split()
@@ -166,7 +177,7 @@ class Walk:
         self.seen: dict[str, Seen] = {}
 
     def run(self, jaxpr: Any, infos: Sequence[Any]) -> list[Any]:
-        """What is known of the outputs, from what is known of the inputs."""
+        """The infos of the outputs, from those of the inputs."""
         jaxpr, _ = _compat.jaxpr_and_consts(jaxpr)
         env: dict[Any, Any] = dict(zip(jaxpr.invars, infos, strict=True))
 
@@ -180,15 +191,16 @@ class Walk:
         return [read(v) for v in jaxpr.outvars]
 
     def apply(self, eqn: Any, infos: list[Any]) -> list[Any]:
-        """What is known of an equation's outputs."""
+        """The infos of an equation's outputs, from those of its operands."""
         step = STEPS.get(eqn.primitive.name, _call)
         outs = step(self, eqn, infos)
         return self.general(eqn, infos) if outs is None else outs
 
     def general(self, eqn: Any, infos: list[Any]) -> list[Any]:
-        """What any primitive makes of weights, products and data."""
+        """The infos of the outputs of a primitive that has no step."""
         infos = _met(eqn, infos)
         products = [i for i in infos if isinstance(i, Product)]
+        # A product that meets anything but constants is data from there on.
         mixed = len(products) > 1 or any(isinstance(i, (_Data, Weight)) for i in infos)
         kept = eqn.primitive.name in KEEPS_PRODUCT and len(eqn.outvars) == 1
         if products and kept and not mixed:
@@ -198,7 +210,7 @@ class Walk:
         return [self.moved(eqn, infos, v.aval.shape) for v in eqn.outvars]
 
     def moved(self, eqn: Any, infos: list[Any], shape: tuple[int, ...]) -> Any:
-        """What a weight's axes become in an output of this shape."""
+        """The info of an output of this shape: the weight, with its axes moved."""
         weights = [(i, k) for k, i in enumerate(infos) if isinstance(i, Weight)]
         if not weights:
             return None
@@ -214,10 +226,10 @@ class Walk:
     def use(
         self, weight: Weight, name: str, roles: dict[int, str], shape: tuple[int, ...]
     ) -> Product:
-        """Notes that a primitive gives these roles to the axes of a weight."""
+        """Records that a primitive gives these roles to a weight's axes."""
         for i, (path, axes) in enumerate(weight.parts):
             use = Use(name, _original(axes, roles))
-            if weight.gathers:
+            if weight.gathers:  # rows: the first use counts, beside their lookup
                 weight.gathers[i].rows = weight.gathers[i].rows or use
             else:
                 self.seen.setdefault(path, Seen()).uses.append(use)
@@ -225,13 +237,13 @@ class Walk:
         return Product(tuple(path for path, _ in weight.parts), out)
 
     def rows(self, weight: Weight, fn: Callable[[Axes], Sequence[Origin]]) -> Weight:
-        """What a lookup that was just noted leaves, of which the next use decides."""
+        """The rows that the lookup just recorded takes out; their next use decides."""
         uses = tuple(self.seen[path].uses[-1] for path, _ in weight.parts)
         return dataclasses.replace(weight.move(fn), gathers=uses)
 
 
 def _met(eqn: Any, infos: list[Any]) -> list[Any]:
-    """The infos; rows that meet something are the results of a lookup."""
+    """The infos, in which rows that meet another operand become lookup results."""
     if len([i for i in infos if i is not None]) < 2:
         return infos
     return [
@@ -254,7 +266,7 @@ def _dot(walk: Walk, eqn: Any, infos: list[Any]) -> list[Any]:
             continue
         roles = dict.fromkeys(range(v.aval.ndim), "o")
         roles |= dict.fromkeys(c, "i") | dict.fromkeys(b, "b")
-        # Rows that meet another weight are words, not matrices.
+        # Rows that meet another weight are results of their lookup, not matrices.
         if (
             not info.gathers
             or isinstance(other, (_Data, Product))
@@ -268,6 +280,7 @@ def _dot(walk: Walk, eqn: Any, infos: list[Any]) -> list[Any]:
 def _conv(walk: Walk, eqn: Any, infos: list[Any]) -> list[Any] | None:
     if not isinstance(infos[1], Weight):
         return None
+    # rhs_spec lists the axes of the kernel: out, in, then the spatial ones.
     out, *convolved = eqn.params["dimension_numbers"].rhs_spec
     roles = dict.fromkeys(convolved, "i") | {out: "o"}
     shape = eqn.invars[1].aval.shape
@@ -289,7 +302,7 @@ def _ragged_dot(walk: Walk, eqn: Any, infos: list[Any]) -> list[Any] | None:
 
 @_step("gather")
 def _gather(walk: Walk, eqn: Any, infos: list[Any]) -> list[Any] | None:
-    """Rows: a lookup's result, or the weights of each token's expert."""
+    """Takes out rows: a lookup's result, or the weights of each token's expert."""
     weight = infos[0]
     if not isinstance(weight, Weight):
         return None
@@ -301,6 +314,7 @@ def _gather(walk: Walk, eqn: Any, infos: list[Any]) -> list[Any] | None:
     product = walk.use(weight, "gather", roles | dict.fromkeys(indexed, "i"), shape)
     if weight.gathers:  # rows of rows
         return [product]
+    # The axes that the output keeps; they are its offset_dims, in the same order.
     gone = {*dn.collapsed_slice_dims, *dn.operand_batching_dims}
     kept = [k for k in range(len(shape)) if k not in gone]
     ndim = eqn.outvars[0].aval.ndim
@@ -314,7 +328,7 @@ def _gather(walk: Walk, eqn: Any, infos: list[Any]) -> list[Any] | None:
 
 @_step("dynamic_slice")
 def _dynamic_slice(walk: Walk, eqn: Any, infos: list[Any]) -> list[Any] | None:
-    """A part of a weight; one row of it is a lookup, or one matrix of a stack."""
+    """A part of a weight; one row may be a lookup, or one matrix of a stack."""
     weight = _met(eqn, infos)[0]
     if not isinstance(weight, Weight):
         return None
@@ -334,7 +348,7 @@ def _dynamic_slice(walk: Walk, eqn: Any, infos: list[Any]) -> list[Any] | None:
 
 @_step("add")
 def _add(walk: Walk, eqn: Any, infos: list[Any]) -> list[Any] | None:
-    """A parameter of the size of a product's out axes, added to it, is its bias."""
+    """A parameter that is added to a product, and has its out size, is its bias."""
     used = frozenset(path for path, seen in walk.seen.items() if seen.uses)
     for info in infos:
         for path, _ in info.parts if isinstance(info, Weight) else ():
@@ -347,7 +361,7 @@ def _add(walk: Walk, eqn: Any, infos: list[Any]) -> list[Any] | None:
         if math.prod(n for origin, n in own if origin) != product.size:
             continue
         biases = [path for path, _ in other.parts]
-        if len(biases) != len(product.paths):  # else fused as the weights are
+        if len(biases) != len(product.paths):  # one bias for all the fused weights
             biases = biases[:1] * len(product.paths)
         for path, bias in zip(product.paths, biases, strict=True):
             seen = walk.seen[path]
@@ -359,7 +373,7 @@ def _add(walk: Walk, eqn: Any, infos: list[Any]) -> list[Any] | None:
 
 @_step("optimization_barrier")
 def _barrier(walk: Walk, eqn: Any, infos: list[Any]) -> list[Any]:
-    """An output for each operand, as it is."""
+    """Each output is the operand in its place."""
     return _met(eqn, infos)
 
 
@@ -369,7 +383,7 @@ def _is_weight(info: Any) -> bool:
 
 
 def _a_matrix_each(rows: Weight, roles: dict[int, str]) -> bool:
-    """Whether a product uses a row for each token as a matrix of that token's own."""
+    """Whether a product uses each token's row as a matrix for that token alone."""
     _, axes = rows.parts[0]
     tokens = {roles[k] for k, origin in enumerate(axes) if not origin}
     own = {roles[k] for k, origin in enumerate(axes) if origin}
@@ -377,7 +391,7 @@ def _a_matrix_each(rows: Weight, roles: dict[int, str]) -> bool:
 
 
 def _original(axes: Sequence[Origin], roles: dict[int, str]) -> dict[int, str]:
-    """The roles of a value's axes, as those of the original's."""
+    """The roles by axis of the parameter, from those by axis of the value."""
     return {o: roles[k] for k, ax in enumerate(axes) if k in roles for o in ax}
 
 
@@ -410,6 +424,7 @@ def _reshape(weight: Weight, eqn: Any, old: Any, new: Any) -> Weight:
     if (order := eqn.params.get("dimensions")) and eqn.primitive.name == "reshape":
         weight = weight.move(lambda axes: [axes[k] for k in order])
         old = tuple(old[k] for k in order)
+    # The axes of an empty array cannot be paired by their sizes.
     pairs = runs(old, new) if 0 not in old else []
     from_ = {k: left for left, right in pairs for k in right}
     return weight.move(
@@ -433,14 +448,16 @@ def _unstack(weight: Weight, eqn: Any, old: Any, new: Any) -> Weight:
 
 @_move("slice", "split", *_compat.ALL_GATHER)
 def _cut(weight: Weight, eqn: Any, old: Any, new: Any) -> Any:
+    # Without tiling, an all_gather adds an axis for the devices.
     return weight if len(new) == len(old) else None
 
 
-# ------------------------------------- functions inside: roles are followed into them
+# ------------------------------------------------- calls, loops and branches: followed
 
 
 @_step("scan")
 def _scan(walk: Walk, eqn: Any, infos: list[Any]) -> list[Any]:
+    # Operands: n constants, m of the carry, then what is sliced along its first axis.
     n, m = _compat.scan_counts(eqn.params)
     jaxpr, _ = _compat.jaxpr_and_consts(eqn.params["jaxpr"])
     sliced = [
@@ -456,6 +473,7 @@ def _scan(walk: Walk, eqn: Any, infos: list[Any]) -> list[Any]:
 @_step("while")
 def _while(walk: Walk, eqn: Any, infos: list[Any]) -> list[Any]:
     p = eqn.params
+    # Operands: n constants of the condition, m of the body, then the carry.
     n, m = p["cond_nconsts"], p["body_nconsts"]
     jaxpr, _ = _compat.jaxpr_and_consts(p["body_jaxpr"])
     same = _unchanged(jaxpr.invars[m:], jaxpr.outvars, infos[n + m :])
@@ -466,6 +484,8 @@ def _while(walk: Walk, eqn: Any, infos: list[Any]) -> list[Any]:
 
 @_step("cond")
 def _cond(walk: Walk, eqn: Any, infos: list[Any]) -> list[Any]:
+    # The first operand is the branch index.  A branch decides what is known only if all
+    # agree.
     outs = [walk.run(branch, infos[1:]) for branch in eqn.params["branches"]]
     return [
         found[0] if all(i == found[0] for i in found) else _DATA
@@ -475,7 +495,7 @@ def _cond(walk: Walk, eqn: Any, infos: list[Any]) -> list[Any]:
 
 @_step(*_compat.JIT, *_compat.REMAT, *_compat.CALL, "shard_map")
 def _call(walk: Walk, eqn: Any, infos: list[Any]) -> list[Any] | None:
-    """A call of a jaxpr with the equation's own operands, whatever primitive it is."""
+    """Follows a call, and any unknown primitive with a jaxpr of the same operands."""
     for key in ("jaxpr", "call_jaxpr"):
         body, _ = _compat.jaxpr_and_consts(eqn.params.get(key))
         if hasattr(body, "eqns") and len(body.invars) == len(infos):
@@ -485,14 +505,14 @@ def _call(walk: Walk, eqn: Any, infos: list[Any]) -> list[Any] | None:
 
 
 def _unchanged(ins: Any, outs: Any, infos: list[Any]) -> list[Any]:
-    """A loop's carry: what comes back as it went in keeps what is known of it."""
+    """The infos of a loop's carry: kept for what its body returns unchanged."""
     return [
         info if i is o else _DATA for i, o, info in zip(ins, outs, infos, strict=True)
     ]
 
 
 def watch(jaxpr: Any, paths: Sequence[str]) -> dict[str, Seen]:
-    """What a jaxpr does with its first inputs, which have these paths.
+    """What was seen of each path: the paths are those of the jaxpr's first inputs.
 
     All other inputs are data.
     """
