@@ -3,9 +3,9 @@
 Since torch 1.6 such a file is a zip archive: ``NAME/data.pkl`` is a pickle of what was
 saved, in which a tensor is a call of ``torch._utils._rebuild_tensor_v2`` on a storage,
 and ``NAME/data/KEY`` has the bytes of storage KEY
-(https://docs.pytorch.org/docs/stable/notes/serialization.html).  A pickle calls
-whatever it can name; this reader gives it the few names that tensors need, which are
-functions of its own, and refuses every other one.
+(https://docs.pytorch.org/docs/stable/notes/serialization.html).  A pickle can call any
+function that it can name.  This reader knows only the few names that tensors need, has
+its own functions for them, and refuses every other name.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, NoReturn
 import jax.numpy as jnp
 import numpy as np
 
-# Each is a string, which nothing that a pickle does can change.
+# The values are strings, since a pickle can change mutable objects that it is given.
 _STORAGES = {
     "DoubleStorage": "float64",
     "FloatStorage": "float32",
@@ -35,19 +35,20 @@ _STORAGES = {
     "BoolStorage": "bool",
 }
 
-# Elements of an expanded tensor, which its bytes do not bound.
+# The most elements of an expanded tensor (strides of 0), since the number of its bytes
+# in the file does not limit them.
 _EXPANDED = 2**24
-# What the pickle that opens a file of the older format begins with, protocol and all.
+# The first bytes of the older format: a pickle of torch's magic number.
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _ZIP = b"PK\x03\x04"
 
 
 class _Refused(ValueError):
-    """What the reader will not read, in its own words."""
+    """A file that the reader refuses; the text says why."""
 
 
 class _Storage(NamedTuple):
-    """The elements that tensors are views of, as one row; a pickle cannot make one."""
+    """The flat array that tensors are views of; a pickle cannot make one itself."""
 
     row: np.ndarray
 
@@ -55,17 +56,17 @@ class _Storage(NamedTuple):
 def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """The tensors of a state dict that ``torch.save`` wrote, by name.
 
-    Floating-point types (bfloat16 included), integers and booleans; views are read with
-    their strides and offsets.  A dict of one dict is taken for its inner one, since
-    loralib's examples save ``{"model_state_dict": ...}``.
+    They may be floating-point (bfloat16 included), integer or boolean.  Views are read
+    with their strides and offsets.  If the file holds a dict whose only value is a
+    dict, the inner one is read: loralib's examples save ``{"model_state_dict": ...}``.
 
     Args:
-      path: of the file.
+      path: the path of the file.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: no zip archive, the format from before torch 1.6, a damaged file, a
-        pickle that asks for anything but tensors, or one that holds no tensors.
+      ValueError: a file that is no zip archive, has the format from before torch 1.6,
+        or is damaged; a pickle that asks for anything but tensors, or holds none.
     """
     where = os.fspath(path)
     with open(where, "rb") as file:
@@ -87,7 +88,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         return _flat(found)
     except _Refused as e:
         raise ValueError(f"{where!r} {e}") from None
-    except Exception as e:  # whatever a damaged archive or pickle makes of itself
+    except Exception as e:  # a damaged archive or pickle may raise anything
         raise ValueError(
             f"{where!r} is truncated or damaged ({type(e).__name__}: {str(e)[:200]}): "
             "expected a file as torch.save wrote it. Copy or save it again."
@@ -95,7 +96,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
 
 def _flat(found: Any) -> dict[str, np.ndarray]:
-    """A dict of tensors, from itself or from a dict that has it for its only value."""
+    """The dict of tensors: what was found, or the only value of that."""
     if isinstance(found, dict) and len(found) == 1:
         (only,) = found.values()
         found = only if isinstance(only, dict) else found
@@ -119,7 +120,7 @@ def _brief(x: Any) -> str:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Unpickles one archive; a name outside of the allowed ones is refused."""
+    """Unpickles one archive; refuses every name that is not allowed."""
 
     def __init__(self, archive: zipfile.ZipFile) -> None:
         pickles = [n for n in archive.namelist() if n.endswith("/data.pkl")]
@@ -135,20 +136,20 @@ class _Unpickler(pickle.Unpickler):
                 "again."
             )
         self._archive, self._folder = archive, pickles[0].removesuffix("data.pkl")
-        order = f"{self._folder}byteorder"  # which torch writes since 2.0
+        order = f"{self._folder}byteorder"  # torch writes it since 2.0
         big = order in archive.namelist() and archive.read(order) == b"big"
         self._order = ">" if big else "<"
         self._storages: dict[Any, _Storage] = {}
         super().__init__(io.BytesIO(archive.read(pickles[0])))
 
     def find_class(self, module: str, name: str) -> Any:
-        """What the pickle gets for a name."""
+        """The object that the pickle gets for a name."""
         if module == "torch" and name in _STORAGES:
             return _STORAGES[name]
         match f"{module}.{name}":
             case "collections.OrderedDict":
                 return collections.OrderedDict
-            # New functions, since a pickle can set attributes of what it is given.
+            # New functions, since a pickle can set attributes of what it gets.
             case "torch._utils._rebuild_tensor_v2":
                 return lambda *args: _tensor(*args)
             case "torch._utils._rebuild_parameter":
@@ -171,6 +172,7 @@ class _Unpickler(pickle.Unpickler):
         data = self._archive.read(f"{self._folder}data/{key}")
         if len(data) != size * dtype.itemsize:
             _broken(f"{len(data)} bytes for {size} elements of {name}")
+        # Unsigned words have a byte order in numpy, which bfloat16 does not.
         words = np.frombuffer(data, f"{self._order}u{dtype.itemsize}")
         row = words.astype(f"=u{dtype.itemsize}").view(dtype)
         return self._storages.setdefault(pid, _Storage(row))
@@ -194,7 +196,7 @@ def _tensor(
             f"has a tensor that is a conjugate or negative view ({metadata[0]}): "
             "expected plain tensors. Save its resolve_neg().resolve_conj()."
         )
-    # Views of views could reach beyond the bytes that there are.
+    # A view of a view could reach beyond the storage.
     if type(storage) is not _Storage:
         _broken(f"a tensor of {_brief(storage)}")
     (row,) = storage

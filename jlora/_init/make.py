@@ -92,6 +92,7 @@ def make(
 
     Raises:
       ValueError: no initialiser has this name, or its factors have wrong shapes.
+      TypeError: the initialiser does not give a tuple (w, a, b).
     """
     init, key = initialiser(init), typed(key)
     # Leaves that differ only in the path of their bias share one trace.

@@ -4,11 +4,11 @@ A checkpoint is a directory that Orbax commits by an atomic rename.  It holds th
 arrays of the adapter, those of ``extra``, and a JSON document with the format version,
 the plan (roles and rank of each leaf), a fingerprint of the base (the path, shape and
 dtype of every array) and a checksum of every array that is stored.  `restore` verifies
-all of it before it gives anything back.
+all of it before it returns.
 
-Nothing in it depends on the mesh: what was saved on one mesh, or by several processes
-that share a file system, is restored to where the new params and the new ``extra``
-live, on any other.
+A checkpoint does not depend on the mesh.  It may be saved on one mesh, or by several
+processes that share a file system, and restored on any other: the arrays go where the
+new params and the new ``extra`` live.
 
 For a series of checkpoints use Orbax's own CheckpointManager: an adapter is a pytree of
 arrays, so ``ocp.args.StandardSave(jlora.adapter(tree))`` saves it beside the optimizer
@@ -48,28 +48,28 @@ def save(
     extra: Any = None,
     block: bool = True,
 ) -> Handle | None:
-    """Saves the adapter of a tree, and ``extra``, in a directory of its own.
+    """Saves the adapter of a tree, and ``extra``, in a new directory.
 
-    The directory appears whole or not at all, also if the process is killed.
+    The directory appears whole or not at all, even if the process is killed.
 
     Args:
-      directory: must not exist; parents are made.  Any path that Orbax takes.
-      tree: an adapted tree, with its base (of which only the fingerprint is stored).
-        Of several processes each passes its own view of the same global arrays.
-      extra: any pytree that must come back with it: batch statistics, optimizer state,
-        step.  Its leaves are arrays, PRNG keys, or numbers, strings and booleans.
-      block: return once committed.  Otherwise the arrays are copied to the host, a
-        `Handle` is returned, and the writing goes on in the background; the end of the
-        program waits for it, and logs what went wrong.
+      directory: any path that Orbax takes.  It must not exist; its parents are made.
+      tree: an adapted tree with its bases, of which only the fingerprint is stored.
+        If there are several processes, each passes its view of the same global arrays.
+      extra: any pytree to restore with the adapter: batch statistics, optimizer state,
+        step.  Its leaves are arrays, PRNG keys, numbers, strings or booleans.
+      block: whether to return only when the checkpoint is committed.  Otherwise the
+        arrays are copied to the host, a `Handle` is returned, and the writing goes on
+        in the background.  The program waits for it before it ends, and logs an error.
 
     Returns:
       None, or with ``block=False`` a `Handle`.
 
     Raises:
       FileExistsError: the directory exists.
-      OSError: it cannot be made, or the disk is full.
+      OSError: the directory cannot be made, or the disk is full.
       ValueError: the tree has no adapted leaf, or one without its base.
-      TypeError: a leaf of ``extra`` that cannot be stored.
+      TypeError: a leaf of ``extra`` cannot be stored.
 
     Example:
       >>> import jax.numpy as jnp, tempfile
@@ -82,6 +82,8 @@ def save(
       (2, 7)
     """
     path = _orbax.path_of(directory)
+    # Fails before any work.  If a save to this path is under way, `Handle._start` waits
+    # for it, and checks the place then.
     if not _orbax.saving(path):
         _orbax.check_place(path)
     _require_bases(tree)
@@ -106,6 +108,7 @@ def save(
         "keys": other.keys,
     }
     document["crc"] = _document.crc(document)
+    # Orbax cannot store empty arrays; the document has their shapes.
     stored = {k: {p: x for p, x in v.items() if x.size} for k, v in arrays.items()}
     items = {k: ocp.args.StandardSave(v) for k, v in stored.items() if v}
     handle = Handle(path)
@@ -130,30 +133,31 @@ def _require_bases(tree: Any) -> None:
 def restore(
     directory: str | os.PathLike[str], params: Any, *, extra: Any = None
 ) -> Any:
-    """The adapted tree that was saved, on the base that it was saved from.
+    """Restores the adapted tree of a checkpoint, on the base that it was saved from.
 
     Args:
-      directory: as given to `save`.
-      params: the base: plain params with the paths, shapes and dtypes of the saved
-        tree's (``jax.ShapeDtypeStruct``s will do).  The adapter is sharded as they are.
-      extra: a pytree of the structure of the saved ``extra``; its arrays (or
-        ``jax.ShapeDtypeStruct``s, such as ``jax.eval_shape(tx.init, tree)`` gives)
-        need only have the right shapes and dtypes.  One with a sharding, as on a mesh
-        those of ``tx.init(tree)`` are, gets its array there, another one gets it on the
-        default device.  A Python number stands for a scalar array, such as a
-        TrainState's step, and gets a Python number back.
+      directory: the directory that was passed to `save`.
+      params: the base: plain params with the same paths, shapes and dtypes as the saved
+        tree's base.  ``jax.ShapeDtypeStruct``s will do.  The adapter is sharded as they
+        are.
+      extra: a pytree with the structure of the saved ``extra``.  Of its arrays only
+        shape, dtype and sharding are read, so it may have ``jax.ShapeDtypeStruct``s,
+        such as ``jax.eval_shape(tx.init, tree)`` gives.  An array is restored to the
+        sharding that it has here (on a mesh, ``tx.init(tree)`` has shardings), else to
+        the default device.  A Python number may stand for a scalar array, such as a
+        TrainState's step; it is restored as a Python number.
 
     Returns:
       The tree; with ``extra``, the pair (tree, extra).
 
     Raises:
       FileNotFoundError: there is no such directory.
-      DamagedError: it is no whole adapter checkpoint, or an array is damaged; on all
-        processes, if one of them found it.
-      OSError: it could not be read, which need not be the checkpoint's fault.
-      ValueError: it is of a newer format; it belongs to another base, or ``extra`` is
-        another structure (with the first path that differs, what was expected and what
-        was found).  DamagedError is one, too.
+      DamagedError: the directory is no whole adapter checkpoint, or an array is
+        damaged.  If one process finds this, all processes raise.
+      OSError: the checkpoint could not be read, but it may be whole.
+      ValueError: the checkpoint has a newer format or belongs to another base, or
+        ``extra`` has another structure.  The error names the first path that differs,
+        what was expected and what was found.  A DamagedError is a ValueError, too.
 
     Example: see `save`.
     """

@@ -1,4 +1,4 @@
-"""The arrays of a checkpoint: as they are stored, and read to where they belong."""
+"""The arrays of a checkpoint: how they are stored, and read to their shardings."""
 
 from __future__ import annotations
 
@@ -26,19 +26,20 @@ def of_adapter(adapter: dict[str, Any]) -> dict[str, Any]:
 
 
 def data(x: Any) -> Any:
-    """What is stored of an array: the words of a PRNG key, else the array itself."""
+    """An array in the form that is stored: the words of PRNG keys, else as it is."""
     if is_key(x):
         return jax.random.key_data(x)
     if isinstance(x, jax.Array) and not (
         jax.process_count() > 1 and x.is_fully_addressable
     ):
         return x
-    x = np.asarray(x)  # also of an array of each process's own, which are alike
+    # Also if each of several processes has its own array: these are alike.
+    x = np.asarray(x)
     return x.astype(x.dtype.newbyteorder("="))
 
 
 def places(stored: Any, plan: Any, bases: dict[str, Any]) -> dict[str, Any]:
-    """The sharding of each array of the adapter, from that of its base."""
+    """The sharding of each array of the adapter, from the sharding of its base."""
     found: dict[str, Any] = {}
     for p, said in plan.items():
         names = document.names(said, p, stored)
@@ -56,19 +57,20 @@ def read(
     templates: dict[str, Any],
     wanted: dict[str, Any],
 ) -> dict[str, Any]:
-    """The arrays of a checkpoint where they belong, each verified by its checksum.
+    """The arrays of a checkpoint in their shardings, each verified by its checksum.
 
     Args:
-      path: of the checkpoint.
-      arrays: the document's word on them, by item and name.
-      items: of these, what is read: "adapter" and perhaps "extra".
-      templates: arrays of the caller's by name, whose sharding is taken.
-      wanted: the sharding of arrays by name.
+      path: the checkpoint.
+      arrays: shape, dtype and checksum of each array, by item and name, from the
+        document.
+      items: the items to read: "adapter", and perhaps "extra".
+      templates: arrays of the caller, by name, whose shardings are used.
+      wanted: shardings by name; they take precedence over those of templates.
     """
 
     def target(p: str, shape: list[int], dtype: str) -> Any:
         place = wanted.get(p, sharding.of_array(templates.get(p)))
-        if place is None:
+        if place is None:  # numpy's: an array that JAX may still move
             return np.empty(shape, jnp.dtype(dtype))
         return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=place)
 
@@ -77,7 +79,7 @@ def read(
     found: dict[str, Any] = {k: {} for k in signatures}
     for k, v in signatures.items():
         for p, (shape, dtype, _) in v.items():
-            if 0 in shape:  # Orbax stores none of these
+            if 0 in shape:  # not stored, since Orbax cannot
                 numpy = isinstance(templates.get(p), np.ndarray)
                 found[k][p] = (np if numpy else jnp).zeros(shape, dtype)
             else:

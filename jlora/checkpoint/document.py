@@ -1,8 +1,9 @@
-"""The JSON document of a checkpoint: what it holds, and of which base.
+"""The JSON document of a checkpoint: what it holds, and for which base.
 
-It has the format and version; the plan, with an entry for each leaf; the base's
-fingerprint, which is the path, shape and dtype of every array; the same and a checksum
-of every array that is stored; and a checksum of the document itself.
+It has the format and its version; the plan, with an entry for each leaf; the base's
+fingerprint: the path, shape and dtype of every array; shape, dtype and checksum of
+every array that is stored; the values of ``extra`` that are no arrays, and the types of
+its PRNG keys; and a checksum of the document itself.
 """
 
 from __future__ import annotations
@@ -30,13 +31,14 @@ def signature(x: Any) -> list[Any]:
 
 
 def fingerprint(tree: Any) -> dict[str, list[Any]]:
-    """The signature of every array of the base, by path; of plain params too."""
+    """The signature of every base array, by path; the tree may be plain params."""
     return {path: signature(x) for path, x in bases(tree).items()}
 
 
 def bases(tree: Any) -> dict[str, Any]:
-    """The base arrays of a tree by path, or what knows their shape and dtype."""
+    """The base arrays of a tree by path, or what has their shape and dtype."""
 
+    # A leaf whose base was dropped has the shape and dtype itself.
     def own(x: Any) -> Any:
         return x.base if is_adapted(x) and base.shaped(x.w) else x
 
@@ -45,7 +47,7 @@ def bases(tree: Any) -> dict[str, Any]:
 
 
 def entry(leaf: Adapted) -> dict[str, Any]:
-    """What the plan says of a leaf: all that its arrays do not."""
+    """The plan's entry of a leaf: all that its arrays do not tell."""
     said: dict[str, Any] = (
         {"kind": "full"} if isinstance(leaf, Full) else {"kind": "lora"}
     )
@@ -57,19 +59,19 @@ def entry(leaf: Adapted) -> dict[str, Any]:
 
 
 def names(said: dict[str, Any], path: str, arrays: Iterable[str]) -> dict[str, str]:
-    """The fields of a leaf that are stored, and the name of the array of each."""
+    """The stored fields of a leaf, each with the name of its array."""
     table = Full.fields if said["kind"] == "full" else LoRA.fields
     at = {name: f"{path}:{name}" for name in table}
     return {name: own for name, own in at.items() if own in arrays}
 
 
 def leaf_of(said: dict[str, Any], shape: Any, arrays: dict[str, Any]) -> Adapted:
-    """The leaf of an entry of the plan, without its base.
+    """The leaf that an entry of the plan describes, without its base.
 
     Args:
       said: the entry.
-      shape: of the weight.
-      arrays: its fields, or their shapes, by name.
+      shape: the weight's shape.
+      arrays: the leaf's fields, or their shapes, by name.
     """
     w = base.from_document(said, shape)
     if said["kind"] == "full":
@@ -79,18 +81,18 @@ def leaf_of(said: dict[str, Any], shape: Any, arrays: dict[str, Any]) -> Adapted
 
 
 def crc(document: dict[str, Any]) -> int:
-    """The checksum of all of a document but its own."""
+    """The checksum of a document, but for its ``crc``."""
     text = json.dumps({k: v for k, v in document.items() if k != "crc"}, sort_keys=True)
     return zlib.crc32(text.encode())
 
 
 def read(path: epath.Path) -> dict[str, Any]:
-    """The document of a checkpoint, of a format that this version reads.
+    """Reads the document of a checkpoint.
 
     Raises:
       FileNotFoundError: there is no such directory.
       DamagedError: the document is not as it was written.
-      ValueError: it is of a newer format.
+      ValueError: the format is newer than this version reads.
     """
     if not path.exists():
         raise FileNotFoundError(
@@ -120,10 +122,10 @@ def require_same(
     """Raises at the first path whose signatures differ.
 
     Args:
-      what: what is wrong then.
-      want: signature by path, as it was saved.
-      have: the same of what was passed.
-      do: what to do about it.
+      what: the start of the error, which says what is wrong.
+      want: signature by path, of what was saved.
+      have: signature by path, of what was passed.
+      do: the end of the error, which says what to do.
     """
     for p in [*want, *have]:
         expected, found = (side.get(p, "nothing") for side in (want, have))

@@ -1,4 +1,4 @@
-"""``extra``: any pytree that is saved beside an adapter, and how it comes back.
+"""``extra``: any pytree that is saved beside an adapter, and how it is restored.
 
 Its arrays are stored as arrays, PRNG keys by their words, and numbers, strings and
 booleans in the document.
@@ -15,7 +15,7 @@ import numpy as np
 
 from jlora.checkpoint.document import require_same, signature
 
-# What Orbax cannot write.
+# Dtypes that Orbax cannot write.
 _UNSTORED = frozenset("uint4 int2 uint2 int1 uint1".split())
 
 
@@ -65,7 +65,7 @@ def leaves(extra: Any) -> list[tuple[str, Any]]:
 
 
 def is_key(x: Any) -> bool:
-    """Whether an array is one of PRNG keys."""
+    """Whether an array holds PRNG keys."""
     return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
@@ -79,22 +79,25 @@ def _storable(x: Any) -> bool:
 
 def _python(x: Any) -> type | None:
     """The JSON type of a Python number, string or boolean; None for all else."""
+    # Most scalars of numpy are stored as arrays; some would pass for a Python float.
     if isinstance(x, np.generic):
         return str if isinstance(x, np.str_) else None
+    # A bool is an int as well, so it comes first.
     return next((t for t in (bool, int, float, str) if isinstance(x, t)), None)
 
 
 def require_structure(
     path: Any, document: dict[str, Any], extra: Any
 ) -> dict[str, Any]:
-    """The leaves of a template by key path, if they are those that were saved.
+    """The leaves of a template by key path; they must be those that were saved.
 
     Raises:
-      ValueError: at the first path that differs.
+      ValueError: a path differs; the error names the first.
     """
     templates = dict(leaves(extra))
     want = {p: s[:2] for p, s in document["arrays"]["extra"].items()}
     want |= {p: type(v).__name__ for p, v in document["values"].items()}
+    # The arrays of keys are their words; a template has the keys themselves.
     want |= {p: s[:2] for p, s in document["keys"].items()}
     have = {p: _template_signature(x, want.get(p)) for p, x in templates.items()}
     require_same(
@@ -107,7 +110,7 @@ def require_structure(
 
 
 def _template_signature(x: Any, stored: Any) -> Any:
-    """A template's signature; a Python number stands for a scalar array of its type."""
+    """A template's signature; a number is a scalar array if that is what was stored."""
     python = _python(x)
     if python is not None:
         scalar = isinstance(stored, list) and stored[0] == []
@@ -118,6 +121,7 @@ def _template_signature(x: Any, stored: Any) -> Any:
     if not hasattr(x, "dtype"):
         return type(x).__name__
     if isinstance(x, (np.ndarray, np.generic)):
+        # Arrays are stored in the machine's byte order.
         x = np.empty(x.shape, x.dtype.newbyteorder("="))
     return signature(x)
 
@@ -128,11 +132,11 @@ def restored(
     templates: dict[str, Any],
     read: dict[str, Any],
 ) -> Any:
-    """A pytree like ``extra`` with what was saved.
+    """A pytree like ``extra``, with the values that were saved.
 
     Args:
       extra: the template.
-      document: of the checkpoint.
+      document: the checkpoint's document.
       templates: its leaves by key path.
       read: the arrays that were read, by key path.
     """
@@ -147,7 +151,7 @@ def restored(
 
 
 def _as_template(x: Any, template: Any, impl: str | None, p: str) -> Any:
-    """A stored array as the kind of thing that the template is."""
+    """A stored array as what the template is: keys, a number, or an array."""
     if impl is not None:
         return jax.random.wrap_key_data(jnp.asarray(x), impl=impl)
     if not hasattr(template, "dtype"):
@@ -158,7 +162,7 @@ def _as_template(x: Any, template: Any, impl: str | None, p: str) -> Any:
 
 
 def as_jax(x: Any, where: str) -> jax.Array:
-    """An array that was read, as one of JAX's; free to move where it was not placed."""
+    """An array that was read, as one of JAX's; without a sharding JAX may move it."""
     if jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype:
         raise ValueError(
             f"checkpoint.restore: {where!r} was saved as {x.dtype}, which JAX would "

@@ -1,7 +1,7 @@
-"""What Orbax is asked to do: writes in the background, and reads that all agree on.
+"""How Orbax is used: writes in the background, and reads that all processes agree on.
 
-A directory is written by one save at a time, whoever asks.  Of several processes each
-reads what it needs by itself, and all of them go on, or none does.
+Only one save at a time writes to a directory.  Each of several processes reads what it
+needs by itself; then either all of them go on, or all of them raise.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from jax.experimental import multihost_utils
 
 _LOG = logging.getLogger("jlora")
 
-# Saves that are not committed yet, by their paths.  Two that race for a directory would
-# delete each other's: who enters its handle here first goes on, others wait for it.
+# Saves that are not committed yet, by path.  Two saves to one directory would delete
+# each other's files, so the first to enter its handle here goes on and others wait.
 _SAVING: dict[str, Handle] = {}
 
 
@@ -40,13 +40,13 @@ class Handle:
         self._error: Exception | None = None
 
     def wait(self) -> None:
-        """Returns once the checkpoint is committed; raises what the save raised."""
+        """Waits until the checkpoint is committed; raises if the save failed."""
         self._finish()
         if self._error is not None:
             raise self._error
 
     def _start(self, items: dict[str, Any]) -> None:
-        with self._lock:  # whoever finds this handle waits until its save has begun
+        with self._lock:  # who finds this handle waits until its save has begun
             while (other := _SAVING.setdefault(str(self._path), self)) is not self:
                 other._finish()
             try:
@@ -66,7 +66,7 @@ class Handle:
             try:
                 if self._checkpointer is not None:
                     self._checkpointer.wait_until_finished()
-            except Exception as e:  # which Orbax raises once, and to whoever asks first
+            except Exception as e:  # Orbax raises it only once: kept for `wait`
                 self._error = e
             if self._checkpointer is not None:
                 self._checkpointer.close()
@@ -84,25 +84,26 @@ def _finish_all() -> None:
             )
 
 
-# When a program ends. Python stops its thread pools, by which Orbax writes, before it
-# calls what atexit knows; only this comes earlier.
+# At its end Python first stops the thread pools with which Orbax writes, and then calls
+# the functions of atexit.  Only this hook, which is private, comes earlier.
 threading._register_atexit(_finish_all)  # type: ignore[attr-defined]
 
 
 def path_of(directory: str | os.PathLike[str]) -> epath.Path:
-    """The directory as an absolute path; one of another file system as it is."""
+    """The directory as an absolute path; a URL, such as of a bucket, as it is."""
     path = epath.Path(directory)
     return path if "://" in os.fspath(directory) else path.expanduser().absolute()
 
 
 def saving(path: epath.Path) -> bool:
-    """Whether a save to this place is under way."""
+    """Whether a save to this path is under way."""
     return str(path) in _SAVING
 
 
 def check_place(path: epath.Path) -> None:
-    """Raises where no checkpoint can be made."""
+    """Raises if no checkpoint can be made at this path."""
     local = "://" not in str(path)
+    # A dangling link does not exist, but is in the way.
     if path.exists() or (local and os.path.islink(path)):
         raise FileExistsError(
             f"checkpoint.save: {path} exists: expected a new directory, so that no "
@@ -120,7 +121,7 @@ def check_place(path: epath.Path) -> None:
 
 
 def restore(path: epath.Path, args: dict[str, Any]) -> Any:
-    """What this process needs of a checkpoint; it waits for no other one."""
+    """Reads items of a checkpoint; this process does not wait for the others."""
     alone = ocp.options.MultiprocessingOptions(
         primary_host=jax.process_index(),
         active_processes={jax.process_index()},
@@ -134,9 +135,9 @@ def restore(path: epath.Path, args: dict[str, Any]) -> Any:
 
 
 def together(path: epath.Path, fn: Callable[[], Any]) -> Any:
-    """fn() on every process; where one of them raises, all do.
+    """fn() on every process; if one of them raises, all do.
 
-    Else the others would wait for it in their next collective, or go another way.
+    Otherwise the others would go on, and wait for it in their next collective.
     """
     if jax.process_count() == 1:
         return fn()
@@ -145,6 +146,7 @@ def together(path: epath.Path, fn: Callable[[], Any]) -> Any:
         out = fn()
     except Exception as e:
         error = e
+    # 0: done, 1: the checkpoint is damaged, 2: another error.
     state = 0 if error is None else 1 if isinstance(error, DamagedError) else 2
     states = multihost_utils.process_allgather(np.int32(state))
     if error is not None:
@@ -157,14 +159,15 @@ def together(path: epath.Path, fn: Callable[[], Any]) -> Any:
     return out
 
 
-# Not of the file, but of the moment: the checkpoint may be whole.
+# Errors of the moment, not of the file: the checkpoint may be whole.
 _PASSING = MemoryError, jax.errors.JaxRuntimeError
+# These are OSErrors, but they say that a part of the checkpoint is missing.
 _MISSING = FileNotFoundError, NotADirectoryError, IsADirectoryError
 
 
 @contextlib.contextmanager
 def damage(path: epath.Path, what: str) -> Iterator[None]:
-    """Whatever a file that was changed may raise, as a DamagedError."""
+    """Raises a DamagedError for any error that a damaged file may cause."""
     try:
         yield
     except Exception as e:
@@ -175,7 +178,7 @@ def damage(path: epath.Path, what: str) -> Iterator[None]:
 
 
 def damaged(path: epath.Path, why: str, error: Exception | None = None) -> str:
-    """The words of a `DamagedError`."""
+    """The text of a `DamagedError`."""
     cause = f" ({type(error).__name__}: {str(error)[:200]})" if error else ""
     return (
         f"checkpoint.restore: {path} is no whole adapter checkpoint: {why}{cause}. "

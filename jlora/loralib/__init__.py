@@ -14,7 +14,7 @@ torch, and without running anything that is in it:
     tree = jlora.attach(params, adapter)
 
 `load` is in this file.  `files` reads a file and pairs its factors, `names` finds the
-path of each of its modules, `layers` tells which kind of layer a pair of factors is of.
+path of each of its modules, `layers` finds which kind of layer each pair belongs to.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def load(
     """The adapter that ``loralib.lora_state_dict`` saved, for `jlora.attach`.
 
     loralib saves factors and biases by the names of torch's modules, and nothing else.
-    What the file lacks is said here, or by a `Plan`:
+    What the file lacks is given by the arguments, or by a `Plan`.  The factors are:
 
     ============= ================================ ================================
     layer         lora_A, lora_B                   a, b
@@ -63,45 +63,47 @@ def load(
     Conv2d        (r·k, in·k), (out/groups·k, r·k) their transposes, as in `Kernel`
     ============= ================================ ================================
 
-    A module ``encoder.0.query`` is looked for in ``encoder/0/query``, as its
-    ``kernel``, ``embedding``, ``weight`` or ``w``, or that path itself; its bias as
-    ``bias`` or ``b`` there.  The kind of layer, the roles of the weight's axes and the
-    groups of a convolution follow from the sizes: in axes come before out axes in a
-    ``kernel``, ``embedding`` or ``w``, either way round in a matrix of another name.
-    Where several readings fit, or none, that is an error, and a plan decides.
+    The weight of a module ``encoder.0.query`` is the ``kernel``, ``embedding``,
+    ``weight`` or ``w`` in ``encoder/0/query``, or the array at that path itself.  Its
+    bias is the ``bias`` or ``b`` there.  The kind of layer, the roles of the weight's
+    axes and the groups of a convolution follow from the sizes.  In a ``kernel``,
+    ``embedding`` or ``w`` the in axes come before the out axes; in a matrix of another
+    name, either may come first.  If several readings fit, or none, `load` raises, and a
+    plan decides.
 
-    Layers that params keep as one stack are loaded without params and then stacked:
-    ``jax.tree.map(lambda *x: jnp.stack(x), *leaves)``.
+    If params keep several layers as one stack, load them without params and then stack
+    them: ``jax.tree.map(lambda *x: jnp.stack(x), *leaves)``.
 
     Args:
       state_dict: names to arrays (numpy's, JAX's or torch's), or the path of a file as
         in `read`.
       params: the tree that the adapter is for; arrays or ``jax.ShapeDtypeStruct``s.
-        None, and no plan: every weight is a (in, out) ``kernel``, which is wrong for a
-        convolution, and `jlora.attach` then refuses it.
-      plan: a `Plan` of that tree instead.  It says all that ``params``, ``alpha`` and
-        ``enable_lora`` do, and whatever it plans has to be in the file.
+        With None, and no plan, every weight is taken for an (in, out) ``kernel``.  This
+        is wrong for a convolution, and `jlora.attach` then refuses the adapter.
+      plan: a `Plan` of that tree.  It replaces ``params``, ``alpha`` and
+        ``enable_lora``, and every weight that it plans has to be in the file.
       alpha: loralib's ``lora_alpha``, which is not in the file; or a mapping from
-        pattern to it, the first match wins.  The delta is alpha / r * a·b; None, and
-        where no pattern matches, is alpha = r, a scale of 1.
-      rename: from the name of a module in torch to the path of its weight in params, or
-        of what holds its weight and bias:
+        pattern to alpha, the first match wins.  The delta is alpha / r * a·b.  Without
+        an alpha, or without a match, alpha = r, a scale of 1.
+      rename: a function from the name of a torch module to the path of its weight in
+        params, or to the path of the layer that has its weight and bias:
         ``lambda m: "params/" + m.replace(".", "/")``.
-      enable_lora: the flags of every ``MergedLinear`` of which not all slices are
-        enabled, or a mapping from pattern to flags.  Without params whatever a pattern
-        matches is taken for a ``MergedLinear``.
+      enable_lora: one flag for each slice, needed for every ``MergedLinear`` that has
+        slices without factors; or a mapping from pattern to flags.  Without params,
+        every module that a pattern matches is taken for a ``MergedLinear``.
 
     Returns:
       A flat dict from path to `LoRA` with ``w=None``; biases are `Full` leaves.  The
       arrays have the file's floating-point types (float64 only with JAX's x64 on).
 
     Raises:
-      FileNotFoundError, ValueError: as `read`.
-      ValueError: a key that is no factor and no bias; a factor without its other one;
-        a module that params has not (with the paths near it); sizes that do not fit the
-        weight, or fit it in several ways; unknown or wrong flags; a pattern that
-        matches nothing; a planned path that the file has not.
-      TypeError: a ``state_dict`` that is neither mapping nor path.
+      FileNotFoundError, ValueError: as in `read`.
+      ValueError: a key that is neither factor nor bias; a factor without the other one;
+        a module that params do not have (the error lists near paths); sizes that do not
+        fit the weight, or fit it in several ways; missing or wrong flags; a pattern
+        that matches nothing; a planned path that the file does not have.
+      TypeError: a ``state_dict`` that is neither mapping nor path; a plan that is no
+        `Plan`; a ``rename`` that is no function.
 
     Example:
       >>> import jax.numpy as jnp, jlora.loralib
@@ -143,7 +145,7 @@ def load(
 
 
 def _check(plan: Any, rename: Any, others: dict[str, Any]) -> None:
-    """Raises for arguments of the wrong types, or beside a plan that decides them."""
+    """Raises for arguments of wrong types, or that a plan decides."""
     if plan is not None and not isinstance(plan, Plan):
         raise TypeError(
             f"load: plan is a {type(plan).__name__}: expected what jlora.plan gives."
@@ -165,7 +167,7 @@ def _check(plan: Any, rename: Any, others: dict[str, Any]) -> None:
 def _planned(
     tree: Tree, factors: Factors, flags: Patterns, alphas: Patterns
 ) -> tuple[dict[str, Any], dict[str, Spec]]:
-    """The base, or its shape, and the spec of each pair of factors, by path."""
+    """The bases (or their shapes) and the specs for the pairs of factors, by path."""
     bases: dict[str, Any] = {}
     specs: dict[str, Spec] = {}
     for module, (a, b) in factors.items():
@@ -203,8 +205,8 @@ def _require_all(plan: Plan, specs: dict[str, Spec]) -> None:
 
 
 def _bias(tree: Tree, path: str, spec: Spec) -> str | None:
-    """Where the bias of a weight's layer stands, seen from the weight."""
-    if tree.leaves is None:  # the file does not tell; where there is none, nothing
+    """The path of the bias of a weight's layer, relative to the weight."""
+    if tree.leaves is None:  # not known; `attach` drops it if there is no such bias
         return "bias"
     bias = sibling_bias(path, tree.leaves) if tree.plan is None else spec.bias
     return None if bias is None else paths.relative(bias, path)

@@ -15,12 +15,12 @@ from jlora import _torch_file
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """The tensors of a checkpoint by torch's names, to look at or to take some away.
+    """The tensors of a checkpoint by torch's names, to inspect or to remove some.
 
     Args:
-      path: of a safetensors file, if its name ends in ``.safetensors``; else of a file
-        that ``torch.save`` wrote.  Its pickle is given no names but those that tensors
-        need; torch is neither needed nor imported.
+      path: a safetensors file, if the name ends in ``.safetensors``; else a file that
+        ``torch.save`` wrote.  Its pickle can use only the names that tensors need.
+        torch is neither needed nor imported.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -49,7 +49,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
 
 def arrays(state_dict: Any) -> dict[str, np.ndarray]:
-    """The state dict as numpy arrays, of torch tensors too."""
+    """The state dict with numpy arrays, also for arrays of JAX and tensors of torch."""
     if isinstance(state_dict, (str, os.PathLike)):
         return dict(read(state_dict))
     if not isinstance(state_dict, Mapping):
@@ -64,7 +64,7 @@ def arrays(state_dict: Any) -> dict[str, np.ndarray]:
             return x.astype(x.dtype.newbyteorder("="), copy=False)
         x = x.detach()
         try:
-            # numpy has no bfloat16 that torch knows
+            # torch cannot make numpy's bfloat16 (of ml_dtypes): through float32.
             half = str(x.dtype) == "torch.bfloat16"
             x = x.cpu()
             return np.asarray(x.float(), jnp.bfloat16) if half else np.asarray(x)
@@ -78,11 +78,12 @@ def arrays(state_dict: Any) -> dict[str, np.ndarray]:
     return {str(key): array(key, x) for key, x in state_dict.items()}
 
 
+# (lora_A, lora_B) by module.
 Factors = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 def in_pairs(arrays: Mapping[str, np.ndarray]) -> tuple[Factors, dict[str, np.ndarray]]:
-    """(A, B) by module, and the biases by their own names; nothing is left over."""
+    """(A, B) by module, and the biases by key; raises for any other key."""
     found: dict[str, dict[str, np.ndarray]] = {}
     others: dict[str, np.ndarray] = {}
     for key, x in arrays.items():

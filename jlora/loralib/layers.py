@@ -1,7 +1,7 @@
-"""The layers of loralib: what a pair of factors is of, and as what leaf.
+"""loralib's layers: which kind a pair of factors belongs to, and the leaf it becomes.
 
-A file has ``lora_A`` and ``lora_B`` by module and says no more.  The kind of layer is
-that of a plan, or the only one that the sizes of factors and weight leave.
+A file has only ``lora_A`` and ``lora_B`` for each module.  The kind of layer comes from
+a plan; without one, it is the only kind that fits the sizes of factors and weight.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _IN_FIRST = ("kernel", "embedding", "w")
 def _sizes(
     shape: tuple[int, ...], axes: str, rank: int, form: Form | None
 ) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The shapes of lora_A and lora_B of such a leaf.
+    """The shapes of lora_A and lora_B for a leaf of this shape, rank and form.
 
     Example:
       >>> _sizes((4, 6), "io", 2, Blocks((True, False, True)))
@@ -48,9 +48,10 @@ def leaf(
     a: np.ndarray,
     b: np.ndarray,
 ) -> LoRA:
-    """The adapted leaf of factors that have the sizes of the spec."""
+    """The adapted leaf of a pair of factors that fit the spec."""
     to_a, to_b = (spec.shapes(shape)[name] for name in ("a", "b"))
     k, shared = forms.of(spec.form).blocks, to_a[-1]
+    # Each of the k blocks is transposed: loralib has (r, in) and (out, r).
     a = a.reshape(k, shared, -1).swapaxes(1, 2).reshape(to_a)
     b = b.reshape(k, -1, shared).swapaxes(1, 2).reshape(to_b)
     return LoRA(
@@ -65,7 +66,7 @@ def leaf(
 
 
 def planned(plan: Plan, path: str, a: np.ndarray, b: np.ndarray) -> Spec:
-    """The spec that the plan has for the path, if the factors are of it."""
+    """The plan's spec for the path; raises unless the factors fit it."""
     if path not in plan:
         why = plan.skipped.get(path, "it was not a target")
         raise ValueError(
@@ -99,12 +100,12 @@ def told_by_sizes(
     leaves: Mapping[str, Any],
     flags: Sequence[bool] | None,
 ) -> Spec:
-    """The spec that the sizes of weight and factors leave no doubt of."""
+    """The only spec that fits the sizes of weight and factors; raises otherwise."""
     shape = tuple(leaves[path].shape)
     found = list(_readings(path.rpartition("/")[2], shape, a, b))
     bias = sibling_bias(path, leaves)
     if len(found) > 1 and bias is not None:
-        # The bias is as the out axes are.
+        # A bias has the shape of the out axes.
         sizes = tuple(leaves[bias].shape)
         found = [
             s for s in found if sizes == tuple(shape[k] for k in s.out_axes)
@@ -131,6 +132,7 @@ def told_by_sizes(
         )
     (spec,) = found
     form = spec.form
+    # `_readings` knows how many slices are enabled; the flags say which.
     if form and (slices := form.slices):
         form = Blocks(_enabled(path, flags, sum(slices), len(slices)))
     form = fitted(form, path, shape, spec.axes, spec.kind)
@@ -140,9 +142,9 @@ def told_by_sizes(
 def _readings(
     name: str, shape: tuple[int, ...], a: np.ndarray, b: np.ndarray
 ) -> Iterator[Spec]:
-    """Every spec of which the factors could be, by their sizes.
+    """Every spec that fits the sizes of the factors.
 
-    Of k of n slices the first k stand for whichever are enabled.
+    Sizes tell that k of n slices are enabled, not which: the first k stand for them.
     """
     (rows, columns), (out_rows, rank) = a.shape, b.shape
     roles = ["i" * k + "o" * (len(shape) - k) for k in range(1, len(shape))]
@@ -150,6 +152,7 @@ def _readings(
         roles = ["io", "oi"] if len(shape) == 2 else []
     for axes in roles:
         found: list[tuple[str, Form | None, int]] = [("dense", None, rows)]
+        # For k slices of n, lora_A has k·r rows and lora_B has k·out/n.
         slices = rows // rank
         out = math.prod(n for n, role in zip(shape, axes, strict=True) if role == "o")
         if 0 < slices <= (n := out * slices // out_rows) and n > 1:
@@ -157,7 +160,7 @@ def _readings(
             found.append(("dense", Blocks(flags), rank))
         if axes == "iiio" and shape[0] == shape[1]:
             groups = columns // max(shape[0] * shape[2], 1)
-            # Of a kernel of one pixel in one group it is a plain product.
+            # With a kernel of one pixel in one group, it is the plain product above.
             if groups and shape[0] * groups > 1 and rows >= shape[0]:
                 found.append(("conv", Kernel(None, groups), rows // shape[0]))
         for kind, form, r in found:
@@ -168,7 +171,7 @@ def _readings(
 def told_by_file(
     path: str, a: np.ndarray, b: np.ndarray, flags: Sequence[bool] | None
 ) -> tuple[Any, Spec]:
-    """(base, spec) where params are not known: of a (in, out) kernel."""
+    """(base, spec) if params are not known: the weight is an (in, out) kernel."""
     (rows, columns), (out_rows, rank) = a.shape, b.shape
     slices, rest = divmod(rows, rank)
     if rest or not slices or out_rows % slices:
@@ -186,7 +189,7 @@ def told_by_file(
 
 
 def _enabled(path: str, said: Any, k: int, n: int | None) -> tuple[bool, ...]:
-    """The flags of a MergedLinear of which k slices (of n, if known) are enabled."""
+    """The flags of a MergedLinear with k enabled slices (of n, if that is known)."""
     slices = f"{k} of {n}" if n else str(k)
     if said is None and k != n:
         example = (True,) * k + (False,) * ((n or k) - k)

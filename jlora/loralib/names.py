@@ -1,4 +1,4 @@
-"""Where the params keep what torch's modules have, and what is said by pattern."""
+"""The paths in params of what torch's modules have; arguments given by pattern."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from jlora._tree import by_path, paths
 from jlora._tree.patterns import check_matched, matches
 from jlora.loralib.files import Factors
 
-# What a weight is called in Flax (the first two), Equinox and Haiku.
+# The names of weights in Flax (the first two), Equinox and Haiku.
 _WEIGHTS = ("kernel", "embedding", "weight", "w")
 _BIASES = ("bias", "b")
 
 
 @dataclasses.dataclass(frozen=True)
 class Tree:
-    """Where the params keep what torch's modules have.
+    """The paths in params of the weights and biases of torch's modules.
 
     Attributes:
-      leaves: path to array of the params, or None where they are not known.
-      plan: or None.
+      leaves: path to array of the params; None if they are not known.
+      plan: a `Plan`, or None.
       rename: as in `load`.
     """
 
@@ -50,6 +50,7 @@ class Tree:
     def weight(self, module: str) -> str:
         """The path of a module's weight."""
         place = self._place(module)
+        # Without params, what rename gives is taken for the path of the weight itself.
         if self.leaves is None:
             return place if self.rename else _join(place, _WEIGHTS[0])
         found = self._found([place, *(_join(place, name) for name in _WEIGHTS)])
@@ -71,7 +72,7 @@ class Tree:
     def bias(self, key: str, x: np.ndarray, factors: Factors) -> tuple[str, np.ndarray]:
         """The path of a bias, and its value in the shape that it has there."""
         module, _, name = key.rpartition(".")
-        # ConvLoRA keeps its convolution in a module of its own.
+        # ConvLoRA keeps its convolution, with the bias, in a submodule ``conv``.
         outer, _, last = module.rpartition(".")
         if last == "conv" and outer in factors and module not in factors:
             module = outer
@@ -111,13 +112,19 @@ def _join(place: str, name: str) -> str:
 
 
 def shape_of(*shape: int) -> Any:
-    """A float32 array of this shape, without the array."""
+    """The ``jax.ShapeDtypeStruct`` of a float32 array of this shape."""
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
 class Patterns:
-    """A value for all paths, or one by pattern of which the first match wins."""
+    """An argument with one value for all paths, or values by pattern.
+
+    Attributes:
+      name: the argument's name.
+      values: value by pattern; the first match wins.
+      everywhere: whether there is one value for all paths.
+    """
 
     name: str
     values: Mapping[Any, Any]
@@ -125,7 +132,7 @@ class Patterns:
 
     @classmethod
     def of(cls, name: str, said: Any) -> Patterns:
-        """From an argument of `load` of this name."""
+        """From the argument of `load` that has this name."""
         everywhere = not isinstance(said, Mapping)
         values = said
         if everywhere:
@@ -143,7 +150,7 @@ class Patterns:
         return cls(name, values, everywhere)
 
     def find(self, path: str, x: Any) -> Any:
-        """The value for a path; None where nothing was given."""
+        """The value for a path; None if none was given."""
         return next((v for p, v in self.values.items() if matches(p, path, x)), None)
 
     def check(self, leaves: Mapping[str, Any], layers: str) -> None:
