@@ -23,16 +23,16 @@ Adapter = dict[str, Adapted]
 
 
 def merge(tree: Any) -> Any:
-    """Plain params with the deltas in: w + scale * a·b, rounded once to w's dtype.
+    """Plain params with the deltas added: w + scale * a·b, rounded once to w's dtype.
 
-    Computed in float32 (float64 where a base or factor is).  A `Full` leaf gives its
-    value in the base's dtype.  An output bias goes into the bias of the weight's layer.
-    A base that was dropped counts as zero.
-    What is sharded stays sharded as the base is.
+    The sum is computed in float32 (float64 if a base or factor is float64).  A `Full`
+    leaf gives its value in the base's dtype.  An output bias is added to the bias of
+    the weight's layer.  A base that was dropped counts as zero.  Every result is
+    sharded as its base is.
 
     Raises:
-      ValueError: a leaf without its base; one with an output bias whose layer has no
-        bias to take it, or one of another shape.
+      ValueError: a leaf without its base; or an output bias whose layer has no bias of
+        the same shape.
 
     Example:
       >>> import jax.numpy as jnp, jlora
@@ -44,14 +44,14 @@ def merge(tree: Any) -> Any:
     def merged(leaf: Adapted) -> jax.Array:
         if isinstance(leaf, LoRA):
             return sharding.like(leaf.w, dense)(leaf)
-        # A Full value has a buffer of its own, which a later step may donate.
+        # A copy, since a later step may donate the buffer of the value.
         return jnp.array(dense(leaf), copy=True)
 
     return _with_output_biases(_map_adapted(merged, tree, "merge"), tree, "merge")
 
 
 def _with_output_biases(params: Any, adapter: Any, what: str, sign: int = 1) -> Any:
-    """The params with the output biases of an adapter in those of the layers."""
+    """The params with an adapter's output biases added to the layers' biases."""
     leaves, old = (dict(by_path.flatten(tree)[0]) for tree in (params, adapter))
     weights = {path: x for path, x in old.items() if isinstance(x, LoRA)}
     found, homeless = output_bias.homes({**leaves, **weights})
@@ -65,7 +65,7 @@ def _with_output_biases(params: Any, adapter: Any, what: str, sign: int = 1) -> 
     def leaf(path: str, x: Any) -> Any:
         if path not in found:
             return x
-        was = old.get(path)  # so that what trained whole is rounded once, too
+        was = old.get(path)  # a Full value is not rounded yet, so it is rounded once
         whole = was if isinstance(was, Full) else x
         return output_bias.plus(whole, [weights[p] for p in found[path]], sign)
 
@@ -75,8 +75,8 @@ def _with_output_biases(params: Any, adapter: Any, what: str, sign: int = 1) -> 
 def unwrap(tree: Any) -> Any:
     """Plain params without the deltas: the same base arrays that were wrapped.
 
-    A base that was dropped is a ``jax.ShapeDtypeStruct``: what `attach` and
-    ``checkpoint.restore`` need to know of it.
+    A base that was dropped gives a ``jax.ShapeDtypeStruct``, which is all that `attach`
+    and ``checkpoint.restore`` need.
 
     Raises:
       ValueError: a leaf without its base.
@@ -112,10 +112,11 @@ def _map_adapted(fn: Any, tree: Any, what: str) -> Any:
 
 
 def adapter(tree: Any) -> Adapter:
-    """Only what was adapted, without the base: a flat dict from path to leaf.
+    """The adapted leaves alone, without their bases: a flat dict from path to leaf.
 
-    One format for every framework: for checkpoints, arithmetic and interchange.  Its
-    leaves have ``w=None``; dropout keys are not part of it.
+    It has the same format for every framework, and serves for checkpoints, arithmetic
+    and interchange.  Its leaves have ``w=None``, or a `Dropped` base if it was dropped,
+    and no dropout keys.
 
     Raises:
       ValueError: no adapted leaf, or two with the same path.
@@ -146,12 +147,14 @@ def adapter(tree: Any) -> Adapter:
 def attach(params: Any, adapter: Adapter) -> Any:
     """Plain params with an adapter's leaves on them; the inverse of `adapter`.
 
-    The adapter must fit: every path in the tree, every shape the base's.
+    The adapter must fit: the tree has each of its paths, with an array of the same
+    shape.
 
     Raises:
-      ValueError: a path that the tree has not (with the paths near it, and the renaming
-        where it was made on ``{"params": …}`` or on a bare tree); a leaf that lacks
-        a, b or scale; a weight of another shape; a tree that is adapted already.
+      ValueError: a path that the tree does not have (the error lists near paths, and
+        the renaming if one of the two has a ``"params"`` level and the other does not);
+        a leaf that lacks a, b or scale; a weight of another shape; a tree that is
+        adapted already.
 
     Example:
       >>> import jax.numpy as jnp, jlora
@@ -163,7 +166,8 @@ def attach(params: Any, adapter: Adapter) -> Any:
     _fitting("attach", params, adapter)
 
     leaves = dict(by_path.flatten(params)[0])
-    # A bias fades with the base, so beside a base that is zero it was zero, too.
+    # A leaf of an adapter has a base only if that was dropped.  The layer's bias faded
+    # with the base, so it is zero, too.
     gone = {
         paths.resolve(x.bias_path, path)
         for path, x in adapter.items()
@@ -175,6 +179,7 @@ def attach(params: Any, adapter: Adapter) -> Any:
             return jnp.zeros_like(x) if path in gone and is_array(x) else x
         new = adapter[path]
         if isinstance(new, LoRA) and new.bias_path is not None:
+            # A loralib file does not tell which layers have a bias.
             if paths.resolve(new.bias_path, path) not in leaves:
                 new = dataclasses.replace(new, bias_path=None)
         return dataclasses.replace(new, w=x) if new.w is None else new
@@ -185,13 +190,13 @@ def attach(params: Any, adapter: Adapter) -> Any:
 def unmerge(params: Any, adapter: Adapter) -> Any:
     """Merged params with an adapter's delta subtracted: w - scale * a·b.
 
-    Inexact: merging rounded w + delta to w's dtype, and so does this.  The result is
-    off by about one unit in the last place of the larger of the two (2^-8 of it in
-    bfloat16, 2^-24 in float32); further cycles of merging and unmerging the same
-    adapter add nothing to it.  `unwrap` gives the very base instead.
+    The result is inexact, since `merge` and `unmerge` both round to w's dtype.  The
+    error is about one unit in the last place of the larger of w and the merged weight
+    (2^-8 of it in bfloat16, 2^-24 in float32).  It does not grow when the same adapter
+    is merged and unmerged again.  `unwrap` gives the exact base instead.
 
     Raises:
-      ValueError: as `attach`; or a `Full` leaf, whose base cannot be had back.
+      ValueError: as in `attach`; or a `Full` leaf, whose base is lost in the merge.
 
     Example:
       >>> import jax.numpy as jnp, jlora
@@ -215,7 +220,7 @@ def unmerge(params: Any, adapter: Adapter) -> Any:
         return sharding.like(x, dense)(minus)
 
     merged = by_path.map_leaves(leaf, params)
-    # The leaves of an adapter stand under their whole paths, as those of a tree do.
+    # An adapter has the paths of a tree, so it can be passed for one.
     return _with_output_biases(merged, adapter, "unmerge", sign=-1)
 
 
@@ -271,7 +276,7 @@ def _fitting(what: str, params: Any, adapter: Adapter) -> None:
 
 
 def _renaming(adapter: Adapter, leaves: Any) -> str:
-    """The line that renames an adapter between ``{"params": …}`` and a bare tree."""
+    """Advice to add or remove a ``"params"`` level, if the adapter fits after that."""
     for new, line in (
         (lambda p: f"params/{p}", '{f"params/{k}": v for k, v in adapter.items()}'),
         (

@@ -1,9 +1,9 @@
 """3L: fade the base away while the adapters train, until only they are left.
 
-A faded layer computes d·(x·W + bias) + x·noise + s·(x·a)·b + s·c.  The factor d goes
-from one to zero by a schedule; noise keeps the statistics of the weight meanwhile; the
-output bias c makes up for what fades.  At zero the base is dropped, and the model is
-its factors.
+A faded layer computes d·(x·W + bias) + x·noise + s·(x·a)·b + s·c.  A schedule takes
+the factor d from one to zero.  On the way, noise keeps the mean and deviation of the
+weight.  The output bias c makes up for what fades.  At zero the base is dropped, and
+the model consists of its factors.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Measured(base.Base):
 
     Attributes:
       array: the base array itself.
-      mean: float32 or wider, the array's shape with 1 for the axes that it is over.
-      std: likewise, the standard deviation.
+      mean: the mean, in float32 or wider; the axes that it is taken over have size 1.
+      std: the standard deviation, likewise.
     """
 
     array: Any
@@ -45,20 +45,20 @@ class Measured(base.Base):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the array."""
+        """The array's shape."""
         return tuple(self.array.shape)
 
     @property
     def dtype(self) -> Any:
-        """Of the array."""
+        """The array's dtype."""
         return self.array.dtype
 
     def use(self, fn: Callable[..., Any], *operands: Any) -> Any:
-        """The array is there."""
+        """fn of the array, which need not be made."""
         return fn(self.array, *operands)
 
     def then(self, fn: Callable[..., Any], *operands: Any) -> Any:
-        """An array of which nothing was measured."""
+        """A plain array: the statistics are not those of the result."""
         return fn(self.array, *operands)
 
     def plain(self) -> Any:
@@ -74,37 +74,38 @@ def fade(
     per: str = "tensor",
     key: jax.Array | None = None,
 ) -> Any:
-    """The tree with every adapted base scaled by ``factor``, and noise in its place.
+    """The tree with every adapted base scaled by ``factor``, and noise added.
 
-    Call it inside the loss, with the tree as it is and the factor of the step; the base
-    itself stays as it was (to fade a faded tree multiplies the factors).  To evaluate
-    on the way, fade without noise.  A checkpoint holds no factor: save the step, and
-    fade what was restored.
+    Call it inside the loss, on the tree that has not faded, with the factor of the
+    step.  It does not change that tree.  If a faded tree is faded again, the factors
+    multiply.  To evaluate during training, fade without noise.  A checkpoint holds no
+    factor: save the step, and fade the restored tree.
 
-    The faded weight is W' = d·W + noise, where the noise is drawn anew from
-    N((1 - d)·m, (1 - d²)·δ²) for W's mean m and standard deviation δ, so that W' has
-    them too.  The bias of the layer is scaled without noise; one that trains whole
-    (`Full`) is left to training.
+    The faded weight is W' = d·W + noise.  Each call draws the noise anew from
+    N((1 - d)·m, (1 - d²)·δ²) for W's mean m and standard deviation δ, so W' has the
+    same mean and deviation.  The bias of the layer is scaled without noise; a bias that
+    trains whole (`Full`) is not scaled.
 
     Args:
       tree: an adapted tree.
       factor: d, a number or a traced scalar in [0, 1] (a traced one is not verified);
         1 changes nothing.
-      noise: what the noise is multiplied by, a number or a traced scalar: 1 for the
-        distribution above, 0 or None for none.
-      per: "tensor" for one m and δ a weight (each layer or expert of a stack has its
-        own), "output" for those of each output.
-      key: a PRNG key for the noise; each leaf's is folded from its path.  In a loop
-        over layers, or on each shard of a mesh, give each a key of its own.
+      noise: a multiplier of the noise, a number or a traced scalar: 1 for the
+        distribution above, 0 or None for no noise.
+      per: "tensor" for one m and δ for each weight (for each layer or expert of a
+        stack), "output" for one m and δ for each output.
+      key: a PRNG key for the noise; each leaf's path is folded into it.  In a loop over
+        layers, or on the shards of a mesh, pass a different key for each.
 
     Returns:
-      The faded tree: `unwrap` gives the faded weights, in their own dtype.  Called
-      once with factor 1 and noise, before training, it leaves the weights as they are
-      and keeps m and δ beside them: no step computes them again.
+      The faded tree; `unwrap` gives the faded weights, in their own dtype.  Called
+      once with factor 1 and noise, before training, it does not change the weights, but
+      keeps m and δ beside them, so that no step computes them again.
 
     Raises:
       ValueError: no adapted leaf, or one without its base; a factor outside [0, 1];
         negative noise, or noise without a key; another ``per``.
+      TypeError: a factor or noise that is no number, such as the schedule itself.
 
     Example:
       >>> import jax.numpy as jnp, jlora
@@ -118,6 +119,7 @@ def fade(
         amount = _number("noise", noise, math.inf)
     if per not in ("tensor", "output"):
         raise ValueError(f"fade: per={per!r}: expected 'tensor' or 'output'.")
+    # Known without running: the base does not fade, or there is no noise.
     still = isinstance(d, float) and d == 1
     silent = amount is None or (isinstance(amount, float) and amount == 0)
     if not silent and key is None:
@@ -163,7 +165,7 @@ def fade(
 
 
 def _number(name: str, x: Any, most: float) -> Any:
-    """A Python number in [0, most] as a float; a traced scalar as it is."""
+    """A concrete number in [0, most] as a float; a traced scalar as it is."""
     if isinstance(x, jax.core.Tracer):
         if x.shape:
             raise ValueError(f"fade: {name} of shape {x.shape}: expected a scalar.")
@@ -186,7 +188,7 @@ def _scaled(w: jax.Array, d: Any) -> jax.Array:
 
 
 def _measured(x: LoRA, per: str) -> Measured:
-    """The base with its mean and standard deviation, if it lacks them."""
+    """The base with its mean and standard deviation, computed unless it has them."""
     w = x.base
     kept = {
         k for k, c in enumerate(x.axes) if c == "b" or (per == "output" and c == "o")
@@ -202,7 +204,7 @@ def _measured(x: LoRA, per: str) -> Measured:
 
 
 def _noisy(x: Measured, d: Any, amount: Any, key: jax.Array) -> jax.Array:
-    """d·w + amount·noise; nothing is drawn where that would be zero."""
+    """d·w + amount·noise; no noise is drawn if it would be zero."""
 
     def drawn() -> jax.Array:
         wide = jnp.promote_types(x.dtype, jnp.float32)
@@ -211,25 +213,26 @@ def _noisy(x: Measured, d: Any, amount: Any, key: jax.Array) -> jax.Array:
         noise = z * (std * x.std) + amount * (1 - d) * x.mean
         return (x.array.astype(wide) * d + noise).astype(x.dtype)
 
+    # `fade` does not come here with the numbers d = 1 or amount = 0.
     if isinstance(d, float) and isinstance(amount, float):
         return drawn()
     return lax.cond((amount > 0) & (d < 1), drawn, lambda: _scaled(x.array, d))
 
 
 def drop_base(tree: Any, *, force: bool = False) -> Any:
-    """The tree without the bases that have faded: the model is its factors.
+    """The tree without the bases that have faded: only the adapters are left.
 
-    `lift` then computes s·(x·a)·b + s·c alone, which is what the faded tree gives.
-    `count`, checkpoints and memory have the smaller model; what trained whole (`Full`)
-    goes without its base as well.  `merge` still gives plain params, of full size.
+    `lift` then computes s·(x·a)·b + s·c alone, the same as for the faded tree.  For
+    `count`, checkpoints and memory the model is smaller; `Full` leaves lose their bases
+    as well.  `merge` still gives plain params of full size.
 
     Args:
       tree: an adapted tree whose adapted bases, and their layers' biases, are zero, as
-        ``fade(tree, factor(step))`` gives it for the last step of a schedule.  (With
-        ``fade(tree, 0.0)`` they are zero after any step: nothing then tells that
-        training stopped halfway.)
-      force: drop bases that are not zero, and set those biases to zero, which changes
-        what the model computes.
+        ``fade(tree, factor(step))`` gives it for the last step of a schedule.
+        ``fade(tree, 0.0)`` makes them zero after any step, so it hides that training
+        stopped halfway.
+      force: whether to drop bases that are not zero, and to set those biases to zero.
+        This changes what the model computes.
 
     Raises:
       ValueError: no adapted leaf; a base that is not zero, or whose values are not
@@ -258,7 +261,7 @@ def drop_base(tree: Any, *, force: bool = False) -> Any:
         if x.bias_path is None:
             continue
         at = paths.resolve(x.bias_path, path)
-        if is_adapted(leaves.get(at)):
+        if is_adapted(leaves.get(at)):  # a bias that trains does not fade
             continue
         if at in leaves:
             biases.add(at)
@@ -286,7 +289,7 @@ def _require_faded(path: str, w: Any) -> None:
             f"arrays, so that a base that has not faded is not lost. {advice}."
         )
     largest = float(jnp.max(jnp.abs(base.array(w)), initial=0))
-    if largest != 0:  # also where it is NaN
+    if largest != 0:  # true of NaN, too
         raise ValueError(
             f"drop_base: the base of {path!r} has not faded: expected zeros, found "
             f"values up to {largest:.3g}. {advice}, which changes the model."

@@ -22,20 +22,20 @@ def optimizer(
     *,
     full: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformation:
-    """``tx`` for what trains, zero updates for what is frozen.
+    """``tx`` for what trains, and zero updates for what is frozen.
 
-    Its state is of the adapters alone: that of ``optax.multi_transform`` over a flat
-    dict from path to what trains there.
+    The state covers the adapters alone.  It is the state of ``optax.multi_transform``
+    over a flat dict, from path to the fields that train there.
 
     Put wrappers such as clipping and ``optax.MultiSteps`` inside ``tx``, so that they
-    see the adapters only.  Donate the train state: without, the whole base is copied
-    once a step, since it comes out of the step as well.
+    see the adapters only.  Donate the train state: otherwise every step copies the
+    whole base, since it is an output of the step as well.
 
     Args:
-      tx: for a and b, and for `Full` values where ``full`` is None (one transformation
-        over both, so that a clipped global norm is theirs together).
-      tree: the adapted tree; only its structure is read.  Of NNX a wrapped module
-        or its state, for ``nnx.Optimizer(model, tx, wrt=nnx.Param)``.
+      tx: the transformation for a, b and c.  If ``full`` is None, it is for `Full`
+        values as well, and a clipped global norm is the norm of both together.
+      tree: the adapted tree; only its structure and dtypes are read.  With NNX, a
+        wrapped module or its state, for ``nnx.Optimizer(model, tx, wrt=nnx.Param)``.
       full: another transformation for `Full` values.
 
     Raises:
@@ -54,12 +54,12 @@ def optimizer(
             "by plain optax, wrt=nnx.LoRAParam."
         )
     by_path.require_adapted(tree, "optimizer", advice)
-    if not advice:  # of NNX's variables `wrt` says which are optimised
+    if not advice:  # in NNX, `wrt` selects the variables that are optimised
         _require_floating(tree)
 
-    # The state is of what trains alone, a flat dict by path: nothing is kept of the
-    # base, and NNX, which strips its variables off, finds the same paths again.
-    # Boxes of Linen's are kept, in which the mesh axes of the moments are found.
+    # What trains, as a flat dict by path.  So the state keeps nothing of the base, and
+    # the paths are the same after NNX has taken its variables off.  Linen's boxes stay,
+    # since they name the mesh axes of the moments.
     def flat(tree: Any) -> dict[str, dict[str, Any]]:
         return {
             paths.path_of(keys): {name: getattr(x, name) for name in trained(x)}
@@ -75,7 +75,7 @@ def optimizer(
 
     def init(params: Any) -> Any:
         by_path.require_adapted(params, "optimizer", advice)
-        adapter(params)  # two of one path are an error
+        adapter(params)  # raises if two leaves have one path
         _require_floating(params)
         return inner.init(flat(params))
 
@@ -98,7 +98,7 @@ def optimizer(
 def _require_floating(tree: Any) -> None:
     for path, x in by_path.flatten(tree)[0]:
         for y in jax.tree.leaves(x):
-            # What is no array, as in a module of Equinox, is filtered out later.
+            # A module of Equinox also has leaves that are no arrays, and do not train.
             if hasattr(y, "dtype") and not jnp.issubdtype(y.dtype, jnp.floating):
                 advice = "Call jlora.dropout inside the loss." if is_adapted(x) else ""
                 raise ValueError(

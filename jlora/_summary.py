@@ -13,8 +13,8 @@ from jlora._tree import by_path
 def count(tree: Any) -> tuple[int, int]:
     """(trainable, total) numbers of parameters: adapters, and base plus adapters.
 
-    Scales and dropout keys are no parameters.  A `Full` leaf has its base and its
-    value.
+    Scales and dropout keys do not count.  Both the base and the value of a `Full` leaf
+    do.
 
     Example:
       >>> import jax.numpy as jnp, jlora
@@ -38,7 +38,7 @@ def _dtype(x: Adapted) -> str:
 
 
 def _words(x: Adapted) -> str:
-    """The roles, and what else a leaf is."""
+    """The roles of a leaf, its form, its output bias and its kind of base."""
     words = [x.axes if isinstance(x, LoRA) else "full"]
     if isinstance(x, LoRA):
         words += [str(x.form)] if x.form else []
@@ -48,7 +48,7 @@ def _words(x: Adapted) -> str:
 
 
 class Summary(str):
-    """A table that prints as it is, also at the interpreter's prompt."""
+    """A string that is its own repr, so that the interpreter's prompt shows a table."""
 
     def __repr__(self) -> str:
         return str(self)

@@ -1,4 +1,4 @@
-"""What a training loop does to an adapted tree: which half trains, how strongly."""
+"""For training loops: the half that trains, labels, the scale, and dropout."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from jlora._tree import by_path
 
 
 def partition(tree: Any) -> tuple[Any, Any]:
-    """(trainable, frozen): two trees of the same structure with None in the holes.
+    """(trainable, frozen): each has the tree's structure, and None for the other half.
 
-    Trainable are a, b, c and `Full` values; everything else is frozen.  Differentiate
-    with respect to the first half and `combine` inside the loss: the base then goes
-    into the step and never out of it.
+    a, b, c and `Full` values are trainable; everything else is frozen.  Differentiate
+    with respect to the trainable half, and `combine` the halves inside the loss.  Then
+    the base is an input of the training step, but no output.
 
     Raises:
       ValueError: the tree has no adapted leaf.
@@ -67,7 +67,9 @@ def combine(trainable: Any, frozen: Any) -> Any:
 
 
 def labels(tree: Any) -> Any:
-    """The tree with "lora" (a, b, c), "full" (`Full` values) or "frozen" for an array.
+    """The tree with a label for each array: "lora", "full" or "frozen".
+
+    a, b and c have the label "lora", `Full` values "full", and all else "frozen".
 
     Example:
       >>> import jax.numpy as jnp, jlora
@@ -89,8 +91,8 @@ def labels(tree: Any) -> Any:
 def scaled(tree: Any, s: Any) -> Any:
     """The tree with every adapter's scale multiplied by s; 0 turns adapters off.
 
-    The scale is data: a jitted function is not recompiled.  `Full` leaves are as they
-    were.  Works on an adapter as well.
+    The scale is data, so a jitted function is not recompiled.  `Full` leaves do not
+    change.  An adapter can be scaled, too.
 
     Example:
       >>> import jax.numpy as jnp, jlora
@@ -113,12 +115,12 @@ def dropout(tree: Any, rate: float, key: jax.Array) -> Any:
 
     Call it inside the loss, with a new key each step; `lift` then computes
     x·w + (drop(x)·a)·b.  Masks are independent per leaf, per use and per scan step.
-    Lookups have no activation, and no dropout.
+    A lookup has no activation, so it has no dropout.
 
     Args:
       tree: an adapted tree.
       rate: the probability of a zero, a Python float in [0, 1); 0 for none.
-      key: a PRNG key; each leaf's is folded from its path.
+      key: a PRNG key; each leaf's path is folded into it.
 
     Raises:
       ValueError: a rate outside [0, 1), or one that is traced; no adapted leaf.
@@ -143,6 +145,7 @@ def dropout(tree: Any, rate: float, key: jax.Array) -> Any:
         if rate == 0:
             return dataclasses.replace(x, dropout=None)
         own = path_key(key, path)
+        # A stack has a key for each layer, so that slices of it have one, too.
         keys = jax.random.split(own, x.scale.shape) if x.scale.shape else own
         return dataclasses.replace(x, dropout=Dropout(keys, float(rate)))
 

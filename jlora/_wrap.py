@@ -39,37 +39,42 @@ def wrap(
 ) -> Any:
     """The params tree with adapted leaves at the planned paths (arXiv:2106.09685).
 
-    The base arrays are the objects that were passed, never copies.  At the start the
-    delta is exactly zero.
+    The base arrays are the objects that were passed, never copies, unless ``init`` is a
+    function that changes the base.  With the default ``init`` the delta starts at
+    exactly zero.
 
     Args:
       params: any pytree of arrays, or of ``jax.ShapeDtypeStruct``s.
-      rank: r of every adapter that no rule names.
+      rank: r of every adapter for which no rule gives another.
       alpha: the delta is alpha / rank * a·b; None for alpha = rank.
-      targets: patterns of the paths that are adapted, as in `plan`.  Without a plan
-        Flax's names say what a kernel's axes are, where they leave no doubt.
-      exclude: patterns of paths that stay as they are.
-      rules: `Rule`s for ranks and alphas of their own, the first match wins.
-      plan: a `Plan` made for this very tree; it then decides all of the above, but a
-        rank or alpha given here too replaces the plan's where the plan has only one.
+      targets: patterns of the paths to adapt, as in `plan`.  Without a plan, the roles
+        of a kernel's axes come from Flax's names, if these leave no doubt.
+      exclude: patterns of paths that are not adapted.
+      rules: `Rule`s for ranks, alphas and forms of single leaves; the first match wins.
+      plan: a `Plan` made for this tree, which replaces all arguments above.  Only a
+        rank or alpha may be given with it: it then replaces the plan's, which must be
+        the same for all leaves.
       train: patterns of leaves that train whole (`Full`), such as a new head.
-      bias: "none"; "all" trains every bias; "lora_only" those of adapted weights.
+      bias: "none"; "all" to train every bias; "lora_only" to train those of adapted
+        weights.
       init: "kaiming": a ~ U(±1/√fan_in) and b = 0; for embeddings a = 0, b ~ N(0, 1).
         Or one of `jlora.initializers`, or a function (key, w, spec) -> (w, a, b).
-      lora_bias: give every adapter a trainable output bias, zero at the start, which
-        adds scale * c to the layer's own bias; where there is none of that shape, to
-        the weight's products, and then it cannot be merged.  peft's option.
-      dtype: of a, b, c and of `Full` values.
-      key: for the factors; None is ``jax.random.key(0)``.  Each leaf's key is folded
-        from its path, so the result does not depend on which other leaves there are.
+      lora_bias: whether every adapter gets a trainable output bias c, zero at the
+        start, as in peft.  The layer's bias gets scale * c added.  If the layer has no
+        bias of that shape, the weight's products get it, and the tree cannot be merged.
+      dtype: the dtype of a, b, c and `Full` values.
+      key: the PRNG key for the factors; None for ``jax.random.key(0)``.  Each leaf's
+        path is folded into it, so no leaf's factors depend on the other leaves.
 
     Returns:
-      A tree of the same structure, `LoRA` and `Full` leaves in place of arrays.
+      A tree of the same structure, with `LoRA` and `Full` leaves in place of arrays.
 
     Raises:
       ValueError: a bad rank; an adapted tree; a pattern that matches nothing; a kernel
-        whose roles its name does not tell; a plan made for another tree; a target or
+        whose name does not give its roles; a plan made for another tree; a target or
         train leaf that is not floating-point.
+      TypeError: a ``lora_bias`` that is no boolean; a key that is no PRNG key; an
+        initialiser that does not give a tuple (w, a, b).
 
     Example:
       >>> import jax.numpy as jnp, jlora
@@ -111,7 +116,7 @@ def wrap(
 def _training(
     params: Any, plan: Plan, train: Any, bias: str
 ) -> Callable[[str, Any], bool]:
-    """Whether a leaf trains whole: by a pattern, or as one of the biases that do."""
+    """A function that says whether a leaf trains whole, by ``train`` or by ``bias``."""
     patterns = as_patterns(train)
     check_matched("train", patterns, by_path.flatten(params)[0])
     adapted = {s.bias for s in plan.values()}
@@ -128,7 +133,7 @@ def _training(
 
 
 def _only_full(targets: Any) -> bool:
-    """targets=[] adapts nothing: only `train` and `bias` leaves train."""
+    """Whether targets is empty: nothing is adapted, and only train and bias count."""
     return isinstance(targets, (list, tuple)) and not targets
 
 
@@ -145,9 +150,9 @@ def _full(path: str, x: Any, dtype: Any) -> Full:
         return Full(x, base.array(x).astype(dtype))
     here = x
     if own is not None and not isinstance(x, jax.core.Tracer):
-        here = jax.device_put(x, own)  # a base may be in the host's memory
-    # A buffer of its own, also where the dtype is the same: base and value are both
-    # in the state, and one buffer cannot be donated twice.
+        here = jax.device_put(x, own)  # a base may be in host memory, a value not
+    # A copy even if the dtype is the same: base and value are both in the train state,
+    # and one buffer cannot be donated twice.
     return Full(x, jnp.array(here, dtype, copy=True))
 
 
@@ -160,7 +165,7 @@ def _checked_plan(
     exclude: Any,
     rules: Any,
 ) -> Plan:
-    """The plan, if it is one of this very tree; with the rank and alpha given."""
+    """The plan with this rank and alpha; raises if it was made for another tree."""
     if targets is not None or exclude or rules:
         raise ValueError(
             "targets, exclude and rules are passed to jlora.plan(...), which decides "

@@ -1,9 +1,9 @@
-"""Initialisers: how a and b start, and for some what becomes of the base.
+"""Initialisers: how a and b start; some change the base, too.
 
-An initialiser is a function (key, w, spec) -> (w, a, b): the leaf's own PRNG key, the
-base and its `jlora.Spec` go in; the base and factors of the shapes
-``spec.shapes(w.shape)`` come out.  Most return the base as they got it, the same
-object.  One that moves a part of the base into the factors returns another one.
+An initialiser is a function (key, w, spec) -> (w, a, b).  It takes the leaf's PRNG key,
+the base and its `jlora.Spec`.  It returns the base, and factors of the shapes
+``spec.shapes(w.shape)``.  Most return the same base object.  One that moves a part of
+the base into the factors returns another base.
 
     jlora.wrap(params, init="kaiming")
     jlora.wrap(params, init=jlora.initializers.kaiming)

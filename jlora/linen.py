@@ -1,19 +1,19 @@
-"""Flax Linen layers with an adapter of their own.
+"""Flax Linen layers with an adapter.
 
-Each is its Flax twin: the same parameters in the ``params`` collection, under the same
-names and with the same initial values, so that pretrained checkpoints load unchanged.
-The factors are adapted leaves in a ``lora`` collection.  The layer runs the twin's own
-code through the lift, so there is no second implementation of anything.
+Each layer is like its Flax twin.  It has the same parameters in the ``params``
+collection, with the same names and initial values, so pretrained checkpoints load
+unchanged.  The factors are adapted leaves in a ``lora`` collection.  The layer runs the
+twin's code through the lift, so there is no second implementation of anything.
 
     model = Net()                          # built of jlora.linen layers
     variables = model.init(key, x)         # {"params": …, "lora": …}
     tx = jlora.optimizer(optax.adamw(1e-4), variables)
 
 `jlora.optimizer`, `jlora.partition`, `jlora.scaled` and `jlora.count` work on the
-variables.  Pretrained params take the place of ``variables["params"]``.  `adapter` and
-`attach` of this module carry the adapter to the plain Flax model and back; that is also
-the way to merge, to save and to `explain`.  To train a head or biases beside adapters
-lift the plain model instead, on ``jlora.wrap(params, train=...)``.
+variables.  Pretrained params replace ``variables["params"]``.  `adapter` and `attach`
+of this module carry the adapter to the plain Flax model and back; that is also the way
+to merge, to save and to `explain`.  To train a head or biases beside adapters, lift the
+plain model instead, and wrap its params with ``jlora.wrap(params, train=...)``.
 
 Under ``nn.scan`` the factors are stacked like the parameters, with
 ``variable_axes={"params": 0, "lora": 0}``; ``nn.vmap`` likewise.
@@ -46,14 +46,14 @@ COLLECTION = "lora"
 
 
 class _Adapted(nn.Module, kw_only=True):
-    """What the layers have beside their twin's fields.
+    """The fields that the layers have beside those of their twins.
 
     Attributes:
       rank: r; 0 for exactly the twin.
       alpha: the delta is alpha / rank * a·b; None for alpha = rank.
-      dropout_rate: of the activation that enters the low-rank branch; needs the
-        ``dropout`` rng.
-      deterministic: switches that dropout off; here or in the call.
+      dropout_rate: the rate of dropout on the activation that enters the low-rank
+        branch; it needs the ``dropout`` rng.
+      deterministic: whether this dropout is off; given here or in the call.
     """
 
     rank: int = 8
@@ -64,7 +64,7 @@ class _Adapted(nn.Module, kw_only=True):
     def _leaf(
         self, name: str, kind: str, axes: Callable[[int], str], form: Form | None = None
     ) -> LoRA:
-        """The factors of the parameter ``name``, made at init."""
+        """The adapted leaf of the parameter ``name``, without base; made at init."""
         check_rank(self.rank, type(self).__name__)
         if not 0 <= self.dropout_rate < 1:
             raise ValueError(
@@ -78,8 +78,9 @@ class _Adapted(nn.Module, kw_only=True):
             fits = fitted(form, "/".join(self.path), w.shape, roles, kind)
             bias = "bias" if self.has_variable("params", "bias") else None
             spec = Spec.of(kind, roles, self.rank, self.alpha, bias, fits)
-            # The module's own key, folded by name: make_rng would advance the counter
-            # from which the twin's parameters are made under nn.scan.
+            # The module's key, into which `make` folds the name.  make_rng would
+            # advance the counter from which the twin's parameters are made under
+            # nn.scan.
             key = cast(Any, self.scope).rngs["params"].as_jax_rng()
             leaf = make(w, name, spec, init="kaiming", dtype=jnp.float32, key=key)
             return dataclasses.replace(leaf, w=None)
@@ -121,6 +122,7 @@ class _Adapted(nn.Module, kw_only=True):
         deterministic: bool | None,
     ) -> jax.Array:
         """The twin's method with the adapted leaf in place of its weight."""
+        # The lookup has no activation to drop.
         drops = self.dropout_rate and not (name == "embedding" and method == "__call__")
         if drops and not nn.merge_param(
             "deterministic", self.deterministic, deterministic
@@ -129,7 +131,7 @@ class _Adapted(nn.Module, kw_only=True):
             leaf = dataclasses.replace(leaf, dropout=Dropout(keys, self.dropout_rate))
         others = {k: v for k, v in self.variables.items() if k != COLLECTION}
         params = nn.meta.unbox(dict(others.pop("params")))
-        # Also where the whole of the variables is differentiated.
+        # They do not train, even if a caller differentiates all variables.
         w, scale = map(lax.stop_gradient, (params[name], leaf.scale))
         params[name] = dataclasses.replace(leaf, w=w, scale=scale)
         fields = {
@@ -139,7 +141,7 @@ class _Adapted(nn.Module, kw_only=True):
         }
         try:
             apply = _apply(twin(**fields, parent=None), method)
-        except TypeError:  # a field that is not hashable: no cache of the trace
+        except TypeError:  # a field is not hashable, so the twin cannot be a cache key
             apply = _apply.__wrapped__(twin(**fields, parent=None), method)
         return apply(params, others, *args)
 
@@ -162,6 +164,7 @@ def _kernel_layer(
     form: Form | None = None,
 ) -> jax.Array:
     """The call of a layer whose weight is its ``kernel``."""
+    # At init the twin makes the kernel first, whose shape gives those of the factors.
     if layer.rank == 0 or layer.is_initializing():
         y = twin.__call__(layer, *args)
         if layer.rank != 0:
@@ -172,7 +175,10 @@ def _kernel_layer(
 
 
 class Dense(nn.Dense, _Adapted):
-    """``flax.linen.Dense`` with an adapter; fields as there, and rank, alpha, ….
+    """``flax.linen.Dense`` with an adapter.
+
+    Beside the fields of its twin it has ``rank`` (0 for no adapter), ``alpha``,
+    ``dropout_rate`` and ``deterministic``.  So have all layers here.
 
     Example:
       >>> import jax, jax.numpy as jnp, jlora.linen
@@ -275,8 +281,9 @@ class ConvTranspose(nn.ConvTranspose, _Adapted):
 class MergedDense(nn.Dense, _Adapted):
     """``flax.linen.Dense`` of fused outputs, with an adapter for some of their slices.
 
-    loralib's ``MergedLinear``: factors of its own for each enabled slice, such as the
-    query and the value of a fused qkv.  With none enabled it is exactly the twin.
+    This is loralib's ``MergedLinear``: each enabled slice has its own factors, such as
+    the query and the value of a fused qkv.  If no slice is enabled, the layer is
+    exactly its twin.
 
     Attributes:
       enable_lora: one flag for each equal slice of ``features``.
@@ -307,7 +314,7 @@ class MergedDense(nn.Dense, _Adapted):
 class Embed(nn.Embed, _Adapted):
     """``flax.linen.Embed`` with an adapter, in the lookup and in ``attend``.
 
-    Dropout falls on the query of `attend`; a lookup has no activation.
+    Dropout applies to the query of `attend`; a lookup has no activation.
     """
 
     def setup(self) -> None:
@@ -326,12 +333,12 @@ class Embed(nn.Embed, _Adapted):
         return self._method("__call__", inputs, None)
 
     def attend(self, query: jax.Array, deterministic: bool | None = None) -> jax.Array:
-        """(..., features) to (..., num_embeddings) by the same, tied weight."""
+        """(..., features) to (..., num_embeddings), with the same (tied) weight."""
         return self._method("attend", query, deterministic)
 
 
 def adapter(variables: Any) -> Adapter:
-    """The adapter in the variables of a model built of these layers.
+    """The adapter in the variables of a model that is built of these layers.
 
     Its paths are those of the weights in ``{"params": …}``, so it attaches to the plain
     Flax twin: ``jlora.attach({"params": variables["params"]}, adapter)``.
@@ -358,8 +365,8 @@ def attach(variables: Any, adapter: Adapter) -> dict[str, Any]:
     """The variables with the adapter as their ``lora`` collection; see `adapter`.
 
     Raises:
-      ValueError: as `jlora.attach`; a leaf that trained whole, or that no layer of the
-        variables' own ``lora`` collection reads.
+      ValueError: as in `jlora.attach`; a leaf that trained whole, or whose base was
+        dropped; a path that the ``lora`` collection of the variables does not have.
 
     Example:
       >>> import jax, jax.numpy as jnp, jlora.linen

@@ -1,15 +1,15 @@
-"""Flax NNX layers with an adapter of their own.
+"""Flax NNX layers with an adapter.
 
-Each is its Flax twin: the same parameters, names, shapes and initial values, so that
-pretrained states load unchanged.  The factors are ``nnx.LoRAParam``s, so filters find
-them:
+Each layer is like its Flax twin.  It has the same parameters, names, shapes and initial
+values, so pretrained states load unchanged.  The factors are ``nnx.LoRAParam``s, so
+filters find them:
 
     model = Net(rngs)                      # built of jlora.nnx layers
     optimizer = nnx.Optimizer(model, optax.adamw(1e-4), wrt=nnx.LoRAParam)
     grads = nnx.grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam))(model, x)
 
 The scale is a variable too (`Scale`), which no such filter selects.  The layer runs the
-twin's own code through the lift, so there is no second implementation of anything.
+twin's code through the lift, so there is no second implementation of anything.
 
 A module of plain ``flax.nnx`` layers needs none of this: ``jlora.wrap(model)`` is the
 module with adapted weights, and ``jlora.lift(lambda model, x: model(x))`` calls it.
@@ -38,7 +38,7 @@ from jlora._tree import by_path
 
 
 class Scale(nnx.Variable):
-    """alpha / rank of an adapter: data, but nothing that trains."""
+    """alpha / rank of an adapter: a variable that does not train."""
 
 
 @functools.lru_cache(maxsize=256)
@@ -47,14 +47,14 @@ def _lifted(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Adapted:
-    """What the layers have beside their twin's arguments.
+    """The arguments that the layers have beside those of their twins.
 
     Args:
       rank: r; 0 for exactly the twin.
       alpha: the delta is alpha / rank * a·b; None for alpha = rank.
-      dropout_rate: of the activation that enters the low-rank branch; needs a
-        ``dropout`` stream in ``rngs``.
-      deterministic: switches that dropout off, as ``model.eval()`` does.
+      dropout_rate: the rate of dropout on the activation that enters the low-rank
+        branch; it needs a ``dropout`` stream in ``rngs``.
+      deterministic: whether this dropout is off, as after ``model.eval()``.
     """
 
     _weight = "kernel"
@@ -70,7 +70,7 @@ class _Adapted:
         rngs: nnx.Rngs,
         **kwargs: Any,
     ):
-        twin: Any = super()
+        twin: Any = super()  # the Flax layer, which follows in the list of bases
         twin.__init__(*args, rngs=rngs, **kwargs)
         name = type(self).__name__
         if not 0 <= dropout_rate < 1:
@@ -86,7 +86,8 @@ class _Adapted:
         form = fitted(self._form(), name, w.shape, self._roles(w.ndim), self._kind)
         bias = None if getattr(self, "bias", None) is None else "bias"
         spec = Spec.of(self._kind, self._roles(w.ndim), rank, alpha, bias, form)
-        # A key of its own without a draw: drawing would move the twins' that follow.
+        # Made without drawing from the stream: a draw would change the keys, and so the
+        # initial values, of the layers that follow.
         stream = rngs.params
         key = jax.random.fold_in(stream.key[...], stream.count[...])
         leaf = make(w, "lora", spec, init="kaiming", dtype=jnp.float32, key=key)
@@ -101,14 +102,14 @@ class _Adapted:
             self.dropout_rngs = nnx.data(nnx.RngStream(key, tag="dropout"))
 
     def _roles(self, n: int) -> str:
-        """One letter for each of the n axes of the weight."""
+        """The roles of the weight's n axes, one letter for each."""
         return "i" * (n - 1) + "o"
 
     def _form(self) -> Form | None:
         return None
 
     def set_view(self, deterministic: bool | None = None) -> None:
-        """Switches the dropout, for ``nnx.view``."""
+        """Switches dropout on or off, for ``nnx.view``."""
         if deterministic is not None:
             self.deterministic = deterministic
 
@@ -144,7 +145,10 @@ class _Adapted:
 
 
 class Linear(_Adapted, nnx.Linear):
-    """``flax.nnx.Linear`` with an adapter; arguments as there, and rank, alpha, ….
+    """``flax.nnx.Linear`` with an adapter.
+
+    Beside the arguments of its twin it takes ``rank`` (0 for no adapter), ``alpha``,
+    ``dropout_rate`` and ``deterministic``.  So do all layers here.
 
     Example:
       >>> import jax.numpy as jnp, jlora.nnx
@@ -170,8 +174,9 @@ class Linear(_Adapted, nnx.Linear):
 class MergedLinear(Linear):
     """``flax.nnx.Linear`` of fused outputs, with an adapter for some of their slices.
 
-    loralib's ``MergedLinear``: factors of its own for each enabled slice, such as the
-    query and the value of a fused qkv.  With none enabled it is exactly the twin.
+    This is loralib's ``MergedLinear``: each enabled slice has its own factors, such as
+    the query and the value of a fused qkv.  If no slice is enabled, the layer is
+    exactly its twin.
 
     Args (beside those of `Linear`):
       enable_lora: one flag for each equal slice of the outputs.
@@ -282,7 +287,7 @@ class ConvTranspose(_Adapted, nnx.ConvTranspose):
 class Embed(_Adapted, nnx.Embed):
     """``flax.nnx.Embed`` with an adapter, in the lookup and in ``attend``.
 
-    Dropout falls on the query of `attend`; a lookup has no activation.
+    Dropout applies to the query of `attend`; a lookup has no activation.
     """
 
     _weight = "embedding"
@@ -299,7 +304,7 @@ class Embed(_Adapted, nnx.Embed):
         *,
         deterministic: bool | None = None,
     ) -> jax.Array:
-        """(..., features) to (..., num_embeddings) by the same, tied weight."""
+        """(..., features) to (..., num_embeddings), with the same (tied) weight."""
         return self._call(
             nnx.Embed.attend, query, out_sharding, deterministic=deterministic
         )
@@ -312,7 +317,7 @@ def _layers(model: Any) -> Iterator[tuple[str, _Adapted]]:
 
 
 def adapter(model: nnx.Module) -> Adapter:
-    """The adapter in a module built of these layers.
+    """The adapter in a module that is built of these layers.
 
     Its paths are those of the weights, so it attaches to the plain Flax twin:
     ``jlora.attach(twin, adapter)``.
@@ -337,11 +342,12 @@ def adapter(model: nnx.Module) -> Adapter:
 
 
 def attach(model: nnx.Module, adapter: Adapter) -> Any:
-    """The module, a new one, with the adapter's factors in its layers; see `adapter`.
+    """A new module with the adapter's factors in its layers; see `adapter`.
 
     Raises:
-      ValueError: as `jlora.attach`; or a layer of the adapter that is no layer of
-        jlora.nnx, or has another form.
+      ValueError: as in `jlora.attach`; a path that is no layer of jlora.nnx; a leaf
+        with other roles or another form than the layer has; a leaf that trained whole,
+        has an output bias, or lost its base.
 
     Example:
       >>> import jlora.nnx

@@ -1,8 +1,8 @@
 """Schedules for `jlora.fade`, in optax's form: step -> value.
 
-The factor of 3L warms up at one, decays linearly and cools down at zero.  The noise
-follows it: it compensates for what has faded until the end, or is cleared before, so
-that the last steps train what will be left.
+The factor of 3L stays at one for some steps, falls linearly, and stays at zero for the
+last steps.  The noise follows the factor.  It compensates for what has faded until the
+end; or it stops earlier, so that the last steps train the model that will be left.
 
     factor, noise = jlora.schedules.setting("clear", steps=1000)
 
@@ -25,7 +25,7 @@ class Setting(NamedTuple):
     """The two schedules of a run, both from step to a value.
 
     Attributes:
-      factor: of the base, as `jlora.fade` takes it.
+      factor: the factor of the base, an argument of `jlora.fade`.
       noise: the multiplier of the noise, likewise.
     """
 
@@ -37,12 +37,13 @@ def decay(steps: int, begin: float = 0.1, end: float = 0.9) -> optax.Schedule:
     """The factor: one until ``begin``, then linearly to zero at ``end``.
 
     Args:
-      steps: of the whole training.
-      begin: a fraction of the steps.
-      end: likewise; the factor is zero for the last step at least.
+      steps: the number of steps of the whole training.
+      begin: where the decay begins, as a fraction of the steps.
+      end: where it ends, likewise; the factor is zero for at least the last step.
 
     Raises:
-      ValueError: fractions out of order, or a decay that ends after training.
+      ValueError: fractions out of order, a decay that ends after training, or too few
+        steps.
 
     Example:
       >>> import jlora.schedules
@@ -72,7 +73,10 @@ def decay(steps: int, begin: float = 0.1, end: float = 0.9) -> optax.Schedule:
 
 
 def compensate(factor: optax.Schedule) -> optax.Schedule:
-    """The noise: in full throughout, so it grows as the factor falls, and is kept.
+    """The multiplier of the noise: always one, so noise grows as the factor falls.
+
+    Args:
+      factor: the schedule of the factor.
 
     Example:
       >>> import jlora.schedules
@@ -84,7 +88,14 @@ def compensate(factor: optax.Schedule) -> optax.Schedule:
 
 
 def clear(factor: optax.Schedule, below: float = 0.3) -> optax.Schedule:
-    """The noise: in full until the factor falls below a threshold, zero from there on.
+    """The multiplier of the noise: one, then zero once the factor is below ``below``.
+
+    Args:
+      factor: the schedule of the factor.
+      below: a number in (0, 1].
+
+    Raises:
+      ValueError: another ``below``.
 
     Example:
       >>> import jlora.schedules
@@ -97,6 +108,7 @@ def clear(factor: optax.Schedule, below: float = 0.3) -> optax.Schedule:
     return lambda step: jnp.where(factor(step) < below, 0.0, 1.0)
 
 
+# Where the decay begins and ends, and the noise from the factor.
 _SETTINGS = {
     "decay": (0.1, 0.9, lambda factor: optax.constant_schedule(0.0)),
     "compensate": (0.1, 0.9, compensate),
@@ -105,13 +117,13 @@ _SETTINGS = {
 
 
 def setting(name: str, steps: int) -> Setting:
-    """The settings that 3L was described with.
+    """One of the settings that 3L was described with.
 
     Args:
       name: "decay", from 10 % to 90 % of the steps, without noise; "compensate", the
         same with noise to the end; "clear", from 5 % to 85 %, with noise until the
         factor falls below 0.2.
-      steps: of the whole training.
+      steps: the number of steps of the whole training.
 
     Raises:
       ValueError: another name, or too few steps.

@@ -140,8 +140,8 @@ def restore(
       params: the base: plain params with the same paths, shapes and dtypes as the saved
         tree's base.  ``jax.ShapeDtypeStruct``s will do.  The adapter is sharded as they
         are.
-      extra: a pytree with the structure of the saved ``extra``.  Of its arrays only
-        shape, dtype and sharding are read, so it may have ``jax.ShapeDtypeStruct``s,
+      extra: a pytree with the structure of the saved ``extra``.  Only shapes, dtypes
+        and shardings of its arrays are read, so it may have ``jax.ShapeDtypeStruct``s,
         such as ``jax.eval_shape(tx.init, tree)`` gives.  An array is restored to the
         sharding that it has here (on a mesh, ``tx.init(tree)`` has shardings), else to
         the default device.  A Python number may stand for a scalar array, such as a

@@ -26,7 +26,7 @@ def of_adapter(adapter: dict[str, Any]) -> dict[str, Any]:
 
 
 def data(x: Any) -> Any:
-    """An array in the form that is stored: the words of PRNG keys, else as it is."""
+    """What is stored for an array: the words of PRNG keys, else the array itself."""
     if is_key(x):
         return jax.random.key_data(x)
     if isinstance(x, jax.Array) and not (

@@ -90,7 +90,7 @@ threading._register_atexit(_finish_all)  # type: ignore[attr-defined]
 
 
 def path_of(directory: str | os.PathLike[str]) -> epath.Path:
-    """The directory as an absolute path; a URL, such as of a bucket, as it is."""
+    """The directory as an absolute path; a URL, such as of a bucket, is kept."""
     path = epath.Path(directory)
     return path if "://" in os.fspath(directory) else path.expanduser().absolute()
 
