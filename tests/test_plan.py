@@ -697,3 +697,16 @@ def test_plan_and_wrap_of_an_abstract_70b_llama():
     base = sum(leaf.size for leaf in jax.tree.leaves(params))
     assert total == base + trainable and 70e9 < base < 71e9
     assert "207,093,760" in str(plan)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_weights_that_are_stacked_along_any_axis(axis):
+    """The new axis is nobody's, wherever it stands."""
+
+    def fn(p, x):
+        w = jnp.stack([p["a"], p["b"]], axis=axis)
+        return jnp.einsum("bi,iko->bko", x, jnp.moveaxis(w, axis, 1))
+
+    params = {"a": normal(5, 4), "b": normal(5, 4)}
+    plan = jlora.plan(fn, params, normal(3, 5))
+    assert {path: spec.axes for path, spec in plan.items()} == {"a": "io", "b": "io"}

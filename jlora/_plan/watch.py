@@ -434,10 +434,15 @@ def _reshape(weight: Weight, eqn: Any, old: Any, new: Any) -> Weight:
     )
 
 
-@_move("concatenate", "stack")
+@_move("concatenate")
 def _concatenate(weight: Weight, eqn: Any, old: Any, new: Any) -> Weight:
-    before = (_NONE,) * (len(new) - len(old))
-    return weight.move(lambda axes: before + axes)
+    return weight
+
+
+@_move("stack")
+def _stack(weight: Weight, eqn: Any, old: Any, new: Any) -> Weight:
+    at = eqn.params.get("axis", 0)
+    return weight.move(lambda axes: (*axes[:at], _NONE, *axes[at:]))
 
 
 @_move("unstack")
