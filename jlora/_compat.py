@@ -15,10 +15,10 @@ from jax.interpreters import mlir as mlir
 
 
 def jaxpr_and_consts(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
-    """The open jaxpr of an equation's parameter and the values of its constants.
+    """The open jaxpr in an equation's parameter, and the values of its constants.
 
-    Up to JAX 0.11 a parameter holds a ClosedJaxpr or an open Jaxpr; from 0.12 on
-    there is one class, whose `.consts` may be empty.
+    Up to JAX 0.11 a parameter holds a ClosedJaxpr or an open Jaxpr.  From 0.12 on
+    there is one class, and its `.consts` may be empty.
     """
     return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
 
@@ -26,7 +26,7 @@ def jaxpr_and_consts(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
 def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
     """How many of a scan's inputs are constants, and how many are carried.
 
-    JAX 0.11 replaced `num_consts` and `num_carry` by a flat tree `ft_in`.
+    JAX 0.11 replaced `num_consts` and `num_carry` with a flat tree, `ft_in`.
     """
     if "num_consts" in params:
         return params["num_consts"], params["num_carry"]
@@ -46,22 +46,23 @@ def varying(x: Any) -> frozenset[Any]:
 
 
 def explicit_sharding(x: Any) -> jax.sharding.NamedSharding | None:
-    """The sharding in the type of a traced array; None without explicit axes."""
+    """The sharding in a traced array's type; None if it has no explicit axes."""
     return explicit_only(jax.typeof(x).sharding)
 
 
 def explicit_only(
     sharding: jax.sharding.NamedSharding,
 ) -> jax.sharding.NamedSharding | None:
-    """A type's sharding; None if its mesh has no explicit axes."""
+    """The sharding itself; None if its mesh has no explicit axes."""
     explicit = jax.sharding.AxisType.Explicit in sharding.mesh.axis_types
     return sharding if explicit else None
 
 
 def place(sharding: Any) -> Callable[[Any, Any], Any] | None:
-    """What puts a traced array under such a sharding; None where there is none.
+    """The function that puts a traced array under this sharding.
 
-    The axes of a mesh that are explicit are part of an array's type.
+    None if this is not a sharding: a jit has a placeholder for an unspecified one.
+    Explicit axes of a mesh are part of an array's type, so they need `reshard`.
     """
     if not isinstance(sharding, jax.sharding.Sharding):
         return None
@@ -78,7 +79,7 @@ def target_sharding(eqn: Any) -> Any:
 
 
 def context(eqn: Any) -> contextlib.AbstractContextManager[Any]:
-    """The context that an equation was traced in: its names, where it is computed."""
+    """The context that an equation was traced in, with its name scope."""
     name, where = str(eqn.source_info.name_stack), eqn.ctx.manager
     return _named(name, where) if name else where
 
@@ -90,7 +91,7 @@ def _named(name: str, where: contextlib.AbstractContextManager[Any]) -> Iterator
 
 
 def bind(eqn: Any, args: Sequence[Any]) -> list[Any]:
-    """Evaluates one equation as it stands, in its own context."""
+    """Evaluates one equation unchanged, in the context that it was traced in."""
     params = eqn.primitive.get_bind_params(eqn.params)
     with context(eqn):
         out = eqn.primitive.bind(*args, **params)
@@ -98,7 +99,7 @@ def bind(eqn: Any, args: Sequence[Any]) -> list[Any]:
 
 
 def rebind(eqn: Any, args: Sequence[Any]) -> list[Any]:
-    """Binds an equation's primitive, of several results, to any number of operands."""
+    """Binds a primitive that has several results to any number of operands."""
     with context(eqn):
         return list(eqn.primitive.bind(*args, **eqn.params))
 
@@ -116,26 +117,26 @@ class _Operation:
 
 
 def operation(eqn: Any, params: dict[str, Any] | None = None) -> Callable[..., Any]:
-    """An equation of one result as a function of its operands.
+    """An equation with one result, as a function of its operands.
 
-    Where its parameters are hashable, those of two equations that do the same are
-    equal, so that JAX's trace cache knows them again.
+    If the parameters are hashable, two equations that do the same give equal functions.
+    JAX's trace cache then finds the first one's trace for the second.
 
     Args:
       eqn: the equation.
-      params: in place of its own.
+      params: parameters to use instead of the equation's.
     """
     params = eqn.params if params is None else params
     own = _Operation(eqn.primitive, tuple(params.items()))
     try:
         hash(own)
-    except TypeError:
+    except TypeError:  # a lambda is hashable, by its identity
         return lambda *args: own(*args)
     return own
 
 
 def copied(x: Any) -> Any:
-    """x as a value of its own, of which derivatives are added up by themselves."""
+    """A copy of x.  Its gradients are summed first, then added once to those of x."""
     return core.primitives.copy_p.bind(x)
 
 
@@ -145,21 +146,21 @@ def evaluate(jaxpr: Any, args: Sequence[Any]) -> list[Any]:
 
 
 def default_precision() -> Any:
-    """The precision of products that is set here, for those that name none."""
+    """The precision that is set here for products that name none."""
     return jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
 
 
 def under_jit() -> bool:
-    """Whether a jit is being traced.  Only saves time: nothing else may ask it.
+    """Whether a jit is being traced.  Use it only to save time.
 
-    It stands in jax.extend, though not as something to build correctness on.
+    The function is in jax.extend, but JAX does not promise that its answer is right.
     """
     return getattr(core, "unsafe_am_i_under_a_jit_DO_NOT_USE", lambda: False)()
 
 
 Literal = core.Literal
 
-# The names that primitives have, or had in a version that we support.
+# The names of primitives in the JAX versions that we support.
 JIT = "jit", "pjit"
 REMAT = "checkpoint", "remat2", "remat"
 CALL = "closed_call", "core_call"

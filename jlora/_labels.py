@@ -1,7 +1,7 @@
 """Arrays whose axes have labels: reordered, broadcast and multiplied by label.
 
-Axis k of a weight has the label k.  The axes that an activation brings count on from
-the weight's ndim.  The negative labels below are for axes that no weight has.
+Axis k of a weight has the label k.  Axes that only the activation has get the labels
+from the weight's ndim on.  The negative labels below are for axes that no weight has.
 Nothing here knows what a leaf is.
 """
 
@@ -16,8 +16,8 @@ from jax import lax
 
 from jlora._product import product
 
-# The axis that a and b share; the blocks of a fused weight; the input features, groups
-# and output features of one group of a convolution.
+# The rank, which a and b share; the blocks of a fused weight; a convolution's input
+# features, its groups, and the output features of one group.
 RANK, BLOCK, IN, GROUP, OUT = -1, -2, -3, -4, -5
 
 
@@ -46,20 +46,20 @@ def dot(
     sharding: tuple[Any, Sequence[int]] = (None, ()),
     **params: Any,
 ) -> tuple[jax.Array, list[int]]:
-    """dot_general of x and y: the labels that both have are summed, but for ``keep``.
+    """dot_general of x and y.  It sums the labels that both have, except ``keep``.
 
     Args:
       x: an array.
       xl: its labels.
       y: another array.
       yl: its labels.
-      keep: labels that are batched where both have them.
-      sharding: the sharding that the final result is to have, and the final result's
-        labels.  This product takes the entries of the labels that it has, too.
-      **params: of dot_general.
+      keep: labels that become batch axes if both have them.
+      sharding: the sharding of the final result, and the final result's labels.  This
+        product takes the entries of the labels that it shares with that result.
+      **params: dot_general's other parameters.
 
     Returns:
-      The product and its labels, in the order of dot_general.
+      The product and its labels, in dot_general's order: batch, rest of x, rest of y.
     """
     batch = [k for k in xl if k in yl and k in keep]
     summed = [k for k in xl if k in yl and k not in keep]
@@ -78,16 +78,16 @@ def dot(
 
 
 def wider(x: Any, y: Any) -> Any:
-    """The dtype of x or y that has more bits."""
+    """The dtype of x or of y, whichever has more bits."""
     return max(x.dtype, y.dtype, key=lambda dtype: dtype.itemsize)
 
 
 def runs(
     old: Sequence[int], new: Sequence[int]
 ) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """The finest pairs of runs of axes that a reshape turns into each other.
+    """Which runs of old axes a reshape turns into which runs of new axes.
 
-    Axes of size one are in no run.
+    The runs are as short as possible.  Axes of size one are in no run.
 
     Example:
       >>> runs((6, 1, 35), (2, 3, 5, 7))

@@ -1,14 +1,14 @@
-"""A product whose derivative has the cotangent second.
+"""A product whose gradient has the cotangent as its second operand.
 
-For y = h·b, JAX takes the gradient of b as a product with y's cotangent first and h
-second.  XLA for CPU brings the axes that are summed over, which here are all but the
-features, to the end of what is first: it copies the whole cotangent in another order,
-with everything that is fused into it, to contract it with an array that is tiny.  The
-other way round only h is copied.  On GPU and TPU the two are alike.
+For y = h·b, JAX computes the gradient of b as a product with y's cotangent first and h
+second.  XLA for CPU moves the summed axes of the first operand to its end.  Here these
+are all axes but the features.  So XLA copies the whole cotangent, with everything that
+is fused into it, only to contract it with a tiny array.  In the other order only h is
+copied.  On GPU and TPU both orders are equally fast.
 
-Forward this is `lax.dot_general`, and so is all that JAX makes of it: policies of
-remat, batching, derivatives of h.  One primitive, the derivative by b, carries the
-order to where JAX transposes it.
+The forward pass is a `lax.dot_general`.  So remat policies, batching and derivatives by
+h treat it as any other product.  Only the derivative by b is a new primitive: it fixes
+the order in which JAX transposes it.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from jax import lax
 from jlora import _compat
 from jlora._compat import ad, batching, core, mlir
 
-Params = tuple[tuple[str, Any], ...]  # of dot_general as items: hashable
+Params = tuple[tuple[str, Any], ...]  # dot_general's, as items: hashable
 _DEFAULTS = {"precision": None, "preferred_element_type": None, "out_sharding": None}
 
 
 def product(x: jax.Array, y: jax.Array, params: Params) -> jax.Array:
     """dot_general with these parameters.
 
-    Where y has more outside of the contraction than inside, so that the result is
-    larger than x, the gradient of y has the cotangent second.
+    If the free axes of y are larger than its summed axes, the result is larger than x.
+    Then the gradient of y is computed with the cotangent second.
 
     Example:
       >>> import jax.numpy as jnp
@@ -45,18 +45,19 @@ def product(x: jax.Array, y: jax.Array, params: Params) -> jax.Array:
     known = dict(params)
     (_, summed), (_, batch) = known["dimension_numbers"]
     sizes = {k: n for k, n in enumerate(y.shape) if k not in batch}
-    if not all(isinstance(n, int) for n in y.shape):  # the symbols of an export
+    if not all(isinstance(n, int) for n in y.shape):  # symbolic sizes in jax.export
         return lax.dot_general(x, y, **known)
     inner = math.prod(sizes[k] for k in summed)
     if math.prod(sizes.values()) > inner**2:
-        if known.get("precision") is None:  # as it is here, wherever it is derived
+        if known.get("precision") is None:
+            # A derivative may be taken under another default: keep the one from here.
             known["precision"] = _compat.default_precision()
         return _widening(x, y, tuple(known.items()))
     return lax.dot_general(x, y, **known)
 
 
 def _dot(h: Any, b: Any, **params: Any) -> Any:
-    """dot_general with these very parameters, whatever precision is asked for here."""
+    """dot_general with exactly these parameters, whatever the default precision is."""
     with jax.default_matmul_precision(None):
         return lax.dot_general(h, b, **params)
 
@@ -78,10 +79,10 @@ def _jvp(params: Params, primals: Any, tangents: Any) -> Any:
 
 
 def _linear(h: Any, b: Any, **params: Any) -> Any:
-    """The product as a linear function of b, transposed in the order that we want."""
+    """The product as a linear function of b, with our order when it is transposed."""
     varying = _compat.varying(h) | _compat.varying(b)
 
-    def vary(x: Any) -> Any:  # as lax's own products do
+    def vary(x: Any) -> Any:  # lax's own products do the same
         axes = tuple(varying - _compat.varying(x))
         return lax.pcast(x, axes, to="varying") if axes else x
 
@@ -89,10 +90,10 @@ def _linear(h: Any, b: Any, **params: Any) -> Any:
 
 
 def _transpose(ct: Any, h: Any, b: Any, **params: Any) -> Any:
-    """The cotangent of b: h and ct contracted over all axes that h brought."""
+    """The cotangent of b: h and ct, contracted over the axes of ct that came from h."""
     if isinstance(ct, ad.Zero):
         return [None, None]
-    if ad.is_undefined_primal(h):  # only of a derivative's own transpose
+    if ad.is_undefined_primal(h):  # only if a derivative by b is itself transposed by h
         shape = jax.ShapeDtypeStruct(h.aval.shape, h.aval.dtype)
         linear = jax.linear_transpose(lambda h: lax.dot_general(h, b, **params), shape)
         return [*linear(ct), None]
@@ -101,8 +102,9 @@ def _transpose(ct: Any, h: Any, b: Any, **params: Any) -> Any:
     batch = range(len(hb))
     in_ct = range(len(hb), len(hb) + len(summed))
     free = [k for k in range(b.aval.ndim) if k not in (*bc, *bb)]
+    # Axis k of the product below is axis axes[k] of b.
     axes = [*bb, *(bc[hc.index(k)] for k in sorted(hc)), *free]
-    params["out_sharding"] = None  # not that of the product's result
+    params["out_sharding"] = None  # the one in params is for the result y, not for b
     if sharding := _compat.explicit_only(b.aval.sharding):
         spec = [sharding.spec[k] for k in axes]
         params["out_sharding"] = sharding.update(spec=jax.sharding.PartitionSpec(*spec))

@@ -22,10 +22,10 @@ def concatenate(parts: Sequence[LoRA | jax.Array], axis: int) -> LoRA:
     """lax.concatenate of weights, some of them adapted.
 
     Along a batch axis the factors are concatenated.  Along an in or out axis the ranks
-    add up: one factor is concatenated along the rank, the other is block-diagonal.
+    are added: one factor is concatenated along the rank, the other is block-diagonal.
 
     Raises:
-      NotFactored: the parts have other roles, or not the same dropout.
+      NotFactored: the parts differ in their roles or in their dropout.
     """
     leaves = _alike(parts)
     join = _stacked if leaves[0].axes[axis] == "b" else _side_by_side
@@ -42,11 +42,11 @@ class _Concatenate:
 
 
 def _alike(parts: Sequence[LoRA | jax.Array]) -> list[LoRA]:
-    """All parts as leaves of the same roles, and of factors of one dtype."""
+    """All parts as leaves with the same roles, and with factors of one dtype."""
     adapted = [low_rank(p) for p in parts if isinstance(p, LoRA)]
 
     def role(k: int) -> str:
-        """What the parts make of an axis: one of size one has no say."""
+        """The role of an axis, from the parts in which its size is not one."""
         roles = [p.axes[k] for p in adapted if p.shape[k] != 1]
         return min(roles or [p.axes[k] for p in adapted], key="iob".index)
 
@@ -55,7 +55,8 @@ def _alike(parts: Sequence[LoRA | jax.Array]) -> list[LoRA]:
     rates = {p.dropout and p.dropout.rate for p in leaves if p.rank}
     if any(p.axes != axes for p in leaves) or len(rates) > 1:
         raise NotFactored
-    # A mask of its own for each part of a stack, and for a product of several weights.
+    # The parts may share a dropout key.  Each part of a stack needs another mask, and a
+    # joined weight a mask unlike that of its first part.
     leaves = [folded(p, i) for i, p in enumerate(leaves)]
     dtype = max((p.a.dtype for p in leaves), key=lambda dtype: dtype.itemsize)
     return [
@@ -67,7 +68,7 @@ def _alike(parts: Sequence[LoRA | jax.Array]) -> list[LoRA]:
 
 
 def _as_leaf(x: LoRA | jax.Array, axes: str) -> LoRA:
-    """A plain array as a leaf of rank zero, of these roles."""
+    """The leaf in the plain form; a plain array as a leaf of rank zero."""
     if isinstance(x, LoRA):
         return low_rank(x)
     shapes = fields.shapes(x.shape, axes, 0)
@@ -77,7 +78,7 @@ def _as_leaf(x: LoRA | jax.Array, axes: str) -> LoRA:
 
 
 def _stacked(leaves: Sequence[LoRA], axis: int) -> LoRA:
-    """Along a batch axis: every field joined along it, the ranks padded with zeros."""
+    """Along a batch axis: joins every field along it, with ranks padded with zeros."""
     axes, top = leaves[0].axes, max(p.rank for p in leaves)
 
     def join(name: str) -> Any:
@@ -100,7 +101,7 @@ def _stacked(leaves: Sequence[LoRA], axis: int) -> LoRA:
 
 
 def _side_by_side(leaves: Sequence[LoRA], axis: int) -> LoRA:
-    """Along an in or out axis: the ranks side by side, and the scales in b."""
+    """Along an in or out axis: puts the ranks side by side, and the scales into b."""
     axes, ranks = leaves[0].axes, [p.rank for p in leaves]
     ends = [sum(ranks[: i + 1]) for i in range(len(ranks))]
 
@@ -118,7 +119,7 @@ def _side_by_side(leaves: Sequence[LoRA], axis: int) -> LoRA:
     b = join("b", [scaled(p, "b") for p in leaves])
     cs = [None if p.c is None else scaled(p, "c") for p in leaves]
     c, biases = None, _output_biases(cs, leaves)
-    if biases is not None:  # along in axes the products are summed
+    if biases is not None:  # along an in axis the parts' products are summed
         own = labels(fields.LORA["c"].axes, axes)
         c = (
             lax.concatenate(biases, own.index(axis))
@@ -141,7 +142,7 @@ def _padded(x: jax.Array, own: list[int], before: int, after: int) -> jax.Array:
 def _output_biases(
     cs: Sequence[jax.Array | None], leaves: Sequence[LoRA]
 ) -> list[jax.Array] | None:
-    """The c of every part, zero where it has none; None where no part has one."""
+    """The output bias of every part, zero if it has none; None if no part has one."""
     if all(c is None for c in cs):
         return None
 

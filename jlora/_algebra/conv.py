@@ -25,7 +25,7 @@ from jlora._leaf import LoRA, base, forms
 from jlora._leaf.fields import labels
 from jlora._leaf.forms import NotFactored
 
-# fn(x, kernel): the convolution with all other parameters of the primitive.
+# run(x, kernel): the convolution, with the primitive's other parameters bound.
 Run = Callable[[Any, Any], Any]
 
 
@@ -35,22 +35,24 @@ def conv(
 ) -> jax.Array:
     """conv_general_dilated of x with the weight as its kernel.
 
-    x is convolved with a to r features (the same strides, padding and dilations), and
-    b takes these to the outputs as a 1x1 convolution.  With groups, a is shared: each
-    group of inputs is convolved with it and reads its own columns of b, which is the
-    low-rank form of the kernel array itself.  Where the kernel is used from its outputs
-    to its inputs, as in a gradient, b goes first.
+    x is convolved with a, which gives r features, with the same strides, padding and
+    dilations.  b maps these to the outputs as a 1x1 convolution.  With groups, all
+    groups of inputs share a, and each uses its own columns of b.  This is the low-rank
+    form of the kernel array itself.  If the kernel is used from its outputs to its
+    inputs, as in a gradient, b comes first.
 
     Args:
       leaf: the kernel.
       x: the activation.
-      params: of the primitive.
-      aside: x for the low-rank branch.
-      nth: how many uses of the kernel came before, for the dropout.
+      params: the primitive's parameters.
+      aside: x for the low-rank branch; see `Evaluation.first_product`.
+      nth: the number of earlier uses of the kernel, for the dropout.
 
     Raises:
-      RolesError: the convolved axes are not all in axes, or the outputs no out axis.
-      NotFactored: a batch-grouped convolution (the gradient of a grouped one).
+      RolesError: the convolved axes are not all in axes, or the outputs are not an out
+        axis; or the form is for another number of groups.
+      NotFactored: a batch-grouped convolution (the gradient of a grouped one), or a
+        grouped one from the kernel's outputs to its inputs.
     """
     rest = dict(params)
     if rest["batch_group_count"] != 1:
@@ -77,7 +79,10 @@ def conv(
 def _formed(
     leaf: LoRA, x: jax.Array, aside: jax.Array, nth: int, run: Run, spec: Any
 ) -> jax.Array:
-    """With a form that has no low-rank use: one convolution, with the sum."""
+    """The convolution for a form without a low-rank use: one, with the merged kernel.
+
+    With dropout there are two, since base and delta then read different activations.
+    """
     dtype = compute_dtype(x, leaf)
     if leaf.dropout is None:
         y = run(x, dense(leaf))
@@ -88,13 +93,18 @@ def _formed(
     if leaf.c is None:
         return y
     out = spec.rhs_spec[0]
+    # c lies along y's axis of features; -1 marks the other axes.
     places = [out if k == spec.out_spec[1] else -1 for k in range(y.ndim)]
     c = scaled(leaf, "c").astype(dtype)
     return y + spread(c, [out], y.shape, places).astype(y.dtype)
 
 
 def _oriented(leaf: LoRA, spec: Any) -> tuple[LoRA, bool]:
-    """The kernel with roles that fit, and whether it is used from its outputs."""
+    """The kernel with roles that fit this use, and whether it is used from its outputs.
+
+    Raises:
+      RolesError: no roles fit.
+    """
     out_axis, in_axis, *_ = spec.rhs_spec
     forward, backward = (
         "".join("o" if k == at else "i" for k in range(leaf.ndim))
@@ -111,17 +121,18 @@ def _oriented(leaf: LoRA, spec: Any) -> tuple[LoRA, bool]:
 
 
 def _kernel(leaf: LoRA, dtype: Any) -> tuple[jax.Array, int]:
-    """a as a kernel with the rank in place of the outputs, and where that axis is."""
+    """a as a kernel whose output axis is the rank, and the position of that axis."""
     at = leaf.axes.index("o")
     axes = [RANK if k == at else k for k in range(leaf.ndim)]
     return order(leaf.a.astype(dtype), labels("bir", leaf.axes), axes), at
 
 
+# The parameters of a convolution that its product with b takes, too.
 _PRODUCT = "precision", "preferred_element_type"
 
 
 def _from_outputs(leaf: LoRA, x: jax.Array, run: Run, rest: Any, shape: Any) -> Any:
-    """b first: the features of x to the ranks, then a convolution with a."""
+    """b first: a product from the features of x to the rank, then the convolution."""
     a, _ = _kernel(leaf, x.dtype)
     b = scaled(leaf, "b").astype(x.dtype)
     free = list(range(x.ndim))
@@ -134,7 +145,7 @@ def _from_outputs(leaf: LoRA, x: jax.Array, run: Run, rest: Any, shape: Any) -> 
 
 
 def _from_inputs(leaf: LoRA, x: jax.Array, run: Run, rest: Any, shape: Any) -> Any:
-    """a first: a convolution to the ranks of each group, then the group's part of b."""
+    """a first: a convolution to r features per group, then each group's part of b."""
     groups = rest["feature_group_count"]
     a, at = _kernel(leaf, x.dtype)
     b = scaled(leaf, "b").astype(x.dtype)

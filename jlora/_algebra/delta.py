@@ -18,11 +18,11 @@ from jlora._leaf import Full, LoRA, base, forms
 def scaled(leaf: LoRA, name: str) -> jax.Array:
     """scale * b, or scale * c.
 
-    Scaling the factor costs nothing per token and rounds once.  The scale is data that
-    does not train.
+    Scaling a factor costs nothing for each token, and rounds once.  The scale does not
+    train.
     """
     field, scale = getattr(leaf, name), lax.stop_gradient(leaf.scale)
-    if scale.ndim:  # of a stack; a scalar needs no axes
+    if scale.ndim:  # the leaf is stacked; a scalar broadcasts as it is
         scale = lax.expand_dims(scale, range(scale.ndim, field.ndim))
     wide = wider(field, scale)
     return field.astype(wide) * scale.astype(wide)
@@ -49,7 +49,7 @@ def low_rank(leaf: LoRA) -> LoRA:
     """The leaf in the plain form, for which the algebra is written.
 
     Raises:
-      NotFactored: its form has none.
+      NotFactored: its form cannot be written as the plain one.
     """
     if leaf.form is None:
         return leaf

@@ -29,7 +29,8 @@ class _Product:
 
     Attributes:
       contracted: the weight's axes that are summed over.
-      xl: the labels of the activation: the weight's where they meet, else new ones.
+      xl: the labels of the activation: the weight's for axes that meet one of the
+        weight's, else new ones.
       out: the labels of the result.
       transposed: whether the weight's out axes are contracted, as in a tied head.
     """
@@ -75,21 +76,22 @@ def contract(
 ) -> jax.Array:
     """dot_general of x and the weight, on either side.
 
-    The factor that holds the contracted axes goes first: (x·a)·b, or (x·b)·a where the
+    The factor that has the contracted axes comes first: (x·a)·b, or (x·b)·a if the
     weight is used transposed (a tied head).  An axis of size one may have any role.
 
     Args:
       leaf: the weight.
       x: the activation.
-      params: of the primitive.
+      params: the primitive's parameters.
       weight_first: whether the weight is the first operand.
       aside: x for the low-rank branch; see `Evaluation.first_product`.
-      h: x·a in place of it, if that is known already.
-      nth: how many uses of the weight came before, for the dropout.
+      h: x·a instead of ``aside``, if it was computed already.
+      nth: the number of earlier uses of the weight, for the dropout.
 
     Raises:
       RolesError: the contracted axes mix in and out axes, or hold a batch axis.
-      NotFactored: nothing is contracted.
+      NotFactored: no axis is contracted; or only some in axes are, and the weight has
+        an output bias.
     """
     rest = dict(params)
     numbers = rest.pop("dimension_numbers")

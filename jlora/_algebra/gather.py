@@ -23,9 +23,9 @@ from jlora._leaf.forms import NotFactored
 def indexed_axes(
     shape: Sequence[int], dimension_numbers: Any, slice_sizes: Sequence[int]
 ) -> tuple[int, ...]:
-    """The axes that a gather really indexes: those that it does not take whole.
+    """The axes that a gather really indexes: those of which it takes only a part.
 
-    An index into an axis that is taken whole can only be zero; vmap of ``w[i]`` makes
+    The index into an axis that is taken whole can only be zero.  vmap of ``w[i]`` makes
     such gathers.
     """
     axes = tuple(dimension_numbers.start_index_map)
@@ -34,7 +34,10 @@ def indexed_axes(
 
 @dataclasses.dataclass(frozen=True)
 class _Primitive:
-    """The gather itself; equal to another one of the same parameters."""
+    """The gather as a function, equal to any other with the same parameters.
+
+    So JAX's trace cache knows a base that waits for the same gather.
+    """
 
     params: Params
 
@@ -43,15 +46,17 @@ class _Primitive:
 
 
 class _Gather:
-    """A gather of whole rows, on labels; those of index axes go on from the weight's.
+    """A gather of whole rows, on labels.
+
+    The axes of the indices get the labels from the weight's ndim on.
 
     Attributes:
       out: the labels of the result.
-      roles: of the axes that are indexed.
-      units: the axes of size one that are gone without being indexed.
+      roles: the roles of the axes that are indexed.
+      units: the axes of size one that are removed without being indexed.
 
     Raises:
-      NotFactored: it cuts a row, or its axes have several roles.
+      NotFactored: the gather cuts a row, or the indexed axes have several roles.
     """
 
     def __init__(self, leaf: LoRA, indices: jax.Array, params: Params):
@@ -63,6 +68,7 @@ class _Gather:
         self.indices, self.rest = indices, rest
         n, batched = leaf.ndim, dn.operand_batching_dims
         cut = {k for k in range(n) if self.sizes[k] != leaf.shape[k]}
+        # In this mode an index into a whole axis matters, too: out of bounds it fills.
         fills = rest["mode"] == lax.GatherScatterMode.FILL_OR_DROP
         if (
             len(self.roles) != 1
@@ -84,7 +90,7 @@ class _Gather:
             self.indices = indices[..., np.array(columns)]
 
     def __call__(self, field: Any, own: list[int]) -> tuple[Any, list[int]]:
-        """The same gather of a field with all of the indexed axes, its rank whole."""
+        """The same gather of a field with all indexed axes; its rank stays whole."""
         dn, rest = self.numbers, dict(self.rest)
         field, own = self.drop(field, own)
         kept = [k for k in own if k not in self.gone]
@@ -105,14 +111,15 @@ class _Gather:
         rest["slice_sizes"] = tuple(
             self.rank if k == RANK else self.sizes[k] for k in own
         )
-        # Out of bounds is a delta of zero; a key has no zero, and any one will do.
+        # An index out of bounds has a delta of zero.  Random keys have no zero: their
+        # index is clipped, since any key is right there.
         rest["fill_value"] = None if rest["fill_value"] is None else 0
         if not jnp.issubdtype(field.dtype, jnp.floating):
             rest |= {"mode": "clip", "fill_value": None}
         return lax.gather(field, self.indices, **rest), [*self.index, *kept]
 
     def drop(self, field: Any, own: list[int]) -> tuple[Any, list[int]]:
-        """The field without the axes of `units`."""
+        """The field without the axes in ``units``, and its labels."""
         at = [i for i, k in enumerate(own) if k in self.units]
         field = lax.squeeze(field, at) if at else field
         return field, [k for k in own if k not in self.units]
@@ -123,12 +130,13 @@ class _Gather:
 def lookup(leaf: LoRA, indices: jax.Array, params: Params) -> jax.Array:
     """gather of whole rows of the weight: rows of one factor times the other one.
 
-    An index out of bounds reads what the base's mode gives, and a delta of zero.  One
-    that breaks a promise to be in bounds reads the last row, as JAX does; in the
-    gradient of the factor that is not indexed it counts as that row.
+    For an index out of bounds the base gives what its mode says, and the delta is zero.
+    An index that breaks a promise to be in bounds reads the last row, as in JAX.  It
+    also counts as the last row in the gradient of the factor that is not indexed.
 
     Raises:
-      NotFactored: the gather indexes in and out axes at once, or cuts a row.
+      NotFactored: the gather indexes in and out axes at once, or cuts a row; or the
+        weight has an output bias and not all of its in axes are indexed.
     """
     gather = _Gather(leaf, indices, params)
     y = base.use(leaf.base, _Primitive(params), indices)
@@ -149,10 +157,12 @@ def lookup(leaf: LoRA, indices: jax.Array, params: Params) -> jax.Array:
 
 @in_low_rank
 def take(leaf: LoRA, indices: jax.Array, params: Params) -> LoRA:
-    """gather along batch axes, as of each token's expert; index axes are batch axes.
+    """gather along batch axes, such as a gather of each token's expert.
+
+    The axes of the indices become batch axes of the new leaf.
 
     Raises:
-      NotFactored: it indexes other axes.
+      NotFactored: the gather indexes other axes.
     """
     gather = _Gather(leaf, indices, params)
     if gather.roles != {"b"}:

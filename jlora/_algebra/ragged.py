@@ -31,9 +31,10 @@ class _Product:
 
     Attributes:
       contracted: the weight's axes that are summed over.
-      groups: its axes of experts.
-      axes: its roles, with b for all axes that are batched or experts.
-      xl: the labels of the activation: the weight's where they meet, else new ones.
+      groups: the weight's axes of experts.
+      axes: the weight's roles, with b for every axis that is batched or of experts.
+      xl: the labels of the activation: the weight's for axes that meet one of the
+        weight's, else new ones.
       row: the label of the activation's axis of rows.
       out: the labels of the result.
       transposed: whether the weight's out axes are contracted.
@@ -87,16 +88,17 @@ def ragged(
     """ragged_dot_general of x and the weight.
 
     Args:
-      leaf: its group axis is a batch axis.
-      x: the activation, of which ``sizes`` says how many rows belong to each expert.
-      sizes: as ragged_dot_general takes them.
-      params: of the primitive.
-      aside: x for the low-rank branch.
-      nth: how many uses of the weight came before, for the dropout.
+      leaf: the weight; its group axis is a batch axis.
+      x: the activation.
+      sizes: the number of rows of x for each expert, as ragged_dot_general takes them.
+      params: the primitive's parameters.
+      aside: x for the low-rank branch; see `Evaluation.first_product`.
+      nth: the number of earlier uses of the weight, for the dropout.
 
     Raises:
-      RolesError: the contracted axes mix in and out axes, or the groups are no batch.
-      NotFactored: no group axis in the weight (the gradient of a ragged product).
+      RolesError: the contracted axes mix in and out axes, or the group axes are not
+        batch axes.
+      NotFactored: the weight has no group axis (the gradient of a ragged product).
     """
     rest = dict(params)
     numbers = rest.pop("ragged_dot_dimension_numbers")
@@ -113,7 +115,7 @@ def ragged(
     dtype = compute_dtype(x, leaf)
 
     def times(h: jax.Array, hl: Any, factor: Any, fl: Any, keep: set[int]) -> Any:
-        """The rows of h with each expert's own part of the factor."""
+        """The product of the rows of h with their expert's part of the factor."""
         batch = [k for k in hl if k in fl and k in keep]
         summed = [k for k in hl if k in fl and k not in keep]
         dims = (

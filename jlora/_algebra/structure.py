@@ -1,6 +1,6 @@
-"""Structure: what a transpose, reshape, broadcast or slice of a weight makes of a leaf.
+"""Structure: the leaf of a transposed, reshaped, broadcast or sliced weight.
 
-The factors change with their own axes, and the base by the operation itself.
+Each field changes along its own axes.  The base changes by the operation itself.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jlora._leaf.forms import NotFactored
 
 
 def refit(leaf: LoRA, shape: Sequence[int], axes: str) -> LoRA:
-    """The leaf reshaped, where no role's axes change their order."""
+    """The leaf reshaped; the axes of each role keep their order."""
     size = dict(enumerate(shape)) | {RANK: leaf.rank}
 
     def fit(x: Any, roles: str) -> Any:
@@ -33,7 +33,7 @@ def refit(leaf: LoRA, shape: Sequence[int], axes: str) -> LoRA:
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """x to fn(x, *args); equal to another one that does the same.
+    """The function from x to fn(x, *args), equal to any other that does the same.
 
     So JAX's trace cache knows a base that waits for the same operation.
     """
@@ -50,7 +50,7 @@ class Call:
 
 
 def with_units(leaf: LoRA, wanted: str) -> LoRA:
-    """The same leaf with the wanted roles where an axis is of size one."""
+    """The same leaf, in which each axis of size one has its role in ``wanted``."""
     triples = zip(leaf.shape, leaf.axes, wanted, strict=True)
     axes = "".join(v if n == 1 else r for n, r, v in triples)
     return leaf if axes == leaf.axes else refit(leaf, leaf.shape, axes)
@@ -72,9 +72,12 @@ def transpose(leaf: LoRA, permutation: Sequence[int]) -> LoRA:
 
 @in_low_rank
 def reshape(leaf: LoRA, shape: Sequence[int]) -> LoRA:
-    """lax.reshape, where it mixes no axes of different roles.
+    """lax.reshape that mixes no axes of different roles.
 
-    An axis of size one becomes a batch axis, which any use takes as it needs.
+    An axis of size one becomes a batch axis; any use may give it another role.
+
+    Raises:
+      NotFactored: the reshape mixes axes of different roles, or the size is zero.
     """
     axes = ["b"] * len(shape)
     if 0 in shape:
@@ -90,7 +93,7 @@ def reshape(leaf: LoRA, shape: Sequence[int]) -> LoRA:
 
 @in_low_rank
 def squeeze(leaf: LoRA, dimensions: Sequence[int]) -> LoRA:
-    """lax.squeeze; the axes that stay keep their roles."""
+    """lax.squeeze; the other axes keep their roles."""
     kept = [k for k in range(leaf.ndim) if k not in dimensions]
     axes = "".join(leaf.axes[k] for k in kept)
     return refit(leaf, [leaf.shape[k] for k in kept], axes)
@@ -98,7 +101,7 @@ def squeeze(leaf: LoRA, dimensions: Sequence[int]) -> LoRA:
 
 @in_low_rank
 def broadcast(leaf: LoRA, shape: Sequence[int], dimensions: Sequence[int]) -> LoRA:
-    """lax.broadcast_in_dim; an axis that is new, or that grows, is a batch axis."""
+    """lax.broadcast_in_dim; an axis that is new or grows is a batch axis."""
     old = list(zip(leaf.shape, leaf.axes, dimensions, strict=True))
     leaf = with_units(leaf, "".join(c if n == shape[k] else "b" for n, c, k in old))
     units, axes = [1] * len(shape), ["b"] * len(shape)
@@ -118,13 +121,13 @@ def broadcast(leaf: LoRA, shape: Sequence[int], dimensions: Sequence[int]) -> Lo
 
 @in_low_rank
 def per_axis(leaf: LoRA, fn: Callable[..., Any], *operands: Any) -> LoRA:
-    """An operation that acts on each axis by itself: slice, rev, dynamic_slice.
+    """An operation that acts on each axis separately: slice, rev, dynamic_slice.
 
-    fn(array, labels, *operands) is called on every field, base included.
+    fn(array, labels, *operands) is called on the base and on every field.
 
     Raises:
-      NotFactored: it cuts an in axis of a weight with an output bias, which belongs to
-        the whole product.
+      NotFactored: the operation cuts an in axis of a weight with an output bias.  The
+        bias belongs to the sum over the whole axis.
     """
 
     def one(x: Any, roles: str) -> Any:
@@ -141,7 +144,7 @@ def per_axis(leaf: LoRA, fn: Callable[..., Any], *operands: Any) -> LoRA:
 
 
 def folded(leaf: LoRA, data: Any) -> LoRA:
-    """The leaf, its dropout keys folded with ``data``; None for each key's position."""
+    """The leaf with ``data``, or each key's position, folded into its dropout keys."""
     if leaf.dropout is None:
         return leaf
     key = leaf.dropout.key

@@ -15,30 +15,30 @@ from jlora._labels import RANK, wider
 from jlora._leaf import LoRA
 from jlora._leaf.forms import NotFactored
 
-# A use is traced once for its shapes and inlined wherever it recurs, with its
-# derivatives, so a deep model costs one trace for each kind of layer.
+# JAX traces such a function and its derivatives once for each set of shapes, and
+# inlines them in each use.  So a deep model costs one trace for each kind of layer.
 inlined = functools.partial(jax.jit, inline=True)
-Params = tuple[tuple[str, Any], ...]  # a primitive's parameters as items: hashable
+Params = tuple[tuple[str, Any], ...]  # a primitive's parameters, as items: hashable
 
 
 class RolesError(ValueError):
-    """This use contradicts the roles that the weight's axes were given."""
+    """This use contradicts the roles of the weight's axes."""
 
 
 def compute_dtype(x: jax.Array, w: Any) -> Any:
-    """What the factors are cast to: the activation's dtype.
+    """The dtype that the factors are cast to: the wider one of activation and weight.
 
-    Where a product mixes dtypes, the base is read in its own, so the wider one;
-    integers have no say.
+    An activation of integers does not count.
     """
     return wider(x, w) if jnp.issubdtype(x.dtype, jnp.inexact) else w.dtype
 
 
 def drop(leaf: LoRA, x: jax.Array, nth: int) -> jax.Array:
-    """Inverted dropout on the activation (arXiv:1207.0580); each use has its mask."""
+    """Inverted dropout on the activation (arXiv:1207.0580), a new mask for each use."""
     if leaf.dropout is None:
         return x
     rate = leaf.dropout.rate
+    # One mask covers all of x, so one of the keys is enough.
     key = jax.random.fold_in(leaf.dropout.key.reshape(-1)[0], nth)
     keep = jax.random.bernoulli(key, 1 - rate, x.shape)
     return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
@@ -47,16 +47,16 @@ def drop(leaf: LoRA, x: jax.Array, nth: int) -> jax.Array:
 def with_output_bias(
     leaf: LoRA, h: jax.Array, hl: list[int], factor: jax.Array, fl: list[int]
 ) -> tuple[jax.Array, jax.Array]:
-    """x·a with a one beside its ranks, and scale * b with scale * c as one more row.
+    """h with a one appended to its rank, and the factor with scale * c as one more row.
 
-    So the output bias goes wherever the second product goes, and needs none of its own.
+    So the second product adds the output bias, and no other operation is needed.
 
     Args:
       leaf: the weight; without an output bias nothing changes.
       h: x·a.
-      hl: its labels.
+      hl: the labels of h.
       factor: scale * b.
-      fl: its labels.
+      fl: the labels of the factor.
     """
     if leaf.c is None:
         return h, factor
@@ -77,18 +77,19 @@ def with_output_bias_of(
     factor: jax.Array,
     fl: list[int],
 ) -> tuple[jax.Array, jax.Array]:
-    """`with_output_bias`, where the weight is used from its inputs to its outputs.
+    """`with_output_bias`, if the weight is used from its inputs to its outputs.
 
     Args:
       leaf: the weight.
-      used: its axes that the first product sums over.
+      used: the weight's axes that the first product sums over or indexes.
       h: the first product.
-      hl: its labels.
+      hl: the labels of h.
       factor: the second factor.
-      fl: its labels.
+      fl: the labels of the factor.
 
     Raises:
-      NotFactored: some of its in axes are left, over which the bias would be summed.
+      NotFactored: some in axes are not used yet.  A later sum over them would add the
+        output bias more than once.
     """
     ins, outs = ({k for k, c in enumerate(leaf.axes) if c == role} for role in "io")
     if leaf.c is None or outs & {*used}:

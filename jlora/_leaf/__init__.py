@@ -4,14 +4,14 @@
   new kind of base**, such as a quantised array, is a subclass of `base.Base` in a new
   file of this folder.
 * `forms`: how the factors a and b make a·b: a plain pair, or loralib's blocks and
-  kernels.  **Another factorisation** is a new class there.  What changes the weight
-  and not the factors, as DoRA does, is no form: see `_algebra`.
+  kernels.  **Another factorisation** is a new class there.  DoRA changes the weight and
+  not the factors, so it would not be a form: see `_algebra`.
 * `fields`: the table of a, b, scale and all other fields: which of the weight's axes
   each has, whether it trains, whether an adapter keeps it.  **A new field** is a line
   there, and an attribute in `leaf`.
 * `leaf`: `LoRA` and `Full`, the classes.
 
-In come arrays; out goes a pytree.  All other packages use this one, and it uses none.
+Arrays come in, and a pytree goes out.  All other packages use this one; it uses none.
 """
 
 from jlora._leaf.leaf import Adapted as Adapted

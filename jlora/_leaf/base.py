@@ -1,14 +1,14 @@
 """What ``w`` of an adapted leaf can be, and the one way to use it.
 
-An array; the shape of one; a `Dropped` base; or another `Base`, such as a quantised
-array: an object that is a pytree and makes the array for each use.  All code reads a
-base by its ``shape`` and ``dtype``, and by the functions here:
+It is an array, the shape of an array, or a `Base`.  A `Base`, such as a quantised
+array, is a pytree that makes the array for each use.  `Dropped` is one, too.  All code
+reads a base through its ``shape`` and ``dtype``, and through the functions here:
 
 * `use` computes fn(array, *operands);
-* `then` is the base that a function of the array makes, such as its transpose.
+* `then` gives a new base from a function of the array, such as its transpose.
 
 A new kind of base is one file: a subclass of `Base` that defines ``shape``, ``dtype``
-and ``use``.  None stands for no base: in an adapter, or in half of a partition.
+and ``use``.  None means no base: in an adapter, or in half of a partition.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from jax.sharding import PartitionSpec
 
 
 class Base(abc.ABC):
-    """What stands in for a base array.  A subclass is a registered pytree.
+    """An object in place of a base array.  A subclass is a registered pytree.
 
     Attributes:
-      shape: of the array, as the model sees it.
-      dtype: of the array, as the model sees it.
+      shape: the array's shape, as the model sees it.
+      dtype: the array's dtype, as the model sees it.
       slices: static; whether slicing every field along a leading axis slices the array,
         as `jax.lax.scan` slices a stack of layers.
-      zero: static; whether the array is zero, and has no fields at all.
+      zero: static; whether the array is zero.  Such a base has no arrays.
     """
 
     slices = True
@@ -47,19 +47,22 @@ class Base(abc.ABC):
     def use(self, fn: Callable[..., Any], *operands: Any) -> Any:
         """fn(array, *operands), with the array made for this use alone.
 
-        ``fn`` closes over no traced value, so that this may be a function with a
-        derivative of its own.
+        ``fn`` closes over no traced value.  So a subclass may define a custom
+        derivative for its use.
         """
 
     def then(self, fn: Callable[..., Any], *operands: Any) -> Any:
-        """The base whose array is fn(array, *operands); by default made when used."""
+        """The base whose array is fn(array, *operands).
+
+        By default the array is computed in each use, not here.
+        """
         return Pending((self,), tuple(map(jnp.asarray, operands)), fn)
 
     def specs(self, spec: Sequence[Any]) -> Any:
-        """This base with a PartitionSpec for each field, where its array has ``spec``.
+        """This base with a PartitionSpec for each field, if its array has ``spec``.
 
-        By default a field is sharded along those of its axes that have the array's
-        size, if it has as many axes; else it is whole on every device.
+        By default a field with as many axes as the array is sharded along the axes that
+        have the array's size.  Any other field is whole on every device.
         """
 
         def own(field: Any) -> PartitionSpec:
@@ -73,32 +76,32 @@ class Base(abc.ABC):
 
     @property
     def ndim(self) -> int:
-        """Number of axes of the array."""
+        """The number of axes of the array."""
         return len(self.shape)
 
     @property
     def size(self) -> int:
-        """Number of parameters that the base has."""
+        """The number of parameters that the base has."""
         return math.prod(self.shape)
 
     def plain(self) -> Any:
-        """What stands in the tree once the adapter is taken off."""
+        """What takes the leaf's place in the tree when its adapter is removed."""
         return self
 
     def kept(self) -> Any:
-        """What an adapter keeps of it, to know later what its base was."""
+        """What an adapter stores in place of this base; None stores nothing."""
         return None
 
     def of_shape(self, shape: tuple[int, ...]) -> Any:
-        """This base, where its leaf's factors say that this is the shape by now."""
+        """This base with the shape that follows from the leaf's factors."""
         return self
 
     def document(self) -> dict[str, Any]:
-        """What a checkpoint says of it beside shape and dtype, as JSON."""
+        """What a checkpoint stores of it besides shape and dtype, as JSON."""
         return {}
 
     def remark(self) -> str:
-        """What a table says of it beside shape and dtype."""
+        """What a table shows of it besides shape and dtype."""
         return ""
 
 
@@ -107,13 +110,14 @@ class Base(abc.ABC):
 )
 @dataclasses.dataclass(frozen=True)
 class Dropped(Base):
-    """A base that was given up on purpose, and counts as zero; see `jlora.drop_base`.
+    """A base that was dropped on purpose, and counts as zero; see `jlora.drop_base`.
 
-    It has no arrays.  Of a stack that was sliced the leaf's factors tell the shape.
+    It has no arrays, so slicing a stacked leaf does not change its ``shape``.  The
+    shape of such a slice follows from the leaf's factors.
 
     Attributes:
       shape: static; the shape that the base had.
-      dtype: static; the dtype that it had, which the model still sees.
+      dtype: static; the dtype that the base had.  The model still sees it.
 
     Example:
       >>> import jax.numpy as jnp, jlora
@@ -127,7 +131,7 @@ class Dropped(Base):
     zero = True
 
     def use(self, fn: Callable[..., Any], *operands: Any) -> Any:
-        """Only the shape and dtype of what is zero; `plus` adds to it."""
+        """The shape and dtype of the result, which is zero; `plus` adds to it."""
         return jax.eval_shape(fn, struct(self), *operands)
 
     def then(self, fn: Callable[..., Any], *operands: Any) -> Dropped:
@@ -141,23 +145,23 @@ class Dropped(Base):
         return 0
 
     def plain(self) -> jax.ShapeDtypeStruct:
-        """What `attach` and `restore` need to know of it."""
+        """The shape and dtype, which is all that `attach` and `restore` need."""
         return struct(self)
 
     def kept(self) -> Dropped:
-        """Itself: an adapter without a base is all there is."""
+        """Itself, so that the adapter knows that its base was dropped."""
         return self
 
     def of_shape(self, shape: tuple[int, ...]) -> Dropped:
-        """The factors know of slices of a stack, and this does not."""
+        """It has no arrays that slicing changes, so the factors give the shape."""
         return dataclasses.replace(self, shape=shape)
 
     def document(self) -> dict[str, Any]:
-        """The dtype, which nothing else in a checkpoint's plan says."""
+        """The dtype, which is nowhere else in a checkpoint's plan."""
         return {"dropped": str(self.dtype)}
 
     def remark(self) -> str:
-        """For `summary`."""
+        """Shown by `summary`."""
         return "base dropped"
 
 
@@ -171,8 +175,8 @@ class Pending(Base):
     """fn(*arrays, *operands) of other bases, computed anew in each use.
 
     Attributes:
-      bases: what the arrays come from.
-      operands: arrays that the function takes besides.
+      bases: the bases that make the arrays.
+      operands: the function's other arguments, which are arrays.
       fn: static; it closes over no traced value.
     """
 
@@ -188,16 +192,16 @@ class Pending(Base):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of what the function gives."""
+        """The shape of the function's result."""
         return tuple(self._struct.shape)
 
     @property
     def dtype(self) -> Any:
-        """Of what the function gives."""
+        """The dtype of the function's result."""
         return self._struct.dtype
 
     def use(self, fn: Callable[..., Any], *operands: Any) -> Any:
-        """The first base makes its array inside of the second's use, and so on."""
+        """fn(array, *operands); the function runs inside the uses of all bases."""
         n = len(self.bases) + len(self.operands)
 
         def call(*args: Any) -> Any:
@@ -207,7 +211,11 @@ class Pending(Base):
 
 
 def _use_all(bases: Sequence[Any], fn: Callable[..., Any], *operands: Any) -> Any:
-    """fn(*arrays, *operands), with the arrays of all bases made for it."""
+    """fn(*arrays, *operands), with the arrays of all bases made for it.
+
+    Each base is used inside the use of the base before it.  The remaining bases and
+    operands are passed along as operands, since ``fn`` may close over no traced value.
+    """
     first, *rest = bases
     if not rest:
         return use(first, fn, *operands)
@@ -223,18 +231,18 @@ def _use_all(bases: Sequence[Any], fn: Callable[..., Any], *operands: Any) -> An
 
 
 def is_base(x: Any) -> bool:
-    """Whether x stands in for an array, and is one node of a tree as an array is."""
+    """Whether x is a `Base`, which counts as one leaf of a tree, as an array does."""
     return isinstance(x, Base)
 
 
 def use(w: Any, fn: Callable[..., Any], *operands: Any) -> Any:
-    """fn(array, *operands); of a base that is zero only the result's shape and dtype.
+    """fn(array, *operands); only its shape and dtype if the base is zero.
 
     Args:
       w: a base.
-      fn: linear in the array wherever the base may be zero; with a `Base` it closes
-        over no traced value.
-      *operands: what else it takes.
+      fn: closes over no traced value if ``w`` is a `Base`, and is linear in the array
+        if the base may be zero.
+      *operands: its other arguments.
     """
     return w.use(fn, *operands) if is_base(w) else fn(w, *operands)
 
@@ -245,7 +253,7 @@ def then(w: Any, fn: Callable[..., Any], *operands: Any) -> Any:
 
 
 def joined(bases: Sequence[Any], fn: Callable[..., Any]) -> Any:
-    """The base whose array is fn(*arrays) of several bases."""
+    """The base whose array is fn(*arrays), with the arrays of several bases."""
     if all(map(is_zero, bases)):
         made = jax.eval_shape(fn, *map(struct, bases))
         return Dropped(made.shape, made.dtype)
@@ -254,14 +262,14 @@ def joined(bases: Sequence[Any], fn: Callable[..., Any]) -> Any:
 
 
 def plus(y: Any, h: jax.Array) -> jax.Array:
-    """What `use` gave, plus h in its dtype."""
+    """y + h in y's dtype.  y is a result of `use`: a shape and dtype count as zero."""
     chex.assert_equal(tuple(y.shape), tuple(h.shape))
     h = h.astype(y.dtype)
     return h if isinstance(y, jax.ShapeDtypeStruct) else y + h
 
 
 def array(w: Any) -> Any:
-    """The array itself; zeros for one that is zero."""
+    """The array of a base; zeros for a base that is zero."""
     if not is_base(w):
         return w
     return jnp.zeros(w.shape, w.dtype) if w.zero else w.use(lambda w: w)
@@ -273,61 +281,64 @@ def struct(w: Any) -> jax.ShapeDtypeStruct:
 
 
 def abstract(w: Any) -> Any:
-    """The base with the shape and dtype of each of its arrays in its place."""
+    """The base with each of its arrays replaced by the array's shape and dtype."""
     return jax.tree.map(struct, w)
 
 
 def traced(w: Any) -> Any:
-    """What a function is traced on: an array itself, the shape of what stands in."""
+    """What a function is traced with: the array, or the shape and dtype of a `Base`."""
     return struct(w) if is_base(w) else w
 
 
 def is_zero(w: Any) -> bool:
-    """Whether it is a base that counts as zero, and has no arrays."""
+    """Whether w is a base that counts as zero, and so has no arrays."""
     return is_base(w) and w.zero
 
 
 def shaped(w: Any) -> bool:
-    """Whether the base tells its shape: None does not, nor a base without arrays."""
+    """Whether ``w.shape`` is the leaf's shape; not so for None and a base that is zero.
+
+    Slicing a stacked leaf does not change the shape of a base without arrays.
+    """
     return w is not None and not is_zero(w)
 
 
 def plain(w: Any) -> Any:
-    """What stands in the tree once the adapter is taken off."""
+    """What takes the leaf's place in the tree when its adapter is removed."""
     return w.plain() if is_base(w) else w
 
 
 def kept(w: Any) -> Any:
-    """What an adapter keeps of a base."""
+    """What an adapter stores in place of a base."""
     return w.kept() if is_base(w) else None
 
 
 def document(w: Any) -> dict[str, Any]:
-    """What a checkpoint says of a base beside shape and dtype, as JSON."""
+    """What a checkpoint stores of a base besides shape and dtype, as JSON."""
     return w.document() if is_base(w) else {}
 
 
 def from_document(said: dict[str, Any], shape: Sequence[int]) -> Any:
-    """What an adapter keeps of a base, from a checkpoint's words; the others' None."""
+    """What `kept` gave, from what `document` gave: a `Dropped` base, or None."""
     if "dropped" not in said:
         return None
     return Dropped(tuple(shape), jnp.dtype(said["dropped"]))
 
 
 def remark(w: Any) -> str:
-    """What a table says of a base beside shape and dtype."""
+    """What a table shows of a base besides shape and dtype."""
     return w.remark() if is_base(w) else ""
 
 
 def size(w: Any) -> int:
-    """Number of parameters of a base."""
+    """The number of parameters of a base."""
     if is_base(w):
         return w.size
     return math.prod(w.shape) if hasattr(w, "shape") else 0
 
 
 def specs(w: Any, spec: Any) -> Any:
-    """A base with a PartitionSpec for each field, where its array has ``spec``."""
+    """A base with a PartitionSpec for each field, if its array has ``spec``."""
     if not shaped(w):
         return w
     return w.specs(spec) if is_base(w) else PartitionSpec(*spec)

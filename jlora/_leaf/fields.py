@@ -1,8 +1,8 @@
 """The one table of the fields of an adapted leaf, and what follows from it.
 
-The table says which of the weight's axes each field has.  Labels, shapes, partition
-specs, mapping, what trains, what a checkpoint stores and what is verified come from
-it.  A new field is one line here, and one in the leaf's class.
+The table says which of the weight's axes each field has.  From it come the labels,
+shapes and partition specs of the fields, what trains, what a checkpoint stores, and
+what is checked.  A new field is one line here, and one in the leaf's class.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from jlora._leaf import base, forms
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """One field of a leaf, beside ``w``.
+    """One field of a leaf, besides ``w``.
 
     Attributes:
-      axes: the roles of its axes in order: b, i and o stand for the weight's batch, in
+      axes: the roles of its axes, in order: b, i and o stand for the weight's batch, in
         and out axes, r for the rank, * for all axes of the weight.
-      trains: whether it trains; all else is frozen.
-      optional: whether it is None in most leaves, and then is no part of the tree.
+      trains: whether it trains; if not, it is frozen.
+      optional: whether it may be None in a whole leaf.
       kept: whether it is part of an adapter, and of a checkpoint.
     """
 
@@ -47,7 +47,7 @@ FULL = {"value": Field("*", trains=True)}
 
 
 def labels(roles: str, axes: str) -> list[int]:
-    """The labels of a field's axes, where the weight's have the roles ``axes``.
+    """The labels of a field's axes, if the weight's axes have the roles ``axes``.
 
     Example:
       >>> labels("bir", "bio"), labels("bo", "obi"), labels("*", "io")
@@ -61,7 +61,7 @@ def labels(roles: str, axes: str) -> list[int]:
 
 
 def mapped(leaf: Any, fn: Callable[[Any, str], Any]) -> dict[str, Any]:
-    """fn(array, roles) of every field's array, by field; a field of None stays None."""
+    """fn(array, roles) for the array of every field, by field; None stays None."""
     return {
         name: jax.tree.map(
             lambda x, roles=field.axes: fn(x, roles), getattr(leaf, name)
@@ -89,10 +89,10 @@ def shapes(
 
 
 def specs(leaf: Any, spec: Any) -> Any:
-    """The leaf with a PartitionSpec for each array, where its weight has ``spec``.
+    """The leaf with a PartitionSpec for each array, if its weight has ``spec``.
 
-    A field's axes are sharded as the weight's are; the rank is whole.  Factors whose
-    axes are not the weight's are small, and whole on every device.
+    A field's axes are sharded as the weight's are; the rank is whole.  If a form is not
+    aligned, its factors are small, and whole on every device.
     """
     names = dict(enumerate(spec))
 
@@ -116,7 +116,7 @@ def stored(leaf: Any) -> tuple[str, ...]:
 
 
 def _present(leaf: Any, wanted: Callable[[Field], bool]) -> tuple[str, ...]:
-    """The wanted fields that a leaf has, or has to have."""
+    """The wanted fields, without optional ones that are None."""
     return tuple(
         name
         for name, field in leaf.fields.items()
@@ -125,21 +125,21 @@ def _present(leaf: Any, wanted: Callable[[Field], bool]) -> tuple[str, ...]:
 
 
 def missing(leaf: Any) -> list[str]:
-    """The fields that a leaf lacks, as an adapter or half of a partition does."""
+    """The required fields that are None, as in an adapter or half of a partition."""
     table: Mapping[str, Field] = leaf.fields
     names = ["w", *(name for name, field in table.items() if not field.optional)]
     return [name for name in names if getattr(leaf, name) is None]
 
 
 def bare(leaf: Any) -> Any:
-    """The leaf as it stands in an adapter: without its base, and what is not kept."""
+    """The leaf as it is in an adapter: without its base and the fields not kept."""
     table: Mapping[str, Field] = leaf.fields
     gone = {name: None for name, field in table.items() if not field.kept}
     return dataclasses.replace(leaf, w=base.kept(leaf.w), **gone)
 
 
 def check(leaf: Any) -> None:
-    """Raises ValueError for a field of a `LoRA` leaf of another rank or stack."""
+    """Raises ValueError if a field of a `LoRA` leaf does not have its right shape."""
     wanted = shapes(leaf.shape, leaf.axes, leaf.rank, leaf.form)
     for name in stored(leaf):
         if (found := tuple(getattr(leaf, name).shape)) != wanted[name]:
@@ -150,6 +150,6 @@ def check(leaf: Any) -> None:
 
 
 def made(output_bias: bool) -> tuple[str, ...]:
-    """The fields that a new leaf starts with, the output bias where it is wanted."""
+    """The fields that a new leaf starts with; the output bias only if wanted."""
     optional = {"c"} if output_bias else set()
     return tuple(n for n, field in LORA.items() if not field.optional or n in optional)

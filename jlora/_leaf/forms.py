@@ -1,11 +1,11 @@
 """Forms: how the factors of a leaf make its delta.
 
-A form is static.  It owns all that depends on how a and b are laid out: their shapes,
-the rank, the delta, and the same delta as one plain pair of factors.  No other code
-asks which form a leaf has.  `plain` is the form of a leaf that names none.
+A form is static.  It owns all that depends on the layout of a and b: their shapes, the
+rank, the delta, and the same delta as one plain pair of factors.  No other code asks
+which form a leaf has.  A leaf whose form is None has the plain form, `Pair`.
 
-``axes`` below is one letter for each axis of the weight, such as ``"bio"``; ``a`` and
-``b`` are the factors; a ``b`` that is passed to a form is multiplied by the scale.
+Below, ``axes`` is one letter for each axis of the weight, such as ``"bio"``, and ``a``
+and ``b`` are the factors.  Methods are linear in ``b``, so it may hold the scale.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class NotFactored(Exception):
 
 
 class Misfit(ValueError):
-    """A form that a weight cannot have; the text is what was expected of it."""
+    """A form that a weight cannot have; the message says what was expected."""
 
 
 class AdaptsNothing(Misfit):
-    """A form whose delta is zero; the text says why."""
+    """A form whose delta is always zero; the message says why."""
 
 
 class Form(abc.ABC):
@@ -44,8 +44,8 @@ class Form(abc.ABC):
     Attributes:
       aligned: whether each axis of a and b is an axis of the weight, or the rank.  Only
         then are factors sharded and sliced as the weight is.
-      formed: whether the delta itself is formed in each use, which is then its nature.
-      groups: of the convolution that it is for; None for any.
+      formed: whether every use forms the delta, because the form has no low-rank use.
+      groups: the groups of the convolution that it is for; None for any number.
     """
 
     aligned: ClassVar[bool] = False
@@ -62,14 +62,14 @@ class Form(abc.ABC):
 
     @abc.abstractmethod
     def ndim(self, a: Any, roles: str) -> int:
-        """Number of axes of the weight, from a and the roles that are spelt out."""
+        """The number of axes of the weight, from a and the leaf's roles."""
 
     @abc.abstractmethod
     def labels(self, axes: str) -> tuple[Labels, Labels]:
         """The labels of the axes of a and b.
 
         Raises:
-          NotFactored: they are not axes of the weight.
+          NotFactored: some are neither axes of the weight nor the rank.
         """
 
     @abc.abstractmethod
@@ -77,12 +77,12 @@ class Form(abc.ABC):
         """(a, b) of the same delta in the plain form.
 
         Raises:
-          NotFactored: there is none.
+          NotFactored: the plain form does not have this delta.
         """
 
     @abc.abstractmethod
     def delta(self, a: jax.Array, b: jax.Array, axes: str) -> jax.Array:
-        """The product of the factors in the weight's shape, at full precision."""
+        """The delta in the weight's shape, at full precision."""
 
     def rank(self, a: Any) -> int:
         """r, from the factor a."""
@@ -91,30 +91,37 @@ class Form(abc.ABC):
     def assemble(
         self, d: jax.Array, labels: Labels, out: Sequence[int], axes: str
     ) -> jax.Array:
-        """A product with both factors, its axes ``out`` of the weight or of data."""
+        """A product with both factors, with its axes in the order ``out``.
+
+        Args:
+          d: the product.
+          labels: its labels.
+          out: the wanted labels: axes of the weight, and axes of an activation.
+          axes: the roles of the weight's axes.
+        """
         return order(d, labels, out)
 
     def fits(self, shape: Shape, axes: str, kind: str) -> Form:
-        """This form with all that it takes from the weight.
+        """This form, completed with what it needs to know from the weight.
 
         Raises:
           Misfit: the weight cannot have this form.
-          AdaptsNothing: it would leave the weight as it is.
+          AdaptsNothing: the form would leave the weight unchanged.
         """
         return self
 
     def fan_in(self, shape: Shape, axes: str) -> int:
-        """How many inputs a sums over, for a weight of this shape."""
+        """The number of inputs that a sums over, for a weight of this shape."""
         return math.prod(_sizes(shape, axes)["i"])
 
     @property
     def slices(self) -> tuple[bool, ...]:
-        """A flag for each slice of the outputs that has factors of its own, or not."""
+        """For each slice of the outputs: whether it has factors; () without slices."""
         return ()
 
     @property
     def blocks(self) -> int:
-        """How many pairs of factors there are."""
+        """The number of pairs of factors."""
         return sum(self.slices) or 1
 
 
@@ -127,7 +134,7 @@ def _sizes(shape: Shape, axes: str) -> dict[str, list[int]]:
 
 
 def _labels(axes: str, roles: str) -> Labels:
-    """The labels of the axes of these roles, role by role; r is the rank."""
+    """The labels of the axes that have these roles, role by role; r is the rank."""
     return [
         k for role in roles for k in ([RANK] if role == "r" else _where(axes, role))
     ]
@@ -150,13 +157,13 @@ class Pair(Form):
         return (*batch, *in_, rank), (*batch, rank, *out)
 
     def weight_shape(self, a: Shape, b: Shape, axes: str) -> Shape:
-        """Batch and in axes are those of a, out axes those of b."""
+        """Batch and in axes come from a, out axes from b."""
         n = axes.count("b")
         sizes = {"b": iter(a[:n]), "i": iter(a[n:-1]), "o": iter(b[n + 1 :])}
         return tuple(next(sizes[role]) for role in axes)
 
     def ndim(self, a: Any, roles: str) -> int:
-        """All axes of a but the rank, and the out axes."""
+        """All axes of a except the rank, and the out axes."""
         return a.ndim - 1 + roles.count("o")
 
     def labels(self, axes: str) -> tuple[Labels, Labels]:
@@ -164,7 +171,7 @@ class Pair(Form):
         return _labels(axes, "bir"), _labels(axes, "bro")
 
     def low_rank(self, a: jax.Array, b: jax.Array, axes: str) -> Any:
-        """As they are."""
+        """a and b unchanged."""
         return a, b
 
     def delta(self, a: jax.Array, b: jax.Array, axes: str) -> jax.Array:
@@ -179,9 +186,10 @@ class Pair(Form):
 class Blocks(Pair):
     """The form of loralib's ``MergedLinear``: factors for each enabled slice.
 
-    The first out axis of the weight is n equal slices (a fused qkv has three), k of
-    them enabled.  ``a`` is (*batch, k, *in, r), ``b`` (*batch, k, r, *out) with the
-    first of out divided by n; the delta of a slice that is not enabled is zero.
+    The first out axis of the weight has n equal slices (a fused qkv has three), k of
+    which are enabled.  ``a`` is (*batch, k, *in, r).  ``b`` is (*batch, k, r, *out),
+    with the first out axis divided by n.  A slice that is not enabled has a delta of
+    zero.
 
     Attributes:
       enabled: one flag for each slice.
@@ -199,18 +207,18 @@ class Blocks(Pair):
         return (*stack, *in_, rank), (*stack, rank, first // len(self.enabled), *out)
 
     def weight_shape(self, a: Shape, b: Shape, axes: str) -> Shape:
-        """That of one pair, with n slices in the first out axis."""
+        """The shape for one pair, with n slices in the first out axis."""
         n = axes.count("b")
         left, right = [*a[:n], *a[n + 1 :]], [*b[:n], *b[n + 1 :]]
         right[n + 1] *= len(self.enabled)
         return super().weight_shape(tuple(left), tuple(right), axes)
 
     def ndim(self, a: Any, roles: str) -> int:
-        """a has an axis for the slices."""
+        """As for one pair, without a's axis for the slices."""
         return super().ndim(a, roles) - 1
 
     def labels(self, axes: str) -> tuple[Labels, Labels]:
-        """BLOCK comes after the batch axes."""
+        """As for one pair, with BLOCK after the batch axes."""
         n = axes.count("b")
         la, lb = super().labels(axes)
         return [*la[:n], BLOCK, *la[n:]], [*lb[:n], BLOCK, *lb[n:]]
@@ -218,7 +226,7 @@ class Blocks(Pair):
     def assemble(
         self, d: jax.Array, labels: Labels, out: Sequence[int], axes: str
     ) -> jax.Array:
-        """The products of the blocks in their slices of the first out axis."""
+        """The product of each block in its slice of the first out axis."""
         at = list(out).index(axes.index("o"))
         d = order(d, labels, [*out[:at], BLOCK, *out[at:]])
         blocks = iter(jnp.split(d, d.shape[at], axis=at))
@@ -227,12 +235,12 @@ class Blocks(Pair):
         return d.reshape(*d.shape[:at], -1, *d.shape[at + 2 :])
 
     def low_rank(self, a: jax.Array, b: jax.Array, axes: str) -> Any:
-        """One pair of k·r ranks, with a block-diagonal b."""
+        """One pair of rank k·r, with a block-diagonal b."""
         n, rank = axes.count("b"), a.shape[-1]
         slots = [slot for slot, flag in enumerate(self.enabled) if flag]
         a = jnp.moveaxis(a, n, -2)
         a = a.reshape(*a.shape[:-2], len(slots) * rank)
-        columns = n + 1  # where b has the first out axis, once a block is taken out
+        columns = n + 1  # the first out axis of one block of b
         size = b.shape[columns + 1]
         padded = []
         for i, slot in enumerate(slots):
@@ -244,7 +252,7 @@ class Blocks(Pair):
         return a, jnp.concatenate(padded, n)
 
     def fits(self, shape: Shape, axes: str, kind: str) -> Form:
-        """The slices have to be equal, and one of them enabled."""
+        """This form; the slices have to be equal, and at least one enabled."""
         if not all(flag in (False, True) for flag in self.enabled):
             raise Misfit("flags, True or False")
         if not self.enabled or "o" not in axes:
@@ -266,12 +274,12 @@ class Blocks(Pair):
 class Kernel(Form):
     """The form of loralib's ``ConvLoRA``: the delta is a reshaped product of matrices.
 
-    For a kernel (k, k, in/groups, out), ``a`` is (*batch, in·k, r·k) and ``b``
-    (*batch, r·k, out/groups·k).  Such a delta has no low-rank use, so it is formed.
+    For a kernel (k, k, in/groups, out), ``a`` is (*batch, in·k, r·k) and ``b`` is
+    (*batch, r·k, out/groups·k).  Such a delta has no low-rank use: each use forms it.
 
     Attributes:
-      shape: of the kernel, without batch axes; None until it is known.
-      groups: of the convolution.
+      shape: the kernel's shape, without batch axes; None until it is known.
+      groups: the convolution's number of groups.
     """
 
     shape: tuple[int, ...] | None = None
@@ -288,7 +296,7 @@ class Kernel(Form):
         return (*batch, channels * self.groups * k, shared), b
 
     def weight_shape(self, a: Shape, b: Shape, axes: str) -> Shape:
-        """The kernel's own, after the batch axes of a."""
+        """The kernel's shape, after the batch axes of a."""
         return (*a[: axes.count("b")], *(self.shape or ()))
 
     def ndim(self, a: Any, roles: str) -> int:
@@ -296,19 +304,19 @@ class Kernel(Form):
         return a.ndim + 2
 
     def rank(self, a: Any) -> int:
-        """r of the r·k that a and b share."""
+        """r; a and b share an axis of size r·k."""
         return a.shape[-1] // self.shape[0] if self.shape else a.shape[-1]
 
     def labels(self, axes: str) -> tuple[Labels, Labels]:
-        """Matrices have no axes of the kernel."""
+        """Raises: the axes of the matrices are not axes of the kernel."""
         raise NotFactored
 
     def low_rank(self, a: jax.Array, b: jax.Array, axes: str) -> Any:
-        """A reshape mixes the ranks with the axes of the kernel."""
+        """Raises: the reshape mixes the rank with the axes of the kernel."""
         raise NotFactored
 
     def delta(self, a: jax.Array, b: jax.Array, axes: str) -> jax.Array:
-        """The product of the matrices, read as torch's (out, in, k, k)."""
+        """The product of the matrices, reshaped as torch's (out, in, k, k)."""
         n = axes.count("b")
         k, _, channels, features = self.shape or ()
         ab = jnp.matmul(a, b, precision="highest")
@@ -316,7 +324,7 @@ class Kernel(Form):
         return jnp.moveaxis(oihw, (n, n + 1), (n + 3, n + 2))
 
     def fits(self, shape: Shape, axes: str, kind: str) -> Form:
-        """With the shape of the kernel."""
+        """This form with the shape of the kernel."""
         if kind != "conv" or axes.lstrip("b") != "iiio" or shape[-4] != shape[-3]:
             raise Misfit(
                 "a 2-D convolution with a square kernel, (k, k, in/groups, out)"
@@ -326,7 +334,7 @@ class Kernel(Form):
         return dataclasses.replace(self, shape=shape[-4:])
 
     def fan_in(self, shape: Shape, axes: str) -> int:
-        """The rows of the matrix a."""
+        """The number of rows of the matrix a."""
         k, _, channels, _ = shape[-4:]
         return channels * self.groups * k
 
@@ -353,7 +361,7 @@ def document(form: Form | None) -> dict[str, Any]:
 
 
 def from_document(said: dict[str, Any]) -> Form | None:
-    """The form of a checkpoint's words, in which JSON made tuples lists."""
+    """The form from what `document` gave, in which JSON turned tuples into lists."""
     if (form := said.get("form")) is None:
         return None
     found = {k: tuple(v) if isinstance(v, list) else v for k, v in form.items()}

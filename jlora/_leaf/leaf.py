@@ -1,18 +1,18 @@
-"""The adapted leaves: what stands in a params tree where an array stood.
+"""The adapted leaves, which replace arrays in a params tree.
 
 Their invariants, in one place:
 
 * ``w`` is the base array that the user passed, the same object.  It is the first field.
-* The roles of the weight's axes are one static string, counted from the end: ``"i"``
-  for an axis that is contracted with the activation, ``"o"`` for one that comes out,
-  ``"b"`` for a batch axis (stacked layers, experts).  Axes that the string does not
-  reach lead, and are batch axes.
-* `fields.LORA` says which of the weight's axes each field has: every field of a stacked
-  leaf starts with the batch axes.
+* The roles of the weight's axes are one static string, aligned with the last axes:
+  ``"i"`` for an axis that is contracted with the activation, ``"o"`` for an axis of the
+  output, ``"b"`` for a batch axis (stacked layers, experts).  If the weight has more
+  axes than the string has letters, the first axes are batch axes.
+* `fields.LORA` says which of the weight's axes each field has.  In a stacked leaf every
+  field starts with the batch axes.
 
-So a user's own ``tree.map(lambda x: x[0], ...)``, scan or vmap slices the leaf by
-slicing its fields.  Nothing is validated in the constructors: the leaves must survive
-``jax.tree.map`` to anything.
+So a user's ``tree.map(lambda x: x[0], ...)``, scan or vmap slices the leaf by slicing
+its fields.  The constructors validate nothing: ``jax.tree.map`` may put any object into
+a leaf.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _ADVICE = (
 
 
 class _NotAnArray:
-    """Refuses every use as an array, so that W + BA is never formed in silence."""
+    """Refuses every use as an array, so that W + a·b is never formed unnoticed."""
 
     def _refuse(self, *_: Any, **__: Any) -> NoReturn:
         raise TypeError(f"{self!r} {_ADVICE}.")
@@ -64,7 +64,7 @@ def _brief(x: Any) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Dropout:
-    """Dropout on the activation that enters a low-rank branch; see `jlora.dropout`.
+    """Dropout on the activation that enters the low-rank branch; see `jlora.dropout`.
 
     Attributes:
       key: (*batch) typed PRNG keys.
@@ -80,19 +80,19 @@ class LoRA(_NotAnArray):
     """A weight ``w`` with a low-rank delta: W + scale * a·b (arXiv:2106.09685, eq. 3).
 
     Attributes:
-      w: the frozen base: an array, or what stands in for one, such as `Dropped`; None
-        in an adapter and in half of a partition.
-      a: (*batch, *in, r), float32 whatever the base's dtype.
-      b: (*batch, r, *out), likewise.
-      scale: (*batch) float32, alpha / rank; data, so that turning an adapter up,
-        down or off does not recompile.
-      c: (*batch, *out) output bias of the low-rank branch, or None: a product of x
-        with the weight has scale * c added to it.
+      w: the frozen base: an array, or a `Base` in its place, such as `Dropped`; None in
+        an adapter and in half of a partition.
+      a: (*batch, *in, r), float32 whatever the base's dtype is.
+      b: (*batch, r, *out), float32 whatever the base's dtype is.
+      scale: (*batch) float32, alpha / rank.  It is data, so that changing it does not
+        recompile; zero turns the adapter off.
+      c: (*batch, *out) output bias of the low-rank branch, or None.  scale * c is added
+        to a product of x with the weight.
       dropout: a `Dropout` on the activation, or None.
-      roles: static; one letter for each axis of the weight, from the end.
-      form: static; None for a and b as above, or how else they make the delta.
-      bias_path: static; where the bias of the weight's layer stands, as a path from
-        where the weight stands, such as "bias"; None if it has none.
+      roles: static; the roles of the weight's last axes, one letter for each.
+      form: static; None for a and b as above, else how they make the delta.
+      bias_path: static; the path of the bias of the weight's layer, relative to the
+        weight, such as "bias"; None if the layer has no bias.
 
     Example:
       >>> import jax.numpy as jnp
@@ -115,7 +115,7 @@ class LoRA(_NotAnArray):
 
     @property
     def ndim(self) -> int:
-        """Number of axes of the weight, known from it or from the factors alone."""
+        """The number of axes of the weight, from the base or from the factors."""
         if base.shaped(self.w):
             return len(self.w.shape)
         return forms.of(self.form).ndim(self.a, self.roles)
@@ -135,7 +135,7 @@ class LoRA(_NotAnArray):
 
     @property
     def dtype(self) -> Any:
-        """The weight's dtype; AttributeError without a base."""
+        """The weight's dtype, which only the base knows."""
         return self.w.dtype
 
     @property
@@ -145,7 +145,7 @@ class LoRA(_NotAnArray):
 
     @property
     def base(self) -> Any:
-        """What ``w`` is by now: of a slice of a stack the factors tell the shape."""
+        """``w`` with the leaf's shape; a `Dropped` base does not see its slicing."""
         return self.w.of_shape(self.shape) if base.is_base(self.w) else self.w
 
     def __repr__(self) -> str:
@@ -157,11 +157,12 @@ class LoRA(_NotAnArray):
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Full(_NotAnArray):
-    """A whole array that trains, for heads and biases, beside its base.
+    """A whole array that trains, with its frozen base: for heads and biases.
 
     Attributes:
       w: the frozen base, as in `LoRA`.
-      value: what trains: a copy of ``w`` at the start, float32 unless asked otherwise.
+      value: the array that trains.  It starts as a copy of ``w``, in float32 unless the
+        user asks for another dtype.
     """
 
     w: Any
@@ -172,12 +173,12 @@ class Full(_NotAnArray):
 
     @property
     def ndim(self) -> int:
-        """Number of axes of the array."""
+        """The number of axes of the array."""
         return len(self.shape)
 
     @property
     def axes(self) -> str:
-        """No axis has a role: all of them are kept."""
+        """``o`` for every axis, since none is contracted or sliced."""
         return "o" * self.ndim
 
     @property
@@ -187,12 +188,12 @@ class Full(_NotAnArray):
 
     @property
     def dtype(self) -> Any:
-        """The dtype that the model sees: the base's."""
+        """The base's dtype, which is the one that the model sees."""
         return self.w.dtype
 
     @property
     def base(self) -> Any:
-        """As in `LoRA`."""
+        """``w`` with the leaf's shape, as in `LoRA`."""
         return self.w.of_shape(self.shape) if base.is_base(self.w) else self.w
 
     def __repr__(self) -> str:
@@ -214,7 +215,7 @@ _register(Full, [])
 
 
 def is_adapted(x: Any) -> bool:
-    """Whether x is an adapted leaf; the ``is_leaf`` of every tree function here.
+    """Whether x is an adapted leaf; made to be ``is_leaf`` of `jax.tree` functions.
 
     Example:
       >>> import jax, jlora
@@ -225,5 +226,5 @@ def is_adapted(x: Any) -> bool:
 
 
 def is_leaf(x: Any) -> bool:
-    """Whether x is one leaf of a params tree, where JAX sees a node."""
+    """Whether x is one leaf of a params tree for jlora, but a node for JAX."""
     return is_adapted(x) or base.is_base(x)
