@@ -1,6 +1,6 @@
 """Loops, branches and calls: rebuilt with JAX's own functions.
 
-Adapted leaves travel through them as the pytrees that they are.
+Adapted leaves pass through them as pytrees.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jlora._lift.rules import with_factors
 
 
 def _constrained(x: Any, sharding: Any) -> Any:
-    """x under a sharding that an inner jit was given; of a leaf it is the base's."""
+    """x under a sharding from an inner jit, which for a leaf is the base's sharding."""
     place = _compat.place(sharding)
     if place is None:
         return x
@@ -58,7 +58,7 @@ def _remat(ev: Evaluation, eqn: Any, *args: Any) -> list[Any]:
 
 
 def _per_step(xs: Sequence[Any], step: Any) -> list[Any]:
-    """The leaves that every step of a loop shares, with dropout keys of their own."""
+    """The values that all steps of a loop share, with new dropout keys in each step."""
 
     def fold(x: Any) -> Any:
         if not isinstance(x, Tracked) or (dropout := x.leaf.dropout) is None:
@@ -71,11 +71,11 @@ def _per_step(xs: Sequence[Any], step: Any) -> list[Any]:
 
 
 class _Carry:
-    """Splits a loop's carry: leaves that come back unchanged are constants of it.
+    """Splits a loop's carry: leaves that the body returns unchanged become constants.
 
     Attributes:
-      fixed: the leaves that stay, by position.
-      init: what else is carried, at the start.
+      fixed: the unchanged leaves, by position in the carry.
+      init: the initial values of the rest of the carry.
     """
 
     def __init__(
@@ -89,6 +89,7 @@ class _Carry:
         self.init = self.moving(init)
 
     def moving(self, values: Sequence[Any]) -> list[Any]:
+        """The part of a carry that changes, with its leaves materialised."""
         return [
             self.ev.materialise(x, f"{self.name} (as a carry that changes)")
             for i, x in enumerate(values)
@@ -96,6 +97,7 @@ class _Carry:
         ]
 
     def whole(self, moving: Sequence[Any], fixed: Sequence[Any] | None = None) -> list:
+        """The whole carry, from its part that changes and the unchanged leaves."""
         values, kept = iter(moving), iter(fixed or self.fixed.values())
         n = len(self.fixed) + len(moving)
         return [next(kept) if i in self.fixed else next(values) for i in range(n)]
@@ -106,10 +108,14 @@ def _row(w: jax.Array, step: Any) -> jax.Array:
 
 
 class _Xs:
-    """What a scan slices: bases that slicing their fields would not slice stay whole.
+    """The values that a scan slices.
+
+    Slicing the fields of a base may not slice its array.  Such a base stays whole, and
+    each step takes its row.
 
     Attributes:
-      sliced: what the scan slices.
+      whole: the bases that stay whole, by position.
+      sliced: the values for the scan to slice, without those bases.
     """
 
     def __init__(self, ev: Evaluation, xs: Sequence[Any]):
@@ -125,7 +131,7 @@ class _Xs:
             self.sliced.append(x)
 
     def at(self, step: Any, sliced: Sequence[Any]) -> list[Any]:
-        """The slices of one step, with those of the bases that stayed whole."""
+        """The slices of one step, with the rows of the bases that stayed whole."""
         out = list(sliced)
         for i, w in self.whole.items():
             row = base.then(w, _row, step)
@@ -183,7 +189,8 @@ def _while(ev: Evaluation, eqn: Any, *args: Any) -> list[Any]:
     def body(state: Any) -> Any:
         step, old = state
         new = carry.moving(ev.run(p["body_jaxpr"], values(body_consts, state)))
-        # Under vmap there is a loop for each slice, and those that ended stay.
+        # A vmapped loop has a condition for each slice.  It runs until all are false,
+        # and slices that have ended keep their values.
         if batched:
             on = going(state)
             new = [
@@ -214,8 +221,8 @@ def _in_specs(x: Any, own: Any) -> Any:
     """The partition specs of one operand of a shard_map.
 
     Raises:
-      NotFactored: the factors of its form are whole on every device; or every device
-        would add the output bias to its part of a sum over in axes.
+      NotFactored: the weight is sharded, but the factors of its form cannot be; or each
+        device would add the output bias to its part of a sum over in axes.
     """
     if not isinstance(x, Tracked):
         return own
@@ -229,7 +236,7 @@ def _in_specs(x: Any, own: Any) -> Any:
 
 
 def _ready(x: Any) -> Any:
-    """A leaf whose base is the array that it waits to be: that can be sharded."""
+    """A leaf with a base that can be sharded: if needed, the array is computed now."""
     if not isinstance(x, Tracked) or not base.is_base(w := x.leaf.base):
         return x
     if w.slices:

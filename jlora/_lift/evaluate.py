@@ -1,8 +1,8 @@
 """Evaluates a jaxpr some of whose values are adapted leaves.
 
-An equation without adapted operands is bound as it stands.  For one with them the rule
-for its primitive computes with (w, a, b).  A use without a rule materialises the
-weight, and says so.
+An equation without adapted operands is bound unchanged.  Otherwise the rule for its
+primitive computes with (w, a, b).  A use without a rule materialises the weight, with a
+warning.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Tracked:
     """An adapted leaf on its way through the jaxpr.
 
     Attributes:
-      leaf: what it is by now.
-      paths: static; where the weights stand of which it was made.
+      leaf: the leaf after the operations so far.
+      paths: static; the paths of the weights from which it was made.
     """
 
     leaf: Any
@@ -40,21 +40,21 @@ class Tracked:
 
     @property
     def name(self) -> str:
-        """The paths, for a message."""
+        """The paths, for messages."""
         return " + ".join(self.paths)
 
     def now(self, leaf: Any) -> Tracked:
-        """The same weights as another leaf."""
+        """The result of an operation on this leaf, with the same paths."""
         return Tracked(leaf, self.paths)
 
 
-# fn(evaluation, equation, *operands) gives what the equation gives, or raises
-# NotFactored; by the name of the primitive.
+# The rules by the names of primitives.  fn(evaluation, equation, *operands) returns the
+# results of the equation, or raises NotFactored.
 RULES: dict[str, Callable[..., Any]] = {}
 
 
 def rule(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Registers the rule for the primitives of these names."""
+    """Registers the rule for the primitives with these names."""
 
     def register(fn: Callable[..., Any]) -> Callable[..., Any]:
         RULES.update(dict.fromkeys(names, fn))
@@ -64,12 +64,12 @@ def rule(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 class Evaluation:
-    """One evaluation of a function: the policy and what has been seen so far.
+    """One evaluation of a function: its policy, and the uses of weights so far.
 
     Attributes:
-      strict: whether to raise where a weight would be materialised.
-      seen: by path the uses so far, and whether each formed the weight.
-      uses: how many uses there were of each leaf, by its paths.
+      strict: whether to raise if a weight would be materialised.
+      seen: the uses so far, and whether each formed the weight; by path.
+      uses: the number of uses of each leaf, by the leaf's paths.
     """
 
     def __init__(self, strict: bool):
@@ -91,19 +91,20 @@ class Evaluation:
         return [frame.read(v) for v in jaxpr.outvars]
 
     def first_product(self, eqn: Any, x: Any) -> dict[str, Any]:
-        """What a product of the activation x and a weight starts from, as keywords.
+        """The input of the low-rank branch of a product with x, as keywords.
 
-        Either ``h``, which is x·a, where it was computed with those of other weights;
-        or ``aside``: x for the low-rank branch, the same for all weights that x meets.
+        It is ``h``, which is x·a, if x·a was computed together with that of other
+        weights.  Else it is ``aside``: a copy of x, the same for all its products.
 
-        In the backward pass the low-rank gradients are summed first, then added once to
-        the base's gradient.  On a mesh the base products' gradients are sums over
-        devices: so they stay together, and are summed at once, as without adapters.
+        With the copy, the backward pass sums the low-rank gradients of x first, then
+        adds them once to the base's gradient.  On a mesh the gradients of the base
+        products are sums over devices.  Without a low-rank gradient between them, they
+        are summed together, as without adapters.
         """
         frame = self._frames[-1]
         if (h := frame.products.joined(eqn)) is not None:
             return {"h": h}
-        if id(x) not in frame.asides:
+        if id(x) not in frame.asides:  # x is stored, too, so that no other gets its id
             frame.asides[id(x)] = x, _compat.copied(x)
         return {"aside": frame.asides[id(x)][1]}
 
@@ -114,7 +115,13 @@ class Evaluation:
         self.uses[x.paths] += 1
 
     def materialise(self, x: Any, name: str) -> Any:
-        """The merged array of an adapted leaf, with the warning that it is formed."""
+        """The merged array of a `Tracked` leaf; anything else unchanged.
+
+        Warns that the weight of a `LoRA` leaf is formed.
+
+        Raises:
+          ValueError: the policy is strict, or the leaf has an output bias.
+        """
         if not isinstance(x, Tracked):
             return x
         if isinstance(x.leaf, LoRA):
@@ -145,11 +152,11 @@ class _Frame:
     """One jaxpr under evaluation: its values so far.
 
     Attributes:
-      env: value by variable.
-      done: the equations that were evaluated, by id.
-      formed: the array of each leaf that was materialised, by the leaf's id.
-      asides: x, and x for the low-rank branch, by the id of x.
-      products: what the products of this jaxpr share.
+      env: the values of the variables.
+      done: the ids of the equations that were evaluated.
+      formed: the arrays of the leaves that were materialised, by the leaf's id.
+      asides: x and its copy for the low-rank branch, by the id of x.
+      products: the products of this jaxpr, some of which share x·a.
     """
 
     def __init__(
@@ -167,12 +174,12 @@ class _Frame:
         return v.val if isinstance(v, _compat.Literal) else self.env[v]
 
     def weight(self, v: Any) -> Any:
-        """The leaf that a variable holds; None for what is none, or not known yet."""
+        """The leaf of a variable; None if it is not a leaf, or not evaluated yet."""
         x = None if isinstance(v, _compat.Literal) else self.env.get(v)
         return x.leaf if isinstance(x, Tracked) else None
 
     def evaluate(self, eqn: Any) -> None:
-        if id(eqn) in self.done:
+        if id(eqn) in self.done:  # evaluated ahead of its turn, by `products`
             return
         self.done.add(id(eqn))
         values = [self.read(v) for v in eqn.invars]

@@ -1,7 +1,7 @@
 """lift: a function of params becomes one that also reads adapted leaves.
 
 The function is traced on the base arrays, and its jaxpr is evaluated with the low-rank
-rules.  The evaluation is itself traced once and kept by JAX's own trace cache, so eager
+rules.  The evaluation is traced, too, and JAX's trace cache keeps the result.  So eager
 calls do not retrace.
 """
 
@@ -20,7 +20,7 @@ from jlora import _compat
 from jlora._algebra.delta import dense
 from jlora._leaf import LoRA, base, is_adapted, is_leaf
 from jlora._leaf.fields import missing, stored
-from jlora._lift import control as control  # the rules register themselves
+from jlora._lift import control as control  # importing it registers the rules
 from jlora._lift.evaluate import Evaluation, Tracked
 from jlora._lift.report import Report, report
 from jlora._tree import output_bias
@@ -30,7 +30,7 @@ from jlora._tree.variables import variables
 
 
 def _frozen(leaves: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
-    """stop_gradient on what does not train; the algebra does it for scales."""
+    """stop_gradient on all that does not train; the algebra does it for scales."""
     held = lax.stop_gradient([x.w if is_adapted(x) else x for _, x in leaves])
     return [
         (path, dataclasses.replace(x, w=w) if is_adapted(x) else w)
@@ -39,9 +39,10 @@ def _frozen(leaves: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
 
 
 def _settled(leaves: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
-    """The leaves with their output biases in the biases of the layers."""
+    """The leaves with each output bias added to the bias of its layer, if possible."""
     by_path = dict(leaves)
     found, _ = output_bias.homes(by_path)
+    # A bias that has a low-rank delta itself is not an array to add to.
     taken = {
         weight
         for bias, weights in found.items()
@@ -61,7 +62,7 @@ def _settled(leaves: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
 
 
 def _value(path: str, x: Any) -> Any:
-    """What a leaf is in the evaluation; a base without an adapter is its array."""
+    """The value of a leaf in the evaluation; a base without an adapter is its array."""
     return Tracked(x, (path,)) if is_adapted(x) else base.array(x)
 
 
@@ -74,7 +75,7 @@ def _lifted(
     freeze: bool = True,
     must_use: bool = True,
 ) -> Any:
-    """What `trace` gives of fn on hidden arguments, evaluated by the low-rank rules."""
+    """The hidden output of `trace`, evaluated with the low-rank rules."""
     values: list[Any] = []
 
     def swap(tree: Any) -> Any:
@@ -83,7 +84,7 @@ def _lifted(
             leaves = _frozen(leaves)
         leaves = _settled(leaves)
         values.extend(_value(path, x) for path, x in leaves)
-        # What the function is traced on: the bases, or their shapes.
+        # The function is traced on the bases, or on their shapes.
         return build(base.traced(x.base if is_adapted(x) else x) for _, x in leaves)
 
     args = [swap(a) for a in args]
@@ -100,7 +101,7 @@ def _lifted(
             "found that it does not; it probably captured them by closure. Pass the "
             "tree to a function that takes the params as an argument."
         )
-    # A layer gives arrays; anyone else gets back the leaf that the function returns.
+    # A layer returns arrays.  Any other function may return an adapted leaf as it is.
     leaf = (lambda x: x) if freeze else dense
     outs = [leaf(x.leaf) if isinstance(x, Tracked) else x for x in outs]
     return jax.tree.unflatten(jax.tree.structure(out), outs)
@@ -111,7 +112,7 @@ def _name(fn: Any) -> str:
 
 
 def _check(args: Any, kwargs: Any) -> bool:
-    """Whether there is something to lift; raises for a leaf that is not whole."""
+    """Whether there is something to lift; raises if a leaf is not complete."""
     found = False
     for arg in [*args, *kwargs.values()]:
         for path, x in flatten(arg)[0]:
@@ -149,7 +150,8 @@ def _lift(fn: Callable[..., Any], *, strict: bool = False, freeze: bool = True) 
     def hidden(args: Any, kwargs: Any) -> Any:
         return _lifted(fn, Evaluation(strict), args, kwargs, freeze=freeze)
 
-    # JAX's own trace cache: keyed by structure, avals, shardings and trace context.
+    # make_jaxpr uses JAX's trace cache.  Its keys are structure, avals, shardings and
+    # trace context.
     stage = jax.make_jaxpr(hidden, return_shape=True)
 
     @functools.wraps(fn)
@@ -158,7 +160,7 @@ def _lift(fn: Callable[..., Any], *, strict: bool = False, freeze: bool = True) 
             return fn(*args, **kwargs)
         held = variables((args, kwargs))
         args, kwargs = hide((args, kwargs))
-        if _compat.under_jit():  # that jit keeps the trace
+        if _compat.under_jit():  # the jit keeps its trace, so another cache is no use
             hidden_out = hidden(args, kwargs)
         else:
             jaxpr, out = stage(args, kwargs)
@@ -182,29 +184,31 @@ def _lift(fn: Callable[..., Any], *, strict: bool = False, freeze: bool = True) 
 def lift(fn: Callable[..., Any], *, strict: bool = False) -> Callable[..., Any]:
     """The same function, now also reading adapted leaves.
 
-    lift(f)(t, x) equals f(merge(t), x), without forming W + scale·a·b: a product of x
-    with a weight becomes x·w + (x·a)·(scale·b) (arXiv:2106.09685, eq. 3).  An adapted
-    leaf that the function returns as it is comes back as one.
+    lift(f)(t, x) equals f(merge(t), x), without forming W + scale·a·b.  A product of x
+    with a weight becomes x·w + (x·a)·(scale·b) (arXiv:2106.09685, eq. 3).  If the
+    function returns an adapted leaf unchanged, the result has that leaf.
 
     The result is called exactly as ``fn`` is.  Only arrays and adapted leaves are
-    traced, so ``fn`` may not branch on their values; everything else reaches it as it
-    is.  As with jit a trace is kept: Python state that ``fn`` reads is read once, and a
-    Python number is part of what it was traced for.
+    traced, so ``fn`` may not branch on their values.  Everything else reaches ``fn``
+    unchanged.  As with jit, the trace is kept: ``fn`` reads Python state only while it
+    is traced, and another Python number needs another trace.
 
-    In an argument that holds adapted leaves everything that does not train is under
-    stop_gradient.  Without an adapted leaf among the arguments it is ``fn``.
+    In an argument with adapted leaves, everything that does not train is under
+    stop_gradient.  If no argument has an adapted leaf, ``fn`` itself is called.
 
     Args:
       fn: any function of pytrees, such as a Flax module's ``apply``.
-      strict: raise where a weight would have to be materialised, instead of warning.
+      strict: raise if a weight would have to be materialised, instead of warning.
 
     Returns:
-      A function with the signature of ``fn``.  Products keep the dtype that they had:
-      a and b are cast to the activation's dtype and accumulated as the base product.
+      A function with the signature of ``fn``.  Products keep their dtypes.  a and b are
+      cast to the activation's dtype, or the weight's if that is wider, and accumulated
+      as in the base's product.
 
     Raises (when called):
-      ValueError: a weight is used otherwise than planned; a leaf has no base; none of
-        the adapted leaves is used; or, with strict, one would be materialised.
+      ValueError: the use of a weight contradicts its planned roles; a leaf has no base;
+        none of the adapted leaves is used; or, with ``strict``, a weight would be
+        materialised.
 
     Example:
       >>> import jax.numpy as jnp, jlora
@@ -218,7 +222,7 @@ def lift(fn: Callable[..., Any], *, strict: bool = False) -> Callable[..., Any]:
 
 
 def lift_layer(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """`lift` for a layer's own code: what trains is the caller's to say."""
+    """`lift` for the code of a layer: the caller decides what trains."""
     return _lift(fn, freeze=False)
 
 

@@ -12,10 +12,10 @@ class Entry:
     """How the lift treats one adapted leaf.
 
     Attributes:
-      path: of the leaf in its tree.
-      status: "factored" (never formed; a `Full` leaf is read as it is), "materialised"
-        (W + scale·a·b is formed at least once) or "unused".
-      where: the primitives that use it, in order of use.
+      path: the path of the leaf in its tree.
+      status: "factored" (W + scale·a·b is never formed; also for a `Full` leaf),
+        "materialised" (W + scale·a·b is formed at least once) or "unused".
+      where: the primitives that use the leaf, in order of use.
     """
 
     path: str
@@ -25,7 +25,7 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What `explain` found: iterates over one `Entry` per adapted leaf; printable."""
+    """The result of `explain`: one `Entry` per adapted leaf; iterable and printable."""
 
     entries: tuple[Entry, ...]
 
@@ -53,8 +53,9 @@ def report(
     """The report on these paths.
 
     Args:
-      paths: of the adapted leaves, in the order of the tree.
-      seen: by path the primitives that used it, and whether each formed the weight.
+      paths: the paths of the adapted leaves, in the order of the tree.
+      seen: the primitives that used each leaf, and whether each use formed the weight;
+        by path.
     """
 
     def entry(path: str) -> Entry:

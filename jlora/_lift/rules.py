@@ -1,7 +1,6 @@
-"""What each primitive does with an adapted leaf: uses and structure.
+"""The rules for single primitives: uses of an adapted leaf, and structure.
 
-A rule computes with (w, a, b) by the algebra of `_algebra`.  Loops and calls are in
-`control`.
+A rule computes with (w, a, b) through `_algebra`.  Loops and calls are in `control`.
 """
 
 from __future__ import annotations
@@ -41,12 +40,12 @@ def _compute(
     *others: jax.Array,
     **options: Any,
 ) -> jax.Array:
-    """A use of a weight, with the path in the error where it contradicts its roles."""
+    """A use of a weight; if the use contradicts its roles, the error names the path."""
     name = eqn.primitive.name
     if fn is not lookup:
         options |= ev.first_product(eqn, others[0])
         if x.leaf.dropout is not None:
-            options["nth"] = ev.uses[x.paths]  # a mask of its own
+            options["nth"] = ev.uses[x.paths]  # another mask for each use
     try:
         out = fn(x.leaf, *others, tuple(eqn.params.items()), **options)
     except RolesError as e:
@@ -91,12 +90,12 @@ def _gather(ev: Evaluation, eqn: Any, w: Any, indices: Any) -> Any:
     return _compute(lookup, ev, eqn, w, indices)
 
 
-# ------------------------------------------------- structure: the leaf goes on as one
+# --------------------------------------------- structure: the result is a leaf again
 
 
 @rule("convert_element_type", "reduce_precision", "name", *_compat.COPY)
 def _base_only(ev: Evaluation, eqn: Any, x: Tracked) -> Tracked:
-    """The value stays: it is the base that changes."""
+    """The value stays the same, so only the base changes."""
     w = base.then(x.leaf.base, _compat.operation(eqn))
     if not jnp.issubdtype(w.dtype, jnp.inexact):
         raise NotFactored
@@ -105,7 +104,7 @@ def _base_only(ev: Evaluation, eqn: Any, x: Tracked) -> Tracked:
 
 @rule("device_put")
 def _device_put(ev: Evaluation, eqn: Any, *args: Any) -> list[Any]:
-    """One output for each operand, and one entry in each of its parameters."""
+    """device_put of several operands: each parameter has an entry for each operand."""
     outs = []
     for i, x in enumerate(args):
         own = _compat.operation(eqn, {k: (v[i],) for k, v in eqn.params.items()})
@@ -119,7 +118,7 @@ def _device_put(ev: Evaluation, eqn: Any, *args: Any) -> list[Any]:
 
 @rule("optimization_barrier")
 def _barrier(ev: Evaluation, eqn: Any, *args: Any) -> list[Any]:
-    """All arrays of the bases wait at the barrier."""
+    """The arrays of the bases go through the barrier; the factors do not."""
     bases = [v.leaf.base if isinstance(v, Tracked) else v for v in args]
     arrays, treedef = jax.tree.flatten(bases)
     held = jax.tree.unflatten(treedef, _compat.rebind(eqn, arrays))
@@ -131,11 +130,11 @@ def _barrier(ev: Evaluation, eqn: Any, *args: Any) -> list[Any]:
 
 @rule(*_compat.RESHARD)
 def _reshard(ev: Evaluation, eqn: Any, x: Tracked) -> Tracked:
-    """A weight that is to be sharded otherwise: its factors are to be as well."""
+    """A weight gets a new sharding, and so do its factors."""
     w = base.then(x.leaf.base, _compat.operation(eqn))
 
     def place(field: Any, own: Any) -> Any:
-        if eqn.primitive.name == "reshard":  # perhaps into a mesh of other axis types
+        if eqn.primitive.name == "reshard":  # it may change the axis types, too
             return eqn.primitive.bind(field, **{**eqn.params, "dst_sharding": own})
         return lax.with_sharding_constraint(field, own)
 
@@ -144,12 +143,12 @@ def _reshard(ev: Evaluation, eqn: Any, x: Tracked) -> Tracked:
 
 
 def with_factors(leaf: Any, wanted: Any, place: Callable[[Any, Any], Any]) -> Any:
-    """The leaf, place(field, sharding) of each factor, where its base is to be.
+    """The leaf with its fields placed to fit the sharding of its base.
 
     Args:
-      leaf: its base is placed already.
+      leaf: a leaf whose base is placed already.
       wanted: the sharding of the base; without a mesh there is nothing to do.
-      place: what puts an array under a sharding.
+      place: place(array, sharding) puts an array under a sharding.
     """
     if not isinstance(wanted, jax.sharding.NamedSharding):
         return leaf
@@ -163,7 +162,7 @@ def with_factors(leaf: Any, wanted: Any, place: Callable[[Any, Any], Any]) -> An
 
 @rule(*_compat.VARY)
 def _vary(ev: Evaluation, eqn: Any, x: Tracked) -> Tracked:
-    """A weight that is to differ between devices: its factors are to as well."""
+    """A weight is marked as varying between devices, and so are its factors."""
 
     def vary(field: jax.Array, labels: Sequence[int]) -> jax.Array:
         axes = {*eqn.params["axes"]} - _compat.varying(field)
@@ -252,7 +251,8 @@ def _dynamic_slice(ev: Evaluation, eqn: Any, x: Any, *starts: Any) -> Any:
         zero = jnp.zeros_like(starts[0])
         at = [zero if k == RANK else starts[k] for k in labels]
         size = [x.shape[i] if k == RANK else sizes[k] for i, k in enumerate(labels)]
-        # The primitive clamps; lax.dynamic_slice would wrap a negative start again.
+        # Negative starts are wrapped already when they get here.  lax.dynamic_slice
+        # would wrap them again; the primitive only clamps.
         return eqn.primitive.bind(x, *at, slice_sizes=tuple(size))
 
     full = list(zip(leaf.axes, sizes, leaf.shape, strict=True))
@@ -261,7 +261,8 @@ def _dynamic_slice(ev: Evaluation, eqn: Any, x: Any, *starts: Any) -> Any:
         return x.now(structure.per_axis(leaf, cut, *starts))
     if leaf.c is not None and roles == {"o"}:
         raise NotFactored
-    ev.note(x, "dynamic_slice")  # a lookup of one row
+    # A lookup of one row is cheap to merge.
+    ev.note(x, "dynamic_slice")
     row = dense(structure.per_axis(dataclasses.replace(leaf, c=None), cut, *starts))
     if leaf.c is None:
         return row
@@ -272,7 +273,7 @@ def _dynamic_slice(ev: Evaluation, eqn: Any, x: Any, *starts: Any) -> Any:
 
 @rule(*_compat.ALL_GATHER)
 def _all_gather(ev: Evaluation, eqn: Any, x: Tracked) -> Tracked:
-    """A sharded weight made whole (FSDP by hand): its factors are gathered instead."""
+    """A sharded weight is gathered (manual FSDP); so are its base and its factors."""
     axis = eqn.params["all_gather_dimension"]
     if not eqn.params["tiled"]:
         raise NotFactored
@@ -332,7 +333,12 @@ _SCALAR: dict[str, Callable[..., jax.Array]] = {
 
 @rule(*_SCALAR)
 def _times_scalar(ev: Evaluation, eqn: Any, *args: Any) -> Tracked:
-    """A weight times a number; anything larger is the fallback's."""
+    """A weight times or divided by a number.
+
+    Raises:
+      NotFactored: the other operand is not a single number, or a number is divided by a
+        weight.
+    """
     x, rest = args[0], args[1:]
     if eqn.primitive.name == "mul" and not isinstance(x, Tracked):
         x, rest = args[1], args[:1]
@@ -341,7 +347,8 @@ def _times_scalar(ev: Evaluation, eqn: Any, *args: Any) -> Tracked:
     ):
         raise NotFactored
     w = base.then(x.leaf.base, _compat.operation(eqn), *rest)
-    # The number goes into b and not into scale, which has no gradient: it may train.
+    # The number goes into b, not into the scale: the scale has no gradient, but the
+    # number may train.
     if not jnp.issubdtype(w.dtype, jnp.floating):
         raise NotFactored
     dtypes = (w.dtype, x.leaf.b.dtype, jnp.dtype(jnp.float32))

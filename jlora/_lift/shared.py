@@ -1,7 +1,7 @@
-"""x·a of several weights that meet one activation, as one product.
+"""One product x·a for several weights that meet the same activation.
 
-Attention's q, k and v read the same x.  With their a side by side, x is read once for
-all three, and its gradient is written once.
+Attention's q, k and v read the same x.  If their factors a are put side by side, x is
+read once for all three, and its gradient is written once.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jlora._labels import RANK, order
 from jlora._leaf import LoRA
 from jlora._leaf.fields import labels
 
-# What may be done to a weight ahead of time, on its way to a product.
+# These primitives may be evaluated ahead of their turn, between a weight and a product.
 _ON_THE_WAY = frozenset(
     ["convert_element_type", "transpose", "reshape", "squeeze", "expand_dims", "name"]
 ) | {*_compat.COPY}
@@ -29,13 +29,14 @@ _ON_THE_WAY = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """A product's part in a product that several weights share; see `joint`.
+    """The part of one weight in a product that several weights share; see `joint`.
 
     Attributes:
-      order: the axes of a: in, in the order of the activation's that they meet; rank.
+      order: the order of a's axes in the product: the in axes, as ``axes`` has the axes
+        that they meet, then the rank.
       axes: the activation's axes that are contracted.
-      dtype: that the product is computed in.
-      params: of dot_general, but for the dimension numbers.
+      dtype: the dtype in which the product is computed.
+      params: dot_general's parameters, without the dimension numbers.
       factor: the dtype of a, and the mesh axes along which it varies.
     """
 
@@ -46,14 +47,15 @@ class Share:
     factor: tuple[Any, ...]
 
     def joins(self, other: Share) -> bool:
-        """Whether both can be one product: all but the order is the same."""
+        """Whether both can be one product: they differ at most in their order."""
         return dataclasses.replace(self, order=other.order) == other
 
 
 def share(leaf: Any, x: Any, params: Any, weight_first: bool) -> Share | None:
-    """The part of a dot_general in such a product; None where it has to be its own.
+    """The part of a dot_general in a shared product; None if it cannot take part.
 
-    It can be shared where x meets all in axes and nothing else, without dropout.
+    It can if x meets all in axes and no others, and the leaf has no batch axes, no
+    dropout and the plain form.
     """
     if not isinstance(leaf, LoRA) or leaf.form is not None or leaf.dropout is not None:
         return None
@@ -77,7 +79,7 @@ def share(leaf: Any, x: Any, params: Any, weight_first: bool) -> Share | None:
 def joint(
     factors: Sequence[jax.Array], x: jax.Array, shares: Sequence[Share]
 ) -> Sequence[jax.Array]:
-    """x·a for the a of several weights by one product: (*the rest of x, r) each."""
+    """x·a for each weight, from one product; each has the shape (*rest of x, r)."""
     first = shares[0]
     a = [
         order(a, range(a.ndim), own.order)
@@ -90,12 +92,12 @@ def joint(
 
 
 class Products:
-    """The products of one jaxpr, and the x·a that some of them share.
+    """The products of one jaxpr, some of which share the computation of x·a.
 
     Args:
-      eqns: of the jaxpr.
-      frame: its evaluation: reads a variable, tells the weight that one holds, and
-        evaluates an equation ahead of its turn.
+      eqns: the equations of the jaxpr.
+      frame: the evaluation of the jaxpr.  It reads variables, knows which of them hold
+        leaves, and can evaluate an equation ahead of its turn.
     """
 
     def __init__(self, eqns: Sequence[Any], frame: Any):
@@ -109,7 +111,7 @@ class Products:
 
     @functools.cached_property
     def _entered(self) -> dict[Any, list[tuple[Any, bool]]]:
-        """The products that each value enters, and whether as the second operand."""
+        """The products that read each value, and whether as their second operand."""
         found = collections.defaultdict(list)
         for eqn in self._eqns:
             if eqn.primitive.name == "dot_general":
@@ -118,14 +120,14 @@ class Products:
         return found
 
     def _name(self, v: Any) -> Any:
-        """A name that a value shares with its converted copies of one dtype."""
+        """A name for a variable; copies converted to the same dtype share one."""
         eqn = None if isinstance(v, _compat.Literal) else self._made.get(v)
         if eqn is None or eqn.primitive.name != "convert_element_type":
             return id(v)
         return self._name(eqn.invars[0]), eqn.params["new_dtype"]
 
     def _weight(self, v: Any) -> Any:
-        """The leaf that a variable holds, evaluated now if only its form changes."""
+        """The leaf of a variable, evaluated now if only `_ON_THE_WAY` is left to do."""
         if isinstance(v, _compat.Literal) or v in self._frame.env:
             return self._frame.weight(v)
         eqn = self._made[v]
@@ -136,7 +138,7 @@ class Products:
         return None
 
     def joined(self, eqn: Any) -> jax.Array | None:
-        """x·a of a product, computed with those of all products that can share it."""
+        """x·a of a product, if it shares the computation with others; else None."""
         if eqn.primitive.name != "dot_general":
             return None
         if id(eqn) not in self._first:
@@ -144,7 +146,7 @@ class Products:
         return self._first.get(id(eqn))
 
     def _join(self, eqn: Any) -> None:
-        """Computes x·a for a product and those that can share it, if there are any."""
+        """Computes x·a for a product and all that can share it, if there are any."""
         second = self._weight(eqn.invars[1]) is None
         v = eqn.invars[second]
         meets = self._entered[self._name(v)]

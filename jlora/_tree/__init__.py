@@ -9,5 +9,5 @@
 * `output_bias`: an adapter with an output bias adds it to the bias of the weight's
   layer; this finds that bias.
 
-In come trees; out go leaves by path.  Nothing here computes with a weight.
+Trees come in, and leaves by path go out.  Nothing here computes with a weight.
 """

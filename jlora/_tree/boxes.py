@@ -18,19 +18,19 @@ from jlora._leaf.fields import specs
 
 
 def is_box(x: Any) -> bool:
-    """Whether x is a box of Flax's with names for the axes of what it holds."""
-    meta = sys.modules.get("flax.core.meta")  # without it there is none
+    """Whether x is one of Flax's boxes that name the axes of their value."""
+    meta = sys.modules.get("flax.core.meta")  # without Flax there are no boxes
     return meta is not None and isinstance(x, meta.Partitioned)
 
 
 class _Adapted:
-    """What the boxes of adapted leaves share; see `_around`."""
+    """The methods that all boxes of adapted leaves share; see `_around`."""
 
     value: Any
-    plain: Any  # the class of Flax's that the box had
+    plain: Any  # Flax's class, which the box of the weight had
 
     def fields(self) -> Any:
-        """The leaf, each of its fields in a box with the names of its own axes."""
+        """The leaf with each field in a box that names the field's axes."""
         plain, rest = self.plain, vars(self)
 
         def own(x: Any, names: Any) -> Any:
@@ -56,13 +56,13 @@ class _Adapted:
 
 @functools.cache
 def _around(cls: Any) -> Any:
-    """The class of a box of this class that holds an adapted leaf."""
+    """The class for boxes of class ``cls`` that hold an adapted leaf."""
     name = f"Adapted{cls.__name__}"
     return type(name, (_Adapted, cls), {"__module__": __name__, "plain": cls})
 
 
 def adapted(tree: Any) -> list[tuple[tuple[Any, ...], Any]]:
-    """(keys, leaf) of the adapted leaves; what stood in a box has fields in boxes."""
+    """(keys, leaf) of the adapted leaves; a leaf from a box has its fields in boxes."""
     pairs, _ = jax.tree_util.tree_flatten_with_path(
         tree, is_leaf=lambda x: is_adapted(x) or isinstance(x, _Adapted)
     )
@@ -71,12 +71,12 @@ def adapted(tree: Any) -> list[tuple[tuple[Any, ...], Any]]:
 
 
 def held(x: Any) -> Any:
-    """What a box holds; anything else itself."""
+    """The value of a box; anything else unchanged."""
     return x.value if is_box(x) else x
 
 
 def fit(tree: Any) -> Any:
-    """The tree with each box in the class for what it holds now."""
+    """The tree, in which the class of each box fits the value that it holds now."""
     if not any(map(is_box, jax.tree.leaves(tree, is_leaf=is_box))):
         return tree
 

@@ -1,4 +1,4 @@
-"""The leaves of a tree: listed by path, mapped, and counted on to be there."""
+"""The leaves of a tree: listed by path, mapped, and checked."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from jlora._tree.variables import is_variable, refuse_layers, variables
 def flatten(
     tree: Any,
 ) -> tuple[list[tuple[str, Any]], Callable[[Iterable[Any]], Any]]:
-    """(path, leaf) pairs, adapted leaves whole, and what makes a tree of new leaves."""
+    """(path, leaf) pairs, and the function that makes the tree from new leaves.
+
+    An adapted leaf is one leaf.
+    """
     pairs, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
 
     def build(leaves: Iterable[Any]) -> Any:
@@ -28,10 +31,10 @@ def flatten(
 
 
 def map_leaves(fn: Callable[[str, Any], Any], tree: Any, *, share: bool = False) -> Any:
-    """tree_map of fn(path, leaf), with adapted leaves whole.
+    """tree_map of fn(path, leaf), in which an adapted leaf is one leaf.
 
-    A tree of NNX's variables gets new ones.  With ``share`` those whose leaves stay are
-    the old ones, so that what a call writes into them is not lost.
+    NNX's variables in the tree are replaced by new ones.  With ``share`` a variable is
+    kept if ``fn`` returns its leaf unchanged, so that no later write into it is lost.
     """
     pairs, build = flatten(tree)
     out = build(fn(path, x) for path, x in pairs)
@@ -48,7 +51,7 @@ def map_leaves(fn: Callable[[str, Any], Any], tree: Any, *, share: bool = False)
 
 
 def arrays(params: Any) -> dict[str, Any]:
-    """Path to array, without what is no array; refuses trees adapted or empty."""
+    """The arrays of a plain tree by path; refuses an adapted or empty tree."""
     pairs, _ = flatten(params)
     out: dict[str, Any] = {}
     for path, x in pairs:
@@ -89,17 +92,17 @@ def arrays(params: Any) -> dict[str, Any]:
 
 
 def sibling_bias(path: str, leaves: Mapping[str, Any]) -> str | None:
-    """The path of the bias that stands beside a weight, by its name."""
+    """The path of the bias beside a weight, found by its name; None without one."""
     parent = path.rpartition("/")[0]
     siblings = (f"{parent}/{name}" if parent else name for name in ("bias", "b"))
     return next((s for s in siblings if s in leaves and s != path), None)
 
 
 def others(tree: Any) -> dict[str, str]:
-    """Path to what stands there, of arrays that their framework calls no parameters.
+    """The arrays that are not parameters for their framework: what each is, by path.
 
-    NNX's variables that are no ``Param`` or belong to an adapter already, and Linen's
-    collections beside ``params``.
+    These are NNX's variables that are not a ``Param`` or belong to an adapter already,
+    and Linen's collections other than ``params``.
     """
     found = {}
     if variables(tree):
@@ -117,7 +120,7 @@ def others(tree: Any) -> dict[str, str]:
 
 
 def require_adapted(tree: Any, what: str, advice: str = "") -> None:
-    """Raises for a tree without adapted leaves."""
+    """Raises ValueError for a tree without adapted leaves."""
     if not any(is_adapted(x) for _, x in flatten(tree)[0]):
         if not advice:
             refuse_layers(tree, what)

@@ -1,7 +1,7 @@
-"""Where the output bias of an adapter goes: into the bias of its weight's layer.
+"""The output bias of an adapter is added to the bias of its weight's layer.
 
-There it is what merging makes of it, however the layer uses its weight.  Only where a
-layer has no bias of its shape do the weight's products add it themselves (`_ops`).
+This gives the same result as merging, whatever the layer does with its weight.  If the
+layer has no bias of the right shape, the weight's products add it instead (`_algebra`).
 """
 
 from __future__ import annotations
@@ -20,10 +20,14 @@ from jlora._tree import paths
 def homes(
     leaves: Mapping[str, Any],
 ) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """The adapted weights whose output bias each bias takes, by path; the others, why.
+    """Finds the bias to which each adapted weight's output bias is added.
 
     Args:
-      leaves: path to leaf, of a whole tree.
+      leaves: all leaves of a tree, by path.
+
+    Returns:
+      The paths of the weights for each bias, by the path of the bias.  For each weight
+      without such a bias the reason, by the path of the weight.
     """
     found: dict[str, list[str]] = {}
     homeless: dict[str, str] = {}
@@ -44,7 +48,10 @@ def homes(
 
 
 def plus(x: Any, weights: Sequence[LoRA], sign: int = 1) -> jax.Array:
-    """A bias (of a `Full` leaf its value) with the weights' scale * c, rounded once."""
+    """A bias plus or minus the weights' scale * c, rounded once.
+
+    The bias of a `Full` leaf is its value.
+    """
     value = x.value if isinstance(x, Full) else x
     wide = jnp.promote_types(value.dtype, jnp.float32)
     first, *rest = (scaled(w, "c") for w in weights)

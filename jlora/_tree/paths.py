@@ -1,4 +1,4 @@
-"""Paths: how a leaf of a tree is named."""
+"""Paths, which name the leaves of a tree."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import jax
 def path_of(keys: tuple[Any, ...]) -> str:
     """``"encoder/layer_0/query/kernel"`` from JAX's key path.
 
-    The attribute ``value`` that Flax's boxes and NNX's variables end in is left out.
+    Flax's boxes and NNX's variables add a last attribute ``value``, which is left out.
     """
     names = []
     for key in keys:
@@ -30,7 +30,7 @@ def path_of(keys: tuple[Any, ...]) -> str:
 
 
 def relative(path: str, to: str) -> str:
-    """Where a path stands, seen from where another one stands.
+    """``path`` relative to the parent of ``to``.
 
     Example:
       >>> relative("dense/bias", "dense/kernel"), relative("b/up", "w/up")
@@ -40,12 +40,12 @@ def relative(path: str, to: str) -> str:
 
 
 def resolve(name: str, to: str) -> str:
-    """The path that `relative` gave this name."""
+    """The inverse of `relative`: the path whose name relative to ``to`` this is."""
     return posixpath.normpath(f"{posixpath.dirname('/' + to)}/{name}").lstrip("/")
 
 
 def near(path: str, paths: Iterable[str]) -> str:
-    """The paths that are most like this one, for an error message."""
+    """The paths that are most similar to this one, for an error message."""
     paths = list(paths)
     close = difflib.get_close_matches(path, paths, n=3, cutoff=0.4) or paths[:3]
     return ", ".join(repr(p) for p in close) if close else "none: the tree is empty"

@@ -1,4 +1,4 @@
-"""Patterns: how the leaves of a tree are chosen by their paths."""
+"""Patterns, which choose the leaves of a tree by their paths."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ Pattern = str | re.Pattern[str] | Callable[[str, Any], bool]
 
 @functools.lru_cache(maxsize=4096)
 def _compile(glob: str) -> re.Pattern[str]:
-    """`*`, `?` and `[...]` within one key; `**` for zero or more whole keys."""
+    """The regular expression of a glob, for a path that ends in "/".
+
+    `*`, `?` and `[...]` match within one key; `**` matches zero or more whole keys.
+    """
     within = {"*": "[^/]*", "?": "[^/]"}
 
     def token(found: re.Match[str]) -> str:
@@ -31,13 +34,16 @@ def _compile(glob: str) -> re.Pattern[str]:
 
 
 def matches(pattern: Pattern, path: str, x: Any) -> bool:
-    """Whether a glob, a compiled regular expression (full match) or a callable fits."""
+    """Whether a pattern fits a leaf.
+
+    A glob or compiled regular expression has to match the whole path.
+    """
     if isinstance(pattern, str):
-        # A tree that is one array has the empty path, of no keys.
+        # A tree that is a single array has an empty path, without keys.
         return _compile(pattern).fullmatch(path + "/" if path else "") is not None
     if isinstance(pattern, re.Pattern):
         return pattern.fullmatch(path) is not None
-    # A class is callable, but meant as a filter of NNX, which see no path.
+    # A class is callable, but is meant as one of NNX's filters, which get no path.
     if callable(pattern) and not isinstance(pattern, type):
         return bool(pattern(path, x))
     raise TypeError(
@@ -71,7 +77,7 @@ def are_patterns(x: Any) -> bool:
 def check_matched(
     what: str, patterns: Iterable[Pattern], leaves: list[tuple[str, Any]]
 ) -> None:
-    """Raises for each pattern that fits no path at all, with the paths near it."""
+    """Raises ValueError if a pattern fits no path, and names similar paths."""
     for pattern in patterns:
         if not any(matches(pattern, path, x) for path, x in leaves):
             raise ValueError(_no_match(what, pattern, leaves))

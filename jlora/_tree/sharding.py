@@ -1,8 +1,8 @@
-"""Where adapters live: every field is sharded as its own axes of the base are.
+"""Where adapters live: each axis of a field is sharded as that axis of the base is.
 
-a has the base's in axes, b its out axes, both its batch axes; the rank is whole on
-every device.  So a product with a factor moves what the base's own product moves, and
-besides it only what has the rank for a size.
+a has the base's in axes, b has its out axes, and both have its batch axes.  The rank is
+whole on every device.  So the low-rank branch moves the same data between devices as
+the base's product, and besides only arrays with the rank as one of their axes.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from jlora._tree import by_path, paths
 
 
 def of_array(w: Any) -> Sharding | None:
-    """The sharding that an array was given; None where JAX may still choose.
+    """The sharding that an array was given; None if JAX may still choose.
 
-    A traced array has one where the axes of its mesh are explicit, a
-    ``jax.ShapeDtypeStruct`` where it was made with one.
+    A traced array has one if its mesh has explicit axes; a ``jax.ShapeDtypeStruct`` if
+    it was made with one.
     """
     if isinstance(w, jax.core.Tracer):
         return _compat.explicit_sharding(w)
@@ -32,11 +32,11 @@ def of_array(w: Any) -> Sharding | None:
 
 
 def of_fields(leaf: Adapted, base: Any) -> Any:
-    """The leaf with the sharding of each field, where that of its base is this one.
+    """The leaf with the sharding of each field in its place, from that of the base.
 
     Args:
-      leaf: with arrays, or their shapes.
-      base: a PartitionSpec, a Sharding, or None for no say.
+      leaf: a leaf of arrays, or of their shapes.
+      base: the base's PartitionSpec or Sharding, or None if JAX may choose.
     """
     if isinstance(base, PartitionSpec):
         return fields.specs(leaf, base)
@@ -48,36 +48,39 @@ def of_fields(leaf: Adapted, base: Any) -> Any:
         one = isinstance(base, SingleDeviceSharding)
         place = SingleDeviceSharding(*base.device_set) if one else None
         own = jax.tree.map(lambda _: place, leaf)
-    # A base may be in the host's memory; what is computed with every step is not.
+    # The base may be in the host's memory, and stays there.  Every step computes with
+    # the fields, so they get the device's memory.
     array = leaf.w is not None and not is_base(leaf.w)
     return dataclasses.replace(own, w=base) if array else own
 
 
 def like(w: Any, fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """fn, what it gives sharded as w is; nothing is gathered for it."""
+    """fn with its result sharded as w is; nothing is gathered to compute it."""
     if isinstance(w, jax.core.Tracer) or not isinstance(of_array(w), NamedSharding):
         return fn
     return jax.jit(fn, out_shardings=w.sharding)
 
 
 def shardings(tree: Any, base: Any) -> Any:
-    """The sharding of every array of an adapted tree, from those of its base.
+    """The sharding of every array of an adapted tree, from the shardings of its base.
 
-    For ``in_shardings`` and ``out_shardings`` of jit, the specs of ``shard_map``, or
-    ``jax.device_put``.  `wrap` of arrays that are sharded needs none of it: it gives
-    the factors their shardings.
+    Use it for ``in_shardings`` and ``out_shardings`` of jit, for the specs of
+    ``shard_map``, or for ``jax.device_put``.  To `wrap` sharded arrays you do not need
+    it: `wrap` shards the factors itself.
 
     Args:
       tree: an adapted tree, or one of shapes (``jax.eval_shape(jlora.wrap, params)``).
       base: the PartitionSpec or Sharding of every array of the plain params, as Flax's
-        ``get_partition_spec`` gives them; one that stands for a whole subtree will do.
+        ``get_partition_spec`` gives them.  One for a whole subtree may stand in place
+        of the subtree.
 
     Returns:
-      The tree with a PartitionSpec or Sharding for an array: a has the base's in axes,
-      b its out axes, both its batch axes, and the rank is whole.
+      The tree with a PartitionSpec or Sharding in place of each array.  a has the
+      base's in axes, b has its out axes, both have its batch axes, and the rank is
+      whole.
 
     Raises:
-      ValueError: an array that ``base`` says nothing of.
+      ValueError: ``base`` has nothing for one of the arrays.
 
     Example:
       >>> import jax.numpy as jnp, jlora

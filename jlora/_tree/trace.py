@@ -1,7 +1,7 @@
-"""Tracing a function that is called with arrays among other things.
+"""Traces a function some of whose arguments are not arrays.
 
-JAX traces arrays; booleans, strings, None, callables and modules have to reach the
-function as they are.  `hide` wraps them as pytrees without leaves, `show` unwraps them.
+JAX traces arrays.  Booleans, strings, None, callables and modules have to reach the
+function unchanged.  `hide` wraps them as pytrees without leaves; `show` unwraps them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from jlora._tree.variables import variables
 
 @jax.tree_util.register_pytree_node_class
 class _Static:
-    """What is no array: a pytree without leaves, so JAX's trace cache compares it."""
+    """A value that is not an array, as a pytree without leaves.
+
+    It is part of the tree's structure, so JAX's trace cache compares it.
+    """
 
     def __init__(self, value: Any):
         self.value = value
@@ -43,19 +46,19 @@ class _Static:
         if not isinstance(other, _Static) or type(self.value) is not type(other.value):
             return False
         if self._hash is None or other._hash is None:
-            return self is other  # it may have been changed in place since
+            return self is other  # the value may have been changed in place
         return bool(self._key == other._key)
 
 
 def is_array(x: Any) -> bool:
-    """Whether x is an array, a tracer or the shape of one."""
+    """Whether x is an array, a tracer or a ``jax.ShapeDtypeStruct``."""
     if isinstance(x, (np.ndarray, np.generic)):
         return x.dtype.kind not in "OSUMm"
     return isinstance(x, (jax.Array, jax.ShapeDtypeStruct))
 
 
 def hide(tree: Any) -> Any:
-    """The tree with everything but arrays made static."""
+    """The tree with everything except arrays made static."""
     return jax.tree.map(lambda x: x if is_array(x) else _Static(x), tree)
 
 
@@ -70,8 +73,9 @@ def show(tree: Any) -> Any:
 def trace(fn: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, Any]:
     """The jaxpr of fn(*args, **kwargs) on hidden arguments, and its hidden output.
 
-    The output is a pair: fn's, and what it wrote into `variables` by their number, as
-    NNX's modules count batches and random keys.
+    The output is a pair: the output of ``fn``, and the new values of the `variables`
+    that it wrote, by their position.  NNX's modules write counts of batches and of
+    random keys, for example.
     """
 
     @functools.wraps(fn)  # for the names in JAX's errors

@@ -1,6 +1,6 @@
 """NNX's variables, which are mutable.
 
-Flax is asked for only where it was imported: without it a tree has none.
+Flax is never imported here: if the user has not imported it, a tree has no variables.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ import jax
 
 def is_variable(x: Any) -> bool:
     """Whether x is one of NNX's mutable variables."""
-    nnx = sys.modules.get("flax.nnx")  # without it there is none
+    nnx = sys.modules.get("flax.nnx")  # without Flax there are no variables
     return nnx is not None and isinstance(x, nnx.Variable)
 
 
 def variables(tree: Any) -> list[Any]:
-    """NNX's variables in a tree, in order; other frameworks have none."""
+    """NNX's variables in a tree, in the order of the tree."""
     if "flax.nnx" not in sys.modules:
         return []
     return list(filter(is_variable, jax.tree.leaves(tree, is_leaf=is_variable)))
 
 
 def of_adapters(tree: Any) -> bool:
-    """Whether variables of NNX in the tree are factors of a layer's own."""
+    """Whether the tree has NNX variables that are the factors of a layer."""
     return any(
         isinstance(v, sys.modules["flax.nnx"].LoRAParam) for v in variables(tree)
     )
 
 
 def refuse_layers(tree: Any, what: str) -> None:
-    """Raises for a module of jlora.nnx layers, whose factors are variables."""
+    """Raises ValueError for a module of jlora.nnx layers: its factors are variables."""
     if of_adapters(tree):
         raise ValueError(
             f"{what}: the module has layers with factors of their own (nnx.LoRAParam): "
