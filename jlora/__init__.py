@@ -11,41 +11,43 @@
 (PyTorch's loralib: its files and layers), ``jlora.schedules`` (for `fade`) and
 ``jlora.checkpoint`` by their names.
 
-The words.  An *adapted leaf* stands in a params tree where an array stood; its *base*
+The words.  An *adapted leaf* stands in a params tree where an array stood.  Its *base*
 is that array, frozen; its *factors* are a and b.  Each axis of a weight has a *role*:
 in (contracted with the activation), out, or batch (stacked layers, experts).  A *plan*
-says which paths are adapted and with what.  To *lift* a function is to make it read
-adapted leaves.  An *adapter* is only what trains, as a flat dict from path to leaf.
+says which paths are adapted, and with what.  To *lift* a function is to make it read
+adapted leaves.  An *adapter* is a flat dict from path to adapted leaf without its base.
 
-The house, from the bottom to the top; each part imports only what comes before it:
+The house.  Each part imports only from the parts above it in this list:
 
-* `_compat`: all that differs between JAX versions.  `_product`, `_labels`: products of
-  arrays whose axes have labels, as the letters of an einsum; they know no leaf.
-* `_leaf`: the adapted leaf.  `_algebra`: what a weight's uses become.
+* `_compat`: all that differs between JAX versions.  `_product`: a matrix product with
+  an order of its own in the gradient.  `_labels`: products of arrays whose axes have
+  labels, like the letters of an einsum.
+* `_leaf`: the adapted leaf.  `_algebra`: what the uses of a weight become.
 * `_tree`: trees, paths and frameworks.  `_plan`: which weights, with which roles.
   `_init`: how factors start.  `_lift`: the evaluation of a function.
 * One file for each group of public functions: `_adapter` (merge, unwrap, adapter,
-  attach), `_wrap`, `_training` (partition, labels, scaled, dropout), `_summary`
-  (count, summary), `_optim` (optimizer), `_fade` (3L: the base fades away).
-* `checkpoint`; `linen`, `nnx`; `loralib`, with `_torch_file`, its reader of torch's
-  pickles.
+  attach), `_wrap` (wrap: a plan, then a leaf for each planned path), `_training`
+  (partition, labels, scaled, dropout), `_summary` (count, summary), `_optim`
+  (optimizer), `_fade` (fade, drop_base: the base goes away while the adapter trains).
+* `checkpoint`; `linen`, `nnx`; `loralib`, with `_torch_file`, which reads torch's files.
 
-To change it:
+Where a new thing goes:
 
 * **a variant of the weight** (DoRA): its new field in `_leaf.fields` and `_leaf.leaf`,
   how it starts in `_init.make`, what it makes of the weight in `_algebra.delta`, what
   it makes of each use in `_algebra.use`, its option in `_plan.spec`;
 * **a kind of base** (int4): a new file ``_leaf/int4.py`` with a subclass of
-  `_leaf.base.Base`; nothing else;
+  `_leaf.base.Base`; no other file has to know of it;
 * **another factorisation**: a class in `_leaf.forms`;
 * **a rule for a primitive**: its low-rank form in `_algebra`, a function under
-  ``@rule`` in `_lift.rules` (loops and calls: `_lift.control`), and one under
-  ``@_step`` in `_plan.watch` if a plan should learn roles from it;
-* **what a checkpoint holds**: an array of the leaf by its line in `_leaf.fields` alone;
-  anything else in `checkpoint.document`;
-* **a framework's modules**: a new file of `_plan` beside `from_names`, for the roles
-  that its classes tell; one of `_tree` beside `boxes`, if its trees need it; layers of
-  our own as `linen` has them;
+  ``@rule`` in `_lift.rules` (loops and calls: `_lift.control`), and one in
+  `_plan.watch` if a plan should learn roles from it; without a rule the lift
+  materialises the weight, with a warning;
+* **what a checkpoint holds**: a field of the leaf is stored by its line in
+  `_leaf.fields`; anything else goes to `checkpoint.document`;
+* **a framework's modules**: the roles that its classes give in a new file of `_plan`
+  beside `from_names`, which `wrap` asks if it gets no plan; what its trees need in a
+  new file of `_tree` beside `boxes`; layers of our own in a file like `linen`;
 * **an initialiser**: a new file of `_init` beside `kaiming`, and a line in
   `initializers`.
 """

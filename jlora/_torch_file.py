@@ -115,8 +115,8 @@ def _flat(found: Any) -> dict[str, np.ndarray]:
 
 
 def _brief(x: Any) -> str:
-    kind = type(x).__name__
-    return f"{kind} {x!r}" if isinstance(x, (int, float, str)) else f"a {kind}"
+    name = type(x).__name__
+    return f"{name} {x!r}" if isinstance(x, (int, float, str)) else f"a {name}"
 
 
 class _Unpickler(pickle.Unpickler):
@@ -165,9 +165,9 @@ class _Unpickler(pickle.Unpickler):
         """The storage that the pickle refers to."""
         if pid in self._storages:
             return self._storages[pid]
-        kind, name, key, _, size = pid
-        if kind != "storage" or name not in _STORAGES.values():
-            _broken(f"a reference to {kind!r} of {name!r}")
+        tag, name, key, _, size = pid
+        if tag != "storage" or name not in _STORAGES.values():
+            _broken(f"a reference to {tag!r} of {name!r}")
         dtype = jnp.dtype(name)
         data = self._archive.read(f"{self._folder}data/{key}")
         if len(data) != size * dtype.itemsize:

@@ -11,7 +11,7 @@
   there, and an attribute in `leaf`.
 * `leaf`: `LoRA` and `Full`, the classes.
 
-Arrays come in, and a pytree goes out.  All other packages use this one; it uses none.
+Arrays come in, and a pytree goes out.  All other folders use this one; it uses `_labels` alone.
 """
 
 from jlora._leaf.leaf import Adapted as Adapted

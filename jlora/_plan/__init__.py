@@ -9,5 +9,5 @@
   `watch` follows a weight through the function's jaxpr; **a new primitive from which
   roles can be learnt** gets a function there.
 
-In come params and perhaps a function; out goes a `Plan`.
+Params and perhaps a function come in, and a `Plan` goes out.
 """

@@ -111,8 +111,8 @@ def check_place(path: epath.Path) -> None:
         )
     for folder in path.parents if local else ():
         if folder.exists() and not (folder.is_dir() and os.access(folder, os.W_OK)):
-            kind = PermissionError if folder.is_dir() else NotADirectoryError
-            raise kind(
+            error = PermissionError if folder.is_dir() else NotADirectoryError
+            raise error(
                 f"checkpoint.save: {folder} cannot be written to: expected a directory "
                 "in which a checkpoint can be made."
             )
