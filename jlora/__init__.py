@@ -19,8 +19,8 @@ adapted leaves.  An *adapter* is a flat dict from path to adapted leaf without i
 
 The house.  Each part imports only from the parts above it in this list:
 
-* `_compat`: all that differs between JAX versions.  `_product`: a matrix product with
-  an order of its own in the gradient.  `_labels`: products of arrays whose axes have
+* `_compat`: all that differs between JAX versions.  `_product`: a product that fixes
+  the order of operands in its gradient.  `_labels`: products of arrays whose axes have
   labels, like the letters of an einsum.
 * `_leaf`: the adapted leaf.  `_algebra`: what the uses of a weight become.
 * `_tree`: trees, paths and frameworks.  `_plan`: which weights, with which roles.
@@ -29,7 +29,8 @@ The house.  Each part imports only from the parts above it in this list:
   attach), `_wrap` (wrap: a plan, then a leaf for each planned path), `_training`
   (partition, labels, scaled, dropout), `_summary` (count, summary), `_optim`
   (optimizer), `_fade` (fade, drop_base: the base goes away while the adapter trains).
-* `checkpoint`; `linen`, `nnx`; `loralib`, with `_torch_file`, which reads torch's files.
+* `checkpoint`; `linen`, `nnx`; `loralib`, with `_torch_file`, its reader of torch's
+  files.
 
 Where a new thing goes:
 

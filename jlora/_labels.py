@@ -21,6 +21,25 @@ from jlora._product import product
 RANK, BLOCK, IN, GROUP, OUT = -1, -2, -3, -4, -5
 
 
+def by_role(roles: str, axes: str) -> list[int]:
+    """The labels of axes that have these roles, in this order.
+
+    Args:
+      roles: b, i and o stand for all batch, in and out axes of the weight, r for the
+        rank, * for all axes of the weight in their own order.
+      axes: one letter for each axis of the weight.
+
+    Example:
+      >>> by_role("bir", "bio"), by_role("bo", "obi"), by_role("*", "io")
+      ([0, 1, -1], [1, 0], [0, 1])
+    """
+    if roles == "*":
+        return list(range(len(axes)))
+    own = {role: [k for k, c in enumerate(axes) if c == role] for role in "bio"}
+    own["r"] = [RANK]
+    return [k for role in roles for k in own[role]]
+
+
 def order(x: jax.Array, labels: Sequence[int], wanted: Sequence[int]) -> jax.Array:
     """x with its axes in the wanted order."""
     if list(labels) == list(wanted):

@@ -82,19 +82,19 @@ def _stacked(leaves: Sequence[LoRA], axis: int) -> LoRA:
     axes, top = leaves[0].axes, max(p.rank for p in leaves)
 
     def join(name: str) -> Any:
-        own = labels(fields.LORA[name].axes, axes)
+        own = labels(name, axes)
         xs = [_padded(getattr(p, name), own, 0, top - p.rank) for p in leaves]
         return lax.concatenate(xs, own.index(axis))
 
     c = _output_biases([p.c for p in leaves], leaves)
-    at = labels(fields.LORA["c"].axes, axes).index(axis)
+    at = labels("c", axes).index(axis)
     new = {name: join(name) for name in ("a", "b", "scale")}
     new["c"] = None if c is None else lax.concatenate(c, at)
     dropouts = [p.dropout for p in leaves if p.dropout is not None]
     if 0 < len(dropouts) < len(leaves):
         raise NotFactored
     if dropouts:
-        at = labels(fields.LORA["dropout"].axes, axes).index(axis)
+        at = labels("dropout", axes).index(axis)
         key = jnp.concatenate([d.key for d in dropouts], at)
         new["dropout"] = dataclasses.replace(dropouts[0], key=key)
     return dataclasses.replace(leaves[0], **new)
@@ -106,7 +106,7 @@ def _side_by_side(leaves: Sequence[LoRA], axis: int) -> LoRA:
     ends = [sum(ranks[: i + 1]) for i in range(len(ranks))]
 
     def join(name: str, xs: Sequence[jax.Array]) -> jax.Array:
-        own = labels(fields.LORA[name].axes, axes)
+        own = labels(name, axes)
         if axis not in own:
             return lax.concatenate(xs, own.index(RANK))
         padded = [
@@ -120,7 +120,7 @@ def _side_by_side(leaves: Sequence[LoRA], axis: int) -> LoRA:
     cs = [None if p.c is None else scaled(p, "c") for p in leaves]
     c, biases = None, _output_biases(cs, leaves)
     if biases is not None:  # along an in axis the parts' products are summed
-        own = labels(fields.LORA["c"].axes, axes)
+        own = labels("c", axes)
         c = (
             lax.concatenate(biases, own.index(axis))
             if axis in own
@@ -147,7 +147,7 @@ def _output_biases(
         return None
 
     def shape(p: LoRA) -> list[int]:
-        return [p.shape[k] for k in labels(fields.LORA["c"].axes, p.axes)]
+        return [p.shape[k] for k in labels("c", p.axes)]
 
     dtype = leaves[0].a.dtype
     return [

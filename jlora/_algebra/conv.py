@@ -124,7 +124,7 @@ def _kernel(leaf: LoRA, dtype: Any) -> tuple[jax.Array, int]:
     """a as a kernel whose output axis is the rank, and the position of that axis."""
     at = leaf.axes.index("o")
     axes = [RANK if k == at else k for k in range(leaf.ndim)]
-    return order(leaf.a.astype(dtype), labels("bir", leaf.axes), axes), at
+    return order(leaf.a.astype(dtype), labels("a", leaf.axes), axes), at
 
 
 # The parameters of a convolution that its product with b takes, too.

@@ -14,7 +14,7 @@ from jax import lax
 
 from jlora._algebra.delta import in_low_rank, scaled
 from jlora._algebra.use import Params, inlined, with_output_bias_of
-from jlora._labels import RANK, dot, order
+from jlora._labels import RANK, by_role, dot, order
 from jlora._leaf import LoRA, base
 from jlora._leaf.fields import labels, mapped
 from jlora._leaf.forms import NotFactored
@@ -140,7 +140,7 @@ def lookup(leaf: LoRA, indices: jax.Array, params: Params) -> jax.Array:
     """
     gather = _Gather(leaf, indices, params)
     y = base.use(leaf.base, _Primitive(params), indices)
-    la, lb = labels("bir", leaf.axes), labels("bro", leaf.axes)
+    la, lb = labels("a", leaf.axes), labels("b", leaf.axes)
     first, second = (leaf.a, la), (scaled(leaf, "b"), lb)
     if gather.roles == {"o"}:
         if leaf.c is not None:
@@ -171,8 +171,8 @@ def take(leaf: LoRA, indices: jax.Array, params: Params) -> LoRA:
     place = {k: at for at, k in enumerate(gather.out)} | {RANK: RANK}
 
     def pick(field: Any, roles: str) -> Any:
-        picked, found = gather(field, labels(roles, leaf.axes))
-        return order(picked, [place[k] for k in found], labels(roles, axes))
+        picked, found = gather(field, by_role(roles, leaf.axes))
+        return order(picked, [place[k] for k in found], by_role(roles, axes))
 
     fields = mapped(leaf, pick)
     w = base.then(leaf.base, _Primitive(params), indices)

@@ -131,8 +131,8 @@ def ragged(
         product = lax.ragged_dot_general(h, factor, sizes, own, **rest)
         return product, [*batch, *left, *right]
 
-    first = leaf.a, labels("bir", leaf.axes)
-    second = scaled(leaf, "b"), labels("bro", leaf.axes)
+    first = leaf.a, labels("a", leaf.axes)
+    second = scaled(leaf, "b"), labels("b", leaf.axes)
     if p.transposed:
         first, second = second, first
     (factor, fl), keep = first, {*p.out, *second[1]}

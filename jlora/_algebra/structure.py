@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora._algebra.delta import in_low_rank
-from jlora._labels import RANK, order, runs
+from jlora._labels import RANK, by_role, order, runs
 from jlora._leaf import Dropout, LoRA, base
-from jlora._leaf.fields import labels, mapped
+from jlora._leaf.fields import mapped
 from jlora._leaf.forms import NotFactored
 
 
@@ -25,7 +25,7 @@ def refit(leaf: LoRA, shape: Sequence[int], axes: str) -> LoRA:
     size = dict(enumerate(shape)) | {RANK: leaf.rank}
 
     def fit(x: Any, roles: str) -> Any:
-        return x.reshape([size[k] for k in labels(roles, axes)])
+        return x.reshape([size[k] for k in by_role(roles, axes)])
 
     w = base.then(leaf.base, Call(lax.reshape, tuple(shape)))
     return dataclasses.replace(leaf, w=w, roles=axes.lstrip("b"), **mapped(leaf, fit))
@@ -63,8 +63,8 @@ def transpose(leaf: LoRA, permutation: Sequence[int]) -> LoRA:
     place = {k: at for at, k in enumerate(permutation)} | {RANK: RANK}
 
     def move(x: jax.Array, roles: str) -> jax.Array:
-        moved = [place[k] for k in labels(roles, leaf.axes)]
-        return order(x, moved, labels(roles, axes))
+        moved = [place[k] for k in by_role(roles, leaf.axes)]
+        return order(x, moved, by_role(roles, axes))
 
     w = base.then(leaf.base, Call(lax.transpose, tuple(permutation)))
     return dataclasses.replace(leaf, w=w, roles=axes.lstrip("b"), **mapped(leaf, move))
@@ -110,7 +110,7 @@ def broadcast(leaf: LoRA, shape: Sequence[int], dimensions: Sequence[int]) -> Lo
     leaf = refit(leaf, units, "".join(axes))
 
     def grow(x: jax.Array, roles: str) -> jax.Array:
-        own = labels(roles, leaf.axes)
+        own = by_role(roles, leaf.axes)
         sizes = [leaf.rank if k == RANK else shape[k] for k in own]
         return lax.broadcast_in_dim(x, sizes, range(len(sizes)))
 
@@ -131,7 +131,7 @@ def per_axis(leaf: LoRA, fn: Callable[..., Any], *operands: Any) -> LoRA:
     """
 
     def one(x: Any, roles: str) -> Any:
-        return fn(x, labels(roles, leaf.axes), *operands)
+        return fn(x, by_role(roles, leaf.axes), *operands)
 
     n = leaf.ndim
     w = base.then(leaf.base, lambda w, *xs: fn(w, range(n), *xs), *operands)

@@ -11,7 +11,8 @@
   there, and an attribute in `leaf`.
 * `leaf`: `LoRA` and `Full`, the classes.
 
-Arrays come in, and a pytree goes out.  All other folders use this one; it uses `_labels` alone.
+Arrays come in, and a pytree goes out.  All other folders use this one; it uses none of
+them.
 """
 
 from jlora._leaf.leaf import Adapted as Adapted

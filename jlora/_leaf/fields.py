@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
-from jlora._labels import RANK
+from jlora._labels import by_role
 from jlora._leaf import base, forms
 
 
@@ -37,8 +37,8 @@ class Field:
 
 
 LORA = {
-    "a": Field("bir", trains=True),
-    "b": Field("bro", trains=True),
+    "a": Field(forms.A, trains=True),
+    "b": Field(forms.B, trains=True),
     "scale": Field("b"),
     "c": Field("bo", trains=True, optional=True),
     "dropout": Field("b", optional=True, kept=False),
@@ -46,18 +46,14 @@ LORA = {
 FULL = {"value": Field("*", trains=True)}
 
 
-def labels(roles: str, axes: str) -> list[int]:
-    """The labels of a field's axes, if the weight's axes have the roles ``axes``.
+def labels(name: str, axes: str) -> list[int]:
+    """The labels of a field of `LoRA`, if the weight's axes have the roles ``axes``.
 
     Example:
-      >>> labels("bir", "bio"), labels("bo", "obi"), labels("*", "io")
-      ([0, 1, -1], [1, 0], [0, 1])
+      >>> labels("a", "bio"), labels("c", "obi")
+      ([0, 1, -1], [1, 0])
     """
-    if roles == "*":
-        return list(range(len(axes)))
-    own = {role: [k for k, c in enumerate(axes) if c == role] for role in "bio"}
-    own["r"] = [RANK]
-    return [k for role in roles for k in own[role]]
+    return by_role(LORA[name].axes, axes)
 
 
 def mapped(leaf: Any, fn: Callable[[Any, str], Any]) -> dict[str, Any]:
@@ -83,7 +79,7 @@ def shapes(
     return {
         name: next(factors)
         if "r" in field.axes
-        else tuple(shape[k] for k in labels(field.axes, axes))
+        else tuple(shape[k] for k in by_role(field.axes, axes))
         for name, field in LORA.items()
     }
 
@@ -98,7 +94,7 @@ def specs(leaf: Any, spec: Any) -> Any:
 
     def own(_: Any, roles: str) -> PartitionSpec:
         whole = "r" in roles and not forms.of(leaf.form).aligned
-        axes = [] if whole else labels(roles, leaf.axes)
+        axes = [] if whole else by_role(roles, leaf.axes)
         return PartitionSpec(*(names.get(k) for k in axes))
 
     w = base.specs(leaf.w, spec)

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jlora._labels import BLOCK, RANK, dot, order
+from jlora._labels import BLOCK, by_role, dot, order
 
 Shape = tuple[int, ...]
 Labels = list[int]
@@ -133,15 +133,8 @@ def _sizes(shape: Shape, axes: str) -> dict[str, list[int]]:
     return found
 
 
-def _labels(axes: str, roles: str) -> Labels:
-    """The labels of the axes that have these roles, role by role; r is the rank."""
-    return [
-        k for role in roles for k in ([RANK] if role == "r" else _where(axes, role))
-    ]
-
-
-def _where(axes: str, role: str) -> Labels:
-    return [k for k, own in enumerate(axes) if own == role]
+# The roles of the axes of a and b in a plain pair; r is the rank.
+A, B = "bir", "bro"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +161,7 @@ class Pair(Form):
 
     def labels(self, axes: str) -> tuple[Labels, Labels]:
         """Axes of the weight, and the rank."""
-        return _labels(axes, "bir"), _labels(axes, "bro")
+        return by_role(A, axes), by_role(B, axes)
 
     def low_rank(self, a: jax.Array, b: jax.Array, axes: str) -> Any:
         """a and b unchanged."""

@@ -23,7 +23,7 @@ from typing import Any, ClassVar, NoReturn
 import jax
 
 from jlora._leaf import base, forms
-from jlora._leaf.fields import FULL, LORA
+from jlora._leaf.fields import FULL, LORA, trained
 
 _ADVICE = (
     "is an adapted leaf, not an array: call the function that uses it through "
@@ -149,7 +149,7 @@ class LoRA(_NotAnArray):
         return self.w.of_shape(self.shape) if base.is_base(self.w) else self.w
 
     def __repr__(self) -> str:
-        names = ["w", "a", "b"] + (["c"] if self.c is not None else [])
+        names = ["w", *trained(self)]
         fields = ", ".join(f"{n}={_brief(getattr(self, n))}" for n in names)
         form = f", form={self.form}" if self.form else ""
         return f"LoRA({fields}, roles={self.roles!r}{form})"

@@ -266,7 +266,7 @@ def _dynamic_slice(ev: Evaluation, eqn: Any, x: Any, *starts: Any) -> Any:
     row = dense(structure.per_axis(dataclasses.replace(leaf, c=None), cut, *starts))
     if leaf.c is None:
         return row
-    labels = fields.labels(fields.LORA["c"].axes, leaf.axes)
+    labels = fields.labels("c", leaf.axes)
     c = cut(scaled(leaf, "c"), labels, *starts)
     return row + spread(c, labels, sizes, range(leaf.ndim)).astype(row.dtype)
 

@@ -65,7 +65,7 @@ def share(leaf: Any, x: Any, params: Any, weight_first: bool) -> Share | None:
     if lb or {*wc} != ins or "b" in leaf.axes or params.get("out_sharding") is not None:
         return None
     pairs = sorted(zip(xc, wc, strict=True))
-    own = labels("bir", leaf.axes)
+    own = labels("a", leaf.axes)
     return Share(
         order=tuple(own.index(k) for k in (*(k for _, k in pairs), RANK)),
         axes=tuple(k for k, _ in pairs),
