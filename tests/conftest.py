@@ -7,9 +7,18 @@ and Flax's norms need dtype promotion, and a plain ``x @ w + b`` is what users w
 
 import itertools
 import os
+import pathlib
+import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+
+if os.environ.pop("PYTHONDONTWRITEBYTECODE", ""):
+    # Without byte code every process compiles the source of JAX again, for a second or
+    # more. It is written to pytest's cache, and nothing beside the sources.
+    cache = pathlib.Path(__file__).parents[1] / ".pytest_cache" / "bytecode"
+    sys.pycache_prefix = os.environ.setdefault("PYTHONPYCACHEPREFIX", str(cache))
+    sys.dont_write_bytecode = False
 
 import jax
 import pytest
