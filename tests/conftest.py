@@ -5,6 +5,7 @@ backend: ``JAX_PLATFORMS=cuda make test``. JAX's strict promotion modes stay off
 and Flax's norms need dtype promotion, and a plain ``x @ w + b`` is what users write.
 """
 
+import gc
 import itertools
 import os
 import pathlib
@@ -22,6 +23,13 @@ if os.environ.pop("PYTHONDONTWRITEBYTECODE", ""):
 
 import jax
 import pytest
+
+gc.disable()  # until all tests are imported: nothing of that is garbage
+
+
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture
