@@ -10,9 +10,21 @@ import itertools
 import os
 import pathlib
 import sys
+from importlib.metadata import version
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+
+# Most of the tests' time is compilation. LLVM's optimisations change no HLO, so no cost
+# that is counted, and the tests of bits ask for them again (helpers.OPTIMISED).
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
+if version("jaxlib") == "0.10.0":
+    # Its emitters of fusions take half of that time; later ones know no such flag, and
+    # an unknown flag ends the process. What fuses depends on it a little, so the tests
+    # of costs and of bits ask for them again (helpers.EMITTERS). A user's flags win.
+    flags = "--xla_cpu_use_fusion_emitters=false", os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = " ".join(flags).strip()
 
 if os.environ.pop("PYTHONDONTWRITEBYTECODE", ""):
     # Without byte code every process compiles the source of JAX again, for a second or

@@ -7,6 +7,7 @@ it can be differentiated).
 
 import collections
 import dataclasses
+import os
 import re
 import warnings
 
@@ -18,12 +19,15 @@ import optax
 
 import jlora
 
-# Most of the tests' time is compilation; LLVM's optimisations change no HLO, so no
-# cost that is counted, and the tests of bits ask for them again (OPTIMISED).
-jax.config.update("jax_disable_most_optimizations", True)
+# Compiler options that undo what conftest.py switches off: of the HLO that costs are
+# counted in, and of the code as well.
+EMITTERS = {}
+if "xla_cpu_use_fusion_emitters" in os.environ.get("XLA_FLAGS", ""):
+    EMITTERS = {"xla_cpu_use_fusion_emitters": True}
 OPTIMISED = {
     "xla_backend_optimization_level": 3,
     "xla_llvm_disable_expensive_passes": False,
+    **EMITTERS,
 }
 
 EVERYTHING = ("**",)

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 import pytest
 from flax.training.train_state import TrainState
-from helpers import adapted, base_sized, hlo_count, is_adapted, paths
+from helpers import EMITTERS, adapted, base_sized, hlo_count, is_adapted, paths
 
 import jlora
 
@@ -41,7 +41,8 @@ def tree():
 
 
 def compiled(fn, *args, donate=()):
-    return jax.jit(fn, donate_argnums=donate).lower(*args).compile()
+    lowered = jax.jit(fn, donate_argnums=donate).lower(*args)
+    return lowered.compile(compiler_options=EMITTERS)
 
 
 def flops(program):

@@ -252,7 +252,6 @@ def test_eight_devices_of_one_process_to_two_processes(tmp_path):
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": "4",
-        "XLA_FLAGS": "",
         "PYTHONPATH": os.pathsep.join([str(SCRIPT.parent), *sys.path]),
     }
     both = [

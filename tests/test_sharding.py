@@ -17,7 +17,7 @@ import optax
 import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
-from helpers import close, normal, randomise, same, says, silent
+from helpers import EMITTERS, close, normal, randomise, same, says, silent
 from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
@@ -587,7 +587,8 @@ def check_collectives(apply, params, specs, x, moved=lambda p, x, z: (p, x + z))
 
     def found(fn, *args):
         with jax.set_mesh(AUTO):
-            text = jax.jit(fn).lower(*args).compile().as_text()
+            compiled = jax.jit(fn).lower(*args).compile(compiler_options=EMITTERS)
+        text = compiled.as_text()
         return collections.Counter(hlo.collectives(text))
 
     x = put(x, AUTO, "fsdp")
