@@ -171,7 +171,7 @@ def attach(params: Any, adapter: Adapter) -> Any:
     gone = {
         paths.resolve(x.bias_path, path)
         for path, x in adapter.items()
-        if isinstance(x, LoRA) and x.w is not None and x.bias_path is not None
+        if isinstance(x, LoRA) and base.is_zero(x.w) and x.bias_path is not None
     }
 
     def leaf(path: str, x: Any) -> Any:
@@ -182,7 +182,7 @@ def attach(params: Any, adapter: Adapter) -> Any:
             # A loralib file does not tell which layers have a bias.
             if paths.resolve(new.bias_path, path) not in leaves:
                 new = dataclasses.replace(new, bias_path=None)
-        return dataclasses.replace(new, w=x) if new.w is None else new
+        return new if base.is_zero(new.w) else dataclasses.replace(new, w=x)
 
     return by_path.map_leaves(leaf, params)
 

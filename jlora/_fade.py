@@ -138,7 +138,7 @@ def fade(
                 "has its bases. Without them there is nothing to fade: leave the call "
                 "out."
             )
-        if missing(x) or isinstance(x.w, jax.ShapeDtypeStruct):
+        if missing(x) or base.is_abstract(x.w):
             what = ", ".join(f"{name}=None" for name in missing(x)) or "only shapes"
             raise ValueError(
                 f"fade: {path!r} has {what}: expected the whole adapted tree, as "
@@ -199,7 +199,7 @@ def _measured(x: LoRA, per: str) -> Measured:
     w = base.array(base.plain(w))
     rest = tuple(k for k in range(x.ndim) if k not in kept)
     wide = lax.stop_gradient(w).astype(jnp.promote_types(x.dtype, jnp.float32))
-    mean, std = (f(wide, axis=rest, keepdims=True) for f in (jnp.mean, jnp.std))
+    mean, std = (jnp.expand_dims(f(wide, axis=rest), rest) for f in (jnp.mean, jnp.std))
     return Measured(w, mean, std)
 
 
@@ -283,7 +283,8 @@ def _require_faded(path: str, w: Any) -> None:
         "Fade it first, by the last step of the schedule: "
         "jlora.drop_base(jlora.fade(tree, factor(step))); or pass force=True"
     )
-    if isinstance(w, (jax.core.Tracer, jax.ShapeDtypeStruct)):
+    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(w))
+    if traced or base.is_abstract(w):
         raise ValueError(
             f"drop_base: the values of {path!r} are not known here: expected concrete "
             f"arrays, so that a base that has not faded is not lost. {advice}."

@@ -144,7 +144,7 @@ def _full(path: str, x: Any, dtype: Any) -> Full:
             "floating-point array. Leave the path out of train."
         )
     own = sharding.of_fields(Full(x, x), sharding.of_array(x)).value
-    if isinstance(x, jax.ShapeDtypeStruct):
+    if base.is_abstract(x):
         return Full(x, jax.ShapeDtypeStruct(x.shape, dtype, sharding=own))
     if base.is_base(x):
         return Full(x, base.array(x).astype(dtype))

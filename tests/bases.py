@@ -87,6 +87,33 @@ class AsItIs(Base):
         return fn(self.array, *operands)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _by_rule(fn, w, *operands):
+    return fn(w, *operands)
+
+
+def _backward(fn, kept, ct):
+    w, operands = kept
+    _, pullback = jax.vjp(lambda *operands: fn(w, *operands), *operands)
+    return jnp.zeros_like(w), *pullback(ct)
+
+
+_by_rule.defvjp(lambda fn, w, *xs: (fn(w, *xs), (w, xs)), _backward)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class ByRule(AsItIs):
+    """An array whose uses have a derivative of their own."""
+
+    array: jax.Array
+
+    def use(self, fn, *operands):
+        return _by_rule(fn, self.array, *operands)
+
+
 def _decoded(words, factor, dtype):
     with jax.named_scope("decoding"):
         return (words.astype(jnp.float32) * factor).astype(dtype)

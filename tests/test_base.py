@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import models
 import numpy as np
 import pytest
-from bases import AsItIs, Int8, arrays, is_int8, on_int8
+from bases import AsItIs, ByRule, Int8, arrays, is_int8, on_int8
 from helpers import (
     EMITTERS,
     adapted,
@@ -316,6 +316,53 @@ def test_on_a_mesh():
     own = jlora.shardings(tree, {"w": P("x", "y")})["w"]
     assert (own.w.words, own.w.factor) == (P("x", "y"), P("x", None))
     assert (own.a, own.b) == (P("x", None), P(None, "y"))
+
+
+def test_a_base_with_a_derivative_of_its_own():
+    """A custom rule forbids functions that close over traced values."""
+    coded = {"w": ByRule(normal(7, 5))}
+
+    def fn(p, x):
+        return jnp.tanh(x @ p["w"].T)
+
+    plan = jlora.plan(fn, coded, X, rank=2)
+    tree = randomise(jlora.wrap(coded, plan=plan))
+    plain = {"w": dataclasses.replace(tree["w"], w=tree["w"].w.array)}
+
+    def loss(tree, x):
+        return jlora.lift(fn)(tree, x).sum()
+
+    got, want = (jax.grad(loss, argnums=1)(t, X) for t in (tree, plain))
+    close(got, want)
+    with jax.checking_leaks():
+        jax.jit(jlora.lift(fn))(tree, X)
+
+
+def test_half_of_a_partition_is_without_its_base():
+    coded, _ = on_int8(W)
+    half, _ = jlora.partition(jlora.wrap(coded, rank=2, targets="w"))
+    assert jlora.count(half) == (24, 24) and "trainable" in jlora.summary(half)
+    assert jlora.shardings(half, {"w": P("x", None)})["w"].a == P("x", None)
+    for call in (jlora.merge, lambda t: jlora.lift(lambda p, x: x @ p["w"])(t, X)):
+        with pytest.raises(ValueError, match="w=None|lacks w"):
+            call(half)
+
+
+def test_shapes_alone_give_shapes():
+    coded = jax.eval_shape(lambda: on_int8(W)[0])
+    tree = jlora.wrap(coded, rank=2, targets="w")
+    assert isinstance(tree["w"].a, jax.ShapeDtypeStruct)
+    with pytest.raises(ValueError, match="has only shapes"):
+        jlora.fade(tree, 0.5)
+    with pytest.raises(ValueError, match="are not known here"):
+        jlora.drop_base(tree)
+
+
+def test_its_arrays_are_not_printed():
+    coded, _ = on_int8(W)
+    tree = jlora.wrap(coded, rank=2, targets="w")
+    assert "w=Int8(int8[5,7], float32[5,1])" in repr(tree["w"])
+    assert "'lora'" in repr(jlora.labels(jlora.fade(tree, 0.5)))
 
 
 # ----------------------------------------------------------------------------- cost

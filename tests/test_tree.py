@@ -939,3 +939,12 @@ def test_property_unmerge_undoes_merge(spec, rank, seed):
     for path, w in paths(p).items():
         size = max(abs(paths(jlora.merge(tree))[path]).max(), abs(w).max())
         assert abs(paths(back)[path] - w).max() <= 1e-6 * size
+
+
+def test_whole_leaves_attach_to_another_base():
+    p = {"d": {"kernel": jnp.ones((3, 4)), "bias": jnp.full(4, 5.0)}}
+    leaf = jlora.wrap(p, rank=2)["d"]["kernel"]
+    other = jax.tree.map(lambda x: 2 * x, p)
+    tree = jlora.attach(other, {"d/kernel": leaf})
+    assert tree["d"]["kernel"].w is other["d"]["kernel"]
+    assert tree["d"]["bias"] is other["d"]["bias"]

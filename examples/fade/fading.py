@@ -193,7 +193,7 @@ def at(tree: Any, path: str) -> Any:
 def deployed(tree: Any) -> int:
     """Parameters of what is deployed: merged weights, or the factors left of them."""
     adapter = jlora.adapter(tree).values()
-    merged = all(x.dropped is None for x in adapter)
+    merged = all(x.w is None for x in adapter)
     return jlora.count(jlora.unwrap(tree) if merged else tree)[1]
 
 

@@ -110,14 +110,15 @@ def contract(
     first, second = (leaf.a, la), (scaled(leaf, "b"), lb)
     if p.transposed:
         first, second = second, first
-    rest["sharding"] = out_sharding, p.out
+    # Not in `rest`, which a backward pass reads later.
+    options = rest | {"sharding": (out_sharding, p.out)}
     dtype = compute_dtype(x, leaf)
 
     def times(h: jax.Array, hl: Any, factor: Any, fl: Any, keep: set[int]) -> Any:
         h, factor = h.astype(dtype), factor.astype(dtype)
         if weight_first:
-            return dot(factor, fl, h, hl, keep, **rest)
-        return dot(h, hl, factor, fl, keep, **rest)
+            return dot(factor, fl, h, hl, keep, **options)
+        return dot(h, hl, factor, fl, keep, **options)
 
     if h is not None:
         hl = [*(k for k in p.xl if k >= leaf.ndim), RANK]

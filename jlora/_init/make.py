@@ -26,8 +26,15 @@ NAMED: dict[str, Initialiser] = {"kaiming": kaiming}
 def initialiser(init: str | Initialiser) -> Initialiser:
     """The initialiser of this name; a function is returned as it is."""
     if callable(init):
+        try:
+            hash(init)  # what it makes is kept, so that it is traced once
+        except TypeError:
+            raise TypeError(
+                f"init {init!r} is not hashable: expected a function, or an object "
+                "that compares by itself."
+            ) from None
         return init
-    if init not in NAMED:
+    if not isinstance(init, str) or init not in NAMED:
         raise ValueError(
             f"init {init!r}: expected one of {', '.join(NAMED)}, or a function such as "
             "jlora.initializers.kaiming."
@@ -53,9 +60,10 @@ def _maker(init: Initialiser, spec: Spec, dtype: Any) -> _Maker:
     def make_fields(key: jax.Array, w: Any) -> dict[str, Any]:
         made = init(key, w, spec)
         if not (isinstance(made, tuple) and len(made) == 3):
+            many = f" of {len(made)}" if isinstance(made, tuple) else ""
             raise TypeError(
-                f"the initialiser {init!r} gives a {type(made).__name__}: expected the "
-                "three of (w, a, b)."
+                f"the initialiser {init!r} gives a {type(made).__name__}{many}: "
+                "expected the three of (w, a, b)."
             )
         new, a, b = made
         fields = {"a": a.astype(dtype), "b": b.astype(dtype)}
@@ -109,7 +117,7 @@ def make(
     place = sharding.of_array(w)
     placed = sharding.of_fields(leaf, place)
     own = {name: getattr(placed, name) for name in shapes}
-    if isinstance(w, jax.ShapeDtypeStruct):
+    if base.is_abstract(w):
         made: dict[str, Any] = {
             name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own[name])
             for name, x in shapes.items()
@@ -135,3 +143,8 @@ def _check(path: str, init: Any, shapes: dict[str, Any], w: Any, spec: Spec) -> 
                 f"{tuple(x.shape)}: expected {wanted[name]}, by the roles "
                 f"{spec.axes!r} and rank {spec.resolved().rank}."
             )
+    if "w" in shapes and shapes["w"].dtype != w.dtype:
+        raise ValueError(
+            f"{path!r}: the initialiser {init!r} gives a base of {shapes['w'].dtype}: "
+            f"expected {w.dtype}, as it got it."
+        )

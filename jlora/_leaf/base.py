@@ -105,9 +105,20 @@ class Base(abc.ABC):
         return ""
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=[], meta_fields=["shape", "dtype"]
-)
+class _Uncompared(tuple[int, ...]):
+    """A shape that is equal to any other: the factors know the right one.
+
+    If it were compared, a slice of a stack would be another structure than a layer.
+    """
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Uncompared)
+
+    def __hash__(self) -> int:
+        return 0
+
+
+@jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True)
 class Dropped(Base):
     """A base that was dropped on purpose, and counts as zero; see `jlora.drop_base`.
@@ -129,6 +140,19 @@ class Dropped(Base):
     shape: tuple[int, ...]
     dtype: Any
     zero = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", tuple(self.shape))
+        object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
+
+    def tree_flatten(self) -> tuple[tuple[()], Any]:
+        """No arrays."""
+        return (), (_Uncompared(self.shape), self.dtype)
+
+    @classmethod
+    def tree_unflatten(cls, aux: Any, _: Any) -> Dropped:
+        """From shape and dtype."""
+        return cls(*aux)
 
     def use(self, fn: Callable[..., Any], *operands: Any) -> Any:
         """The shape and dtype of the result, which is zero; `plus` adds to it."""
@@ -203,9 +227,10 @@ class Pending(Base):
     def use(self, fn: Callable[..., Any], *operands: Any) -> Any:
         """fn(array, *operands); the function runs inside the uses of all bases."""
         n = len(self.bases) + len(self.operands)
+        own = self.fn  # `call` may not hold self, which has arrays
 
         def call(*args: Any) -> Any:
-            return fn(self.fn(*args[:n]), *args[n:])
+            return fn(own(*args[:n]), *args[n:])
 
         return _use_all(self.bases, call, *self.operands, *operands)
 
@@ -295,12 +320,19 @@ def is_zero(w: Any) -> bool:
     return is_base(w) and w.zero
 
 
-def shaped(w: Any) -> bool:
-    """Whether ``w.shape`` is the leaf's shape; not so for None and a base that is zero.
+def is_missing(w: Any) -> bool:
+    """Whether there is no base: None, or a base whose arrays are in the other half."""
+    return w is None or (is_base(w) and not w.zero and not jax.tree.leaves(w))
 
-    Slicing a stacked leaf does not change the shape of a base without arrays.
-    """
-    return w is not None and not is_zero(w)
+
+def is_abstract(w: Any) -> bool:
+    """Whether only the shapes of the base's arrays are known."""
+    return any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(w))
+
+
+def shaped(w: Any) -> bool:
+    """Whether the base gives its shape: a missing one and a zero one do not."""
+    return not is_missing(w) and not is_zero(w)
 
 
 def plain(w: Any) -> Any:
@@ -333,7 +365,7 @@ def remark(w: Any) -> str:
 def size(w: Any) -> int:
     """The number of parameters of a base."""
     if is_base(w):
-        return w.size
+        return w.size if shaped(w) else 0
     return math.prod(w.shape) if hasattr(w, "shape") else 0
 
 

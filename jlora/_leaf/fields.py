@@ -124,7 +124,9 @@ def missing(leaf: Any) -> list[str]:
     """The required fields that are None, as in an adapter or half of a partition."""
     table: Mapping[str, Field] = leaf.fields
     names = ["w", *(name for name, field in table.items() if not field.optional)]
-    return [name for name in names if getattr(leaf, name) is None]
+    absent = {name: getattr(leaf, name) is None for name in names}
+    absent["w"] = base.is_missing(leaf.w)
+    return [name for name in names if absent[name]]
 
 
 def bare(leaf: Any) -> Any:

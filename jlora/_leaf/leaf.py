@@ -57,7 +57,11 @@ for _name in "neg pos abs invert lt le gt ge round divmod rdivmod".split():
 
 def _brief(x: Any) -> str:
     """``float32[3,4]`` for an array, the repr of anything else."""
-    if hasattr(x, "shape") and hasattr(x, "dtype") and not base.is_base(x):
+    if base.is_base(x):  # never its arrays; and it may hold anything, as in labels
+        arrays = [y for y in jax.tree.leaves(x) if hasattr(y, "shape")]
+        inside = ", ".join(map(_brief, arrays))
+        return repr(x) if x.zero else f"{type(x).__name__}({inside})"
+    if hasattr(x, "shape") and hasattr(x, "dtype"):
         return f"{x.dtype}[{','.join(map(str, x.shape))}]"
     return repr(x)
 

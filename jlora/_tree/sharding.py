@@ -15,7 +15,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from jlora import _compat
-from jlora._leaf import Adapted, fields, is_adapted
+from jlora._leaf import Adapted, Full, fields, is_adapted
 from jlora._leaf.base import is_base
 from jlora._tree import by_path, paths
 
@@ -111,6 +111,8 @@ def shardings(tree: Any, base: Any) -> Any:
         return given_at[at]
 
     def leaf(path: str, x: Any) -> Any:
+        if is_base(x):  # as the base of a leaf, which is nothing else here
+            return of_fields(Full(x, x), own(path)).w
         return of_fields(x, own(path)) if is_adapted(x) else own(path)
 
     return by_path.map_leaves(leaf, tree)
