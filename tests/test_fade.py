@@ -724,8 +724,8 @@ def test_a_base_may_be_dropped_by_force():
 def test_a_slice_of_a_dropped_stack_is_as_a_layer_that_was_dropped():
     stacked = jlora.drop_base(jlora.fade(wrapped(stack, STACK, X), 0.0))
     one = jax.tree.map(lambda x: x[1], stacked)
-    layer = jlora.wrap({"kernel": jnp.zeros((5, 5))}, rank=2)
-    layer = jlora.drop_base(layer)
+    layer = jax.tree.map(lambda x: jnp.zeros(x.shape[1:]), STACK)
+    layer = jlora.drop_base(jlora.wrap(layer, rank=2))
     both = jax.tree.map(lambda x, y: jnp.stack([x, y]), one, layer)
     assert both["kernel"].shape == (2, 5, 5)
     assert jlora.unwrap(both)["kernel"].shape == (2, 5, 5)
