@@ -61,6 +61,7 @@ def save(
       block: whether to return only when the checkpoint is committed.  Otherwise the
         arrays are copied to the host, a `Handle` is returned, and the writing goes on
         in the background.  The program waits for it before it ends, and logs an error.
+        Python 3.12.0 to 3.12.2 cannot do that, and there it is written at once.
 
     Returns:
       None, or with ``block=False`` a `Handle`.
@@ -113,10 +114,9 @@ def save(
     items = {k: ocp.args.StandardSave(v) for k, v in stored.items() if v}
     handle = Handle(path)
     handle._start({"document": ocp.args.JsonSave(document), **items})
-    if not block:
-        return handle
-    handle.wait()
-    return None
+    if block or not _orbax.WRITES_AT_EXIT:
+        handle.wait()
+    return None if block else handle
 
 
 def _require_bases(tree: Any) -> None:

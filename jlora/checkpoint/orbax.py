@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,6 +21,10 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 _LOG = logging.getLogger("jlora")
+
+# Whether a write can be finished when the program ends: these Pythons start no thread
+# then, as Orbax's writes do (https://github.com/python/cpython/issues/113964).
+WRITES_AT_EXIT = not (3, 12, 0) <= sys.version_info[:3] <= (3, 12, 2)
 
 # Saves that are not committed yet, by path.  Two saves to one directory would delete
 # each other's files, so the first to enter its handle here goes on and others wait.
