@@ -12,6 +12,7 @@ from jax.extend import core as core
 from jax.interpreters import ad as ad
 from jax.interpreters import batching as batching
 from jax.interpreters import mlir as mlir
+from jax.interpreters import partial_eval
 
 
 def jaxpr_and_consts(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
@@ -21,6 +22,13 @@ def jaxpr_and_consts(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
     there is one class, and its `.consts` may be empty.
     """
     return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
+
+
+def without_dead_code(jaxpr: Any) -> Any:
+    """The closed jaxpr without equations whose results nobody reads."""
+    body, consts = jaxpr_and_consts(jaxpr)
+    live, _ = partial_eval.dce_jaxpr(body, [True] * len(body.outvars), True)
+    return core.ClosedJaxpr(live, consts)
 
 
 def scan_counts(params: dict[str, Any]) -> tuple[int, int]:

@@ -41,11 +41,15 @@ class _Product:
     transposed: bool
 
     @classmethod
-    def of(cls, leaf: LoRA, x: Any, numbers: Any, weight_first: bool) -> _Product:
+    def of(
+        cls, leaf: LoRA, x: Any, numbers: Any, weight_first: bool, mixes: bool
+    ) -> _Product:
         n = leaf.ndim
         (lc, rc), (lb, rb) = numbers
         wc, wb, xc, xb = (lc, lb, rc, rb) if weight_first else (rc, rb, lc, lb)
         roles = {leaf.axes[k] for k in wc if leaf.shape[k] != 1}
+        if mixes and len(roles) > 1:
+            roles -= {"b"}
         if "b" in roles or len(roles) > 1:
             raise RolesError(
                 f"contracts axes {tuple(map(int, wc))} of a weight of shape "
@@ -63,13 +67,14 @@ class _Product:
         return cls(tuple(wc), xl, out, "o" in roles)
 
 
-@functools.partial(inlined, static_argnames=("params", "weight_first", "nth"))
+@functools.partial(inlined, static_argnames=("params", "weight_first", "mixes", "nth"))
 def contract(
     leaf: LoRA,
     x: jax.Array,
     params: Params,
     *,
     weight_first: bool,
+    mixes: bool = False,
     aside: jax.Array | None = None,
     h: jax.Array | None = None,
     nth: int = 0,
@@ -84,6 +89,8 @@ def contract(
       x: the activation.
       params: the primitive's parameters.
       weight_first: whether the weight is the first operand.
+      mixes: whether batch axes may be contracted together with in or out axes, as where
+        the outputs of each token's experts are summed.  The second product sums them.
       aside: x for the low-rank branch; see `Evaluation.first_product`.
       h: x·a instead of ``aside``, if it was computed already.
       nth: the number of earlier uses of the weight, for the dropout.
@@ -96,7 +103,7 @@ def contract(
     rest = dict(params)
     numbers = rest.pop("dimension_numbers")
     out_sharding = rest.pop("out_sharding", None)
-    p = _Product.of(leaf, x, numbers, weight_first)
+    p = _Product.of(leaf, x, numbers, weight_first, mixes)
 
     def own(w: Any, x: Any) -> Any:
         left, right = (w, x) if weight_first else (x, w)

@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 
 from jlora import _compat
 from jlora._algebra.delta import dense
@@ -24,7 +26,9 @@ from jlora._lift.shared import Products
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["leaf"], meta_fields=["paths"]
+    jax.tree_util.register_dataclass,
+    data_fields=["leaf"],
+    meta_fields=["paths", "taken"],
 )
 @dataclasses.dataclass(frozen=True)
 class Tracked:
@@ -33,10 +37,12 @@ class Tracked:
     Attributes:
       leaf: the leaf after the operations so far.
       paths: static; the paths of the weights from which it was made.
+      taken: static; whether it holds a matrix for each token, taken from a stack.
     """
 
     leaf: Any
     paths: tuple[str, ...]
+    taken: bool = False
 
     @property
     def name(self) -> str:
@@ -45,7 +51,7 @@ class Tracked:
 
     def now(self, leaf: Any) -> Tracked:
         """The result of an operation on this leaf, with the same paths."""
-        return Tracked(leaf, self.paths)
+        return dataclasses.replace(self, leaf=leaf)
 
 
 # The rules by the names of primitives.  fn(evaluation, equation, *operands) returns the
@@ -107,6 +113,14 @@ class Evaluation:
         if id(x) not in frame.asides:  # x is stored, too, so that no other gets its id
             frame.asides[id(x)] = x, _compat.copied(x)
         return {"aside": frame.asides[id(x)][1]}
+
+    def unbroadcast(self, v: Any) -> tuple[Any, list[int]]:
+        """An operand without the axes along which it was broadcast, or that are units.
+
+        Returns:
+          The array, and which axis of the operand each of its axes is.
+        """
+        return self._frames[-1].unbroadcast(v)
 
     def note(self, x: Tracked, name: str, *, formed: bool = False) -> None:
         """Records a use."""
@@ -177,6 +191,20 @@ class _Frame:
         """The leaf of a variable; None if it is not a leaf, or not evaluated yet."""
         x = None if isinstance(v, _compat.Literal) else self.env.get(v)
         return x.leaf if isinstance(x, Tracked) else None
+
+    def unbroadcast(self, v: Any) -> tuple[Any, list[int]]:
+        """See `Evaluation.unbroadcast`."""
+        made = None if isinstance(v, _compat.Literal) else self.products.made.get(v)
+        name = "" if made is None else made.primitive.name
+        if name in ("broadcast_in_dim", "convert_element_type"):
+            x, axes = self.unbroadcast(made.invars[0])
+            if name == "convert_element_type":
+                return lax.convert_element_type(x, made.params["new_dtype"]), axes
+            dims = made.params["broadcast_dimensions"]
+            return x, [dims[k] for k in axes]
+        x, shape = self.read(v), v.aval.shape
+        axes = [k for k, n in enumerate(shape) if n != 1]
+        return jnp.reshape(x, [shape[k] for k in axes]), axes
 
     def evaluate(self, eqn: Any) -> None:
         if id(eqn) in self.done:  # evaluated ahead of its turn, by `products`

@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from jlora import _compat
@@ -64,7 +63,7 @@ def _dot_general(ev: Evaluation, eqn: Any, lhs: Any, rhs: Any) -> Any:
     if first and isinstance(rhs, Tracked):
         rhs = ev.materialise(rhs, "dot_general (with another adapted weight)")
     leaf, x = (lhs, rhs) if first else (rhs, lhs)
-    return _compute(contract, ev, eqn, leaf, x, weight_first=first)
+    return _compute(contract, ev, eqn, leaf, x, weight_first=first, mixes=leaf.taken)
 
 
 @rule("conv_general_dilated")
@@ -86,7 +85,8 @@ def _gather(ev: Evaluation, eqn: Any, w: Any, indices: Any) -> Any:
     shape, sizes = eqn.invars[0].aval.shape, eqn.params["slice_sizes"]
     at = indexed_axes(shape, eqn.params["dimension_numbers"], sizes)
     if all(w.leaf.axes[k] == "b" for k in at):
-        return w.now(take(w.leaf, indices, tuple(eqn.params.items())))
+        taken = take(w.leaf, indices, tuple(eqn.params.items()))
+        return dataclasses.replace(w.now(taken), taken=True)
     return _compute(lookup, ev, eqn, w, indices)
 
 
@@ -324,36 +324,46 @@ def _joined(parts: Sequence[Any], axis: int) -> Tracked:
     return Tracked(concatenate(leaves, axis), tuple(paths))
 
 
-_SCALAR: dict[str, Callable[..., jax.Array]] = {
+_TIMES: dict[str, Callable[..., jax.Array]] = {
     "mul": jnp.multiply,
     "div": jnp.divide,
     "neg": jnp.negative,
 }
 
 
-@rule(*_SCALAR)
-def _times_scalar(ev: Evaluation, eqn: Any, *args: Any) -> Tracked:
-    """A weight times or divided by a number.
+@rule(*_TIMES)
+def _times(ev: Evaluation, eqn: Any, *args: Any) -> Tracked:
+    """A weight times or divided by a number, or by one for each of its ins or outs.
+
+    The numbers go into one of the factors: into a if they differ along in axes, else
+    into b.  They do not go into the scale, which has no gradient, since they may train.
 
     Raises:
-      NotFactored: the other operand is not a single number, or a number is divided by a
-        weight.
+      NotFactored: the numbers differ along in axes and along out axes, or a number is
+        divided by a weight.
     """
-    x, rest = args[0], args[1:]
-    if eqn.primitive.name == "mul" and not isinstance(x, Tracked):
-        x, rest = args[1], args[:1]
-    if not isinstance(x, Tracked) or any(
-        isinstance(c, Tracked) or np.ndim(c) for c in rest
-    ):
+    leaves = [i for i, v in enumerate(args) if isinstance(v, Tracked)]
+    if leaves != [0] and (eqn.primitive.name != "mul" or len(leaves) > 1):
         raise NotFactored
-    w = base.then(x.leaf.base, _compat.operation(eqn), *rest)
-    # The number goes into b, not into the scale: the scale has no gradient, but the
-    # number may train.
+    x = args[leaves[0]]
+    leaf, others = x.leaf, [v for v in args if v is not x]
+    if eqn.outvars[0].aval.shape != leaf.shape:  # an axis of size one was broadcast
+        raise NotFactored
+    w = base.then(leaf.base, _compat.operation(eqn), *others)
     if not jnp.issubdtype(w.dtype, jnp.floating):
         raise NotFactored
-    dtypes = (w.dtype, x.leaf.b.dtype, jnp.dtype(jnp.float32))
+    found = [ev.unbroadcast(v) for i, v in enumerate(eqn.invars) if i not in leaves]
+    varying = [k for _, axes in found for k in axes]
+    roles = {leaf.axes[k] for k in varying}
+    if {"i", "o"} <= roles or (varying and leaf.form is not None):
+        raise NotFactored
+    name = "a" if "i" in roles else "b"
+    own = fields.labels(name, leaf.axes)
+    shape = [leaf.shape[k] if k in varying else 1 for k in own]
+    numbers = [spread(v, axes, shape, own) if axes else v for v, axes in found]
+    factor = getattr(leaf, name)
+    dtypes = (w.dtype, factor.dtype, jnp.dtype(jnp.float32))
     wide = max(dtypes, key=lambda dtype: dtype.itemsize)
-    b = _SCALAR[eqn.primitive.name](
-        *(jnp.asarray(x.leaf.b if v is x else v, wide) for v in args)
-    )
-    return x.now(dataclasses.replace(x.leaf, b=b, w=w))
+    operands = (jnp.asarray(v, wide) for v in (factor, *numbers))
+    factor = _TIMES[eqn.primitive.name](*operands)
+    return x.now(dataclasses.replace(leaf, **{name: factor}, w=w))

@@ -105,7 +105,7 @@ class Products:
         self._first: dict[int, jax.Array] = {}
 
     @functools.cached_property
-    def _made(self) -> dict[Any, Any]:
+    def made(self) -> dict[Any, Any]:
         """The equation that makes each variable."""
         return {v: eqn for eqn in self._eqns for v in eqn.outvars}
 
@@ -121,7 +121,7 @@ class Products:
 
     def _name(self, v: Any) -> Any:
         """A name for a variable; copies converted to the same dtype share one."""
-        eqn = None if isinstance(v, _compat.Literal) else self._made.get(v)
+        eqn = None if isinstance(v, _compat.Literal) else self.made.get(v)
         if eqn is None or eqn.primitive.name != "convert_element_type":
             return id(v)
         return self._name(eqn.invars[0]), eqn.params["new_dtype"]
@@ -130,7 +130,7 @@ class Products:
         """The leaf of a variable, evaluated now if only `_ON_THE_WAY` is left to do."""
         if isinstance(v, _compat.Literal) or v in self._frame.env:
             return self._frame.weight(v)
-        eqn = self._made[v]
+        eqn = self.made[v]
         if eqn.primitive.name in _ON_THE_WAY and len(eqn.invars) == 1:
             if self._weight(eqn.invars[0]) is not None:
                 self._frame.evaluate(eqn)

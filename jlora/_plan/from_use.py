@@ -74,9 +74,12 @@ def plan(
     def candidate(path: str, x: Any) -> Candidate:
         if path not in seen or not seen[path].uses:
             return None
-        kind, axes = _merged_roles(seen[path].uses, x.ndim)
+        uses = seen[path].uses
+        kind, axes = _merged_roles(uses, x.ndim)
         if kind is None:
             return axes
+        if not wanted.named(path, x) and (doubt := _doubt(uses)):
+            return doubt
         return Spec.of(kind, axes, bias=_bias(path, seen, leaves))
 
     return select(leaves, candidate, _IDLE, by_path.others(params), wanted)
@@ -104,6 +107,23 @@ def _bias(
             bias = beside
     # An array that is a weight itself is no bias.
     return bias if bias is not None and bias in seen and seen[bias].idle else None
+
+
+def _doubt(uses: Sequence[watch.Use]) -> str | None:
+    """Why a weight with these uses is adapted only if it is named; None if it is not."""
+    for use in uses:
+        if use.mixed:
+            others = " and ".join(use.mixed)
+            return (
+                f"multiplied by {others}, number by number, before its product: either "
+                "may be the weight. Name the one to adapt as a target"
+            )
+        if use.through is not None:
+            return (
+                f"goes through {use.through} before its product, which has no low-rank "
+                "form: adapted when named, and then W + scale·a·b is formed"
+            )
+    return None
 
 
 _LOOKUPS = frozenset({"gather", "dynamic_slice"})

@@ -39,18 +39,25 @@ class Use:
       roles: role by axis of the parameter.
       rows: of a lookup, the first use of the rows that it took out, if they were used
         as a weight: a matrix for each token, from a stack of matrices.
+      through: the first primitive without a low-rank form that the weight went through
+        before this use, such as the maximum of a clip.
+      mixed: the paths of the arrays that the weight was multiplied by, number by number,
+        before this use.  Any of them may be the weight, and the others its mask.
     """
 
     primitive: str
     roles: dict[int, str]
     rows: Use | None = None
+    through: str | None = None
+    mixed: tuple[str, ...] = ()
 
     def resolved(self) -> Use:
         """The use of the rows if they were matrices: the weight is a stack of them."""
         rows = self.rows
         if rows is None or not {"i", "o"} <= {*rows.roles.values()}:
             return self
-        return Use(rows.primitive, dict.fromkeys(self.roles, "b") | rows.roles)
+        roles = dict.fromkeys(self.roles, "b") | rows.roles
+        return dataclasses.replace(rows, roles=roles)
 
 
 @dataclasses.dataclass
@@ -99,10 +106,18 @@ class Weight:
     Attributes:
       parts: (path, axes) of each parameter; several after a concatenation.
       gathers: if the value is such rows, the lookup's `Use` for each part.
+      through: as in `Use`.
+      mixed: whether the parts are the factors of a product of numbers, as of a weight
+        and its mask, and not a concatenation.
+      perhaps: whether the value was multiplied by data of its own shape.  Then it is a
+        weight if it meets data in a product, and data if it meets a weight.
     """
 
     parts: tuple[tuple[str, Axes], ...]
     gathers: tuple[Use, ...] = ()
+    through: str | None = None
+    mixed: bool = False
+    perhaps: bool = False
 
     def move(self, fn: Callable[[Axes], Sequence[Origin]]) -> Weight:
         """The weight with fn(axes) as the axes of each part."""
@@ -114,7 +129,7 @@ class Weight:
         # The other axes are those of the indices.
         _, axes = self.parts[0]
         size = math.prod(n for n, origin in zip(shape, axes, strict=True) if origin)
-        return Product(tuple(path for path, _ in self.parts), size)
+        return Product(_paths(self), size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,8 +145,16 @@ class Product:
     size: int
 
 
+@dataclasses.dataclass(frozen=True)
 class _Data:
-    """The info of a value that depends on an input that is no parameter."""
+    """The info of a value that depends on an input that is no parameter.
+
+    Attributes:
+      axes: the axes along which it may vary; None for all.  A scale that is broadcast
+        to the shape of a weight varies along few.
+    """
+
+    axes: frozenset[int] | None = None
 
 
 _DATA = _Data()
@@ -205,6 +228,8 @@ class Walk:
         kept = eqn.primitive.name in KEEPS_PRODUCT and len(eqn.outvars) == 1
         if products and kept and not mixed:
             return [products[0]]
+        if eqn.primitive.name == "broadcast_in_dim" and isinstance(infos[0], _Data):
+            return [_broadcast_data(infos[0], eqn)]
         if any(isinstance(i, (_Data, Product)) for i in infos):
             return [_DATA] * len(eqn.outvars)
         return [self.moved(eqn, infos, v.aval.shape) for v in eqn.outvars]
@@ -218,23 +243,28 @@ class Walk:
         old = eqn.invars[at].aval.shape
         if eqn.primitive.name in ("concatenate", "stack"):
             parts = tuple(part for info, _ in weights for part in info.parts)
-            weight = Weight(parts)
+            weight = dataclasses.replace(weight, parts=parts, gathers=())
         if (move := MOVES.get(eqn.primitive.name)) is not None:
             return move(weight, eqn, old, shape)
-        return weight if shape == old else None
+        if shape != old:
+            return _DATA if weight.perhaps else None
+        through = weight.through or eqn.primitive.name
+        return dataclasses.replace(weight, through=through)
 
     def use(
         self, weight: Weight, name: str, roles: dict[int, str], shape: tuple[int, ...]
     ) -> Product:
         """Records that a primitive gives these roles to a weight's axes."""
+        paths = _paths(weight)
         for i, (path, axes) in enumerate(weight.parts):
-            use = Use(name, _original(axes, roles))
+            mixed = tuple(p for p in paths if p != path) if weight.mixed else ()
+            use = Use(name, _original(axes, roles), None, weight.through, mixed)
             if weight.gathers:  # rows: the first use counts, beside their lookup
                 weight.gathers[i].rows = weight.gathers[i].rows or use
             else:
                 self.seen.setdefault(path, Seen()).uses.append(use)
         out = math.prod(n for k, n in enumerate(shape) if roles.get(k) == "o")
-        return Product(tuple(path for path, _ in weight.parts), out)
+        return Product(paths, out)
 
     def rows(self, weight: Weight, fn: Callable[[Axes], Sequence[Origin]]) -> Weight:
         """The rows that the lookup just recorded takes out; their next use decides."""
@@ -259,6 +289,8 @@ def _met(eqn: Any, infos: list[Any]) -> list[Any]:
 def _dot(walk: Walk, eqn: Any, infos: list[Any]) -> list[Any]:
     out: Any = _DATA
     ((lc, rc), (lb, rb)) = eqn.params["dimension_numbers"]
+    if any(map(_is_weight, infos)):
+        infos = [_DATA if isinstance(i, Weight) and i.perhaps else i for i in infos]
     others = infos[::-1]
     dims = zip(infos, others, eqn.invars, (lc, rc), (lb, rb), strict=True)
     for info, other, v, c, b in dims:
@@ -377,9 +409,65 @@ def _barrier(walk: Walk, eqn: Any, infos: list[Any]) -> list[Any]:
     return _met(eqn, infos)
 
 
+@_step("mul", "div", "select_n")
+def _times(walk: Walk, eqn: Any, infos: list[Any]) -> list[Any] | None:
+    """A weight times or by its scale, or under its mask, is the weight still."""
+    infos, name = _met(eqn, infos), eqn.primitive.name
+    if any(isinstance(i, Product) for i in infos):
+        return None
+    shape = eqn.outvars[0].aval.shape
+    spans = [_span(i, v.aval.shape) for i, v in zip(infos, eqn.invars, strict=True)]
+    weights = [k for k, i in enumerate(infos) if isinstance(i, Weight)]
+    data = [k for k, i in enumerate(infos) if isinstance(i, _Data)]
+    if not weights or len(weights) + len(data) < 2:
+        return None
+    at = max(weights, key=lambda k: spans[k])
+    weight, whole = infos[at], sum(n != 1 for n in shape)
+    if eqn.invars[at].aval.shape != shape or (data and spans[at] < max(whole, 2)):
+        return [_DATA]  # the scale of data, broadcast to its shape
+    if data and max(spans[k] for k in data) == whole:
+        weight = dataclasses.replace(weight, perhaps=True)
+    others = [infos[k] for k in weights if k != at and spans[k] == spans[at]]
+    if (name == "div" and at) or any(
+        {*_paths(i)} & {*_paths(weight)} for i in others
+    ):  # no multiple of the weight
+        weight = dataclasses.replace(weight, through=weight.through or name)
+    elif others:
+        every = (weight, *others)
+        weight = dataclasses.replace(
+            weight,
+            parts=tuple(part for i in every for part in i.parts),
+            mixed=True,
+            through=next((i.through for i in every if i.through), None),
+        )
+    return [weight]
+
+
+def _paths(weight: Weight) -> tuple[str, ...]:
+    return tuple(path for path, _ in weight.parts)
+
+
+def _span(info: Any, shape: Sequence[int]) -> int:
+    """Along how many axes a value may vary, if it was made by a broadcast."""
+    own: set[int] | frozenset[int] = {*range(len(shape))}
+    if isinstance(info, Weight):
+        own = {k for _, axes in info.parts for k, origin in enumerate(axes) if origin}
+    elif isinstance(info, _Data) and info.axes is not None:
+        own = info.axes
+    return sum(shape[k] != 1 for k in own)
+
+
+def _broadcast_data(data: _Data, eqn: Any) -> _Data:
+    """The info of data that is broadcast."""
+    dims, old = eqn.params["broadcast_dimensions"], eqn.invars[0].aval.shape
+    new = eqn.params["shape"]
+    own = range(len(old)) if data.axes is None else data.axes
+    return _Data(frozenset(dims[k] for k in own if old[k] == new[dims[k]] != 1))
+
+
 def _is_weight(info: Any) -> bool:
-    """Whether it is a weight that was not gathered."""
-    return isinstance(info, Weight) and not info.gathers
+    """Whether it is a weight for sure, and not rows of one."""
+    return isinstance(info, Weight) and not info.gathers and not info.perhaps
 
 
 def _a_matrix_each(rows: Weight, roles: dict[int, str]) -> bool:
@@ -434,8 +522,17 @@ def _reshape(weight: Weight, eqn: Any, old: Any, new: Any) -> Weight:
     )
 
 
-@_move("concatenate")
-def _concatenate(weight: Weight, eqn: Any, old: Any, new: Any) -> Weight:
+@_move(
+    *"convert_element_type reduce_precision name neg stop_gradient device_put rev".split(),
+    *_compat.COPY,
+    *_compat.VARY,
+    *_compat.RESHARD,
+    "mul",
+    "div",
+    "select_n",
+    "concatenate",
+)
+def _kept(weight: Weight, eqn: Any, old: Any, new: Any) -> Weight:
     return weight
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jlora import _compat
 from jlora._tree.variables import variables
 
 
@@ -73,6 +74,8 @@ def show(tree: Any) -> Any:
 def trace(fn: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, Any]:
     """The jaxpr of fn(*args, **kwargs) on hidden arguments, and its hidden output.
 
+    It has no dead code: a lookup whose rows nobody reads is no use of a weight.
+
     The output is a pair: the output of ``fn``, and the new values of the `variables`
     that it wrote, by their position.  NNX's modules write counts of batches and of
     random keys, for example.
@@ -94,4 +97,5 @@ def trace(fn: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, Any]:
         changed = (x is not y for x, y in zip(before, after, strict=True))
         return hide((out, {i: after[i] for i, c in enumerate(changed) if c}))
 
-    return jax.make_jaxpr(plain, return_shape=True)(args, kwargs)
+    jaxpr, out = jax.make_jaxpr(plain, return_shape=True)(args, kwargs)
+    return _compat.without_dead_code(jaxpr), out
