@@ -12,13 +12,13 @@ import jax.numpy as jnp
 from jlora._init.keys import typed
 from jlora._init.make import Initialiser, initialiser, make
 from jlora._leaf import Full, base
-from jlora._plan.from_names import from_names
+from jlora._plan.from_tree import from_tree
 from jlora._plan.plan import Plan
 from jlora._plan.select import Wanted
 from jlora._plan.spec import RANK, Rule, Spec, check_rank
 from jlora._tree import by_path, paths, sharding
 from jlora._tree.patterns import Pattern, as_patterns, check_matched, matches
-from jlora._tree.variables import refuse_layers
+from jlora._tree.variables import opened, refuse_layers
 
 
 def wrap(
@@ -44,11 +44,14 @@ def wrap(
     exactly zero.
 
     Args:
-      params: any pytree of arrays, or of ``jax.ShapeDtypeStruct``s.
+      params: any pytree of arrays, or of ``jax.ShapeDtypeStruct``s; or a built model of
+        Keras, of which the result has the trainable variables by path.
       rank: r of every adapter for which no rule gives another.
       alpha: the delta is alpha / rank * a·b; None for alpha = rank.
       targets: patterns of the paths to adapt, as in `plan`.  Without a plan, the roles
-        of a kernel's axes come from Flax's names, if these leave no doubt.
+        of a kernel's axes are told by its layer's class (NNX, Equinox, Keras), else by
+        the shape of the bias beside it and by names that libraries share.  The first
+        lifted trace compares them with the use, and raises where they differ.
       exclude: patterns of paths that are not adapted.
       rules: `Rule`s for ranks, alphas and forms of single leaves; the first match wins.
       plan: a `Plan` made for this tree, which replaces all arguments above.  Only a
@@ -91,13 +94,15 @@ def wrap(
     if bias not in ("none", "all", "lora_only"):
         raise ValueError(f"bias {bias!r}: expected 'none', 'all' or 'lora_only'.")
     key, init = typed(key), initialiser(init)
+    module, params = params, opened(params)
     leaves = by_path.arrays(params)
     if plan is not None:
         plan = _checked_plan(plan, leaves, said, alpha, targets, exclude, rules)
     elif _only_full(targets):
         plan = Plan({}, {})
     else:
-        plan = from_names(params, Wanted.of(rank, alpha, targets, exclude, rules))
+        asked = Wanted.of(rank, alpha, targets, exclude, rules)
+        plan = from_tree(module, leaves, asked)
     trains = _training(params, plan, train, bias)
 
     def leaf(path: str, x: Any) -> Any:

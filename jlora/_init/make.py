@@ -104,7 +104,7 @@ def make(
     """
     init, key = initialiser(init), typed(key)
     # Leaves that differ only in the path of their bias share one trace.
-    alike = dataclasses.replace(spec.resolved(), bias=None)
+    alike = dataclasses.replace(spec.resolved(), bias=None, told=None)
     maker = _maker(init, alike, jnp.dtype(dtype))
     shapes = maker.shapes(jax.ShapeDtypeStruct((), key.dtype), base.abstract(w))
     _check(path, init, shapes, w, spec)
@@ -113,6 +113,7 @@ def make(
         roles=spec.axes.lstrip("b"),  # so that slices of a stack have the same roles
         form=spec.form,
         bias_path=None if spec.bias is None else paths.relative(spec.bias, path),
+        told="embedding" if spec.told and spec.kind == "embed" else spec.told,
     )
     place = sharding.of_array(w)
     placed = sharding.of_fields(leaf, place)

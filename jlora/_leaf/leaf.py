@@ -97,6 +97,9 @@ class LoRA(_NotAnArray):
       form: static; None for a and b as above, else how they make the delta.
       bias_path: static; the path of the bias of the weight's layer, relative to the
         weight, such as "bias"; None if the layer has no bias.
+      told: static; what told the roles, if they were not seen in a use: "class", "name
+        or shape", "rule" or "embedding".  None if they were seen.  `lift` compares
+        those that were told with the use.
 
     Example:
       >>> import jax.numpy as jnp
@@ -114,6 +117,7 @@ class LoRA(_NotAnArray):
     roles: str = "io"
     form: forms.Form | None = None
     bias_path: str | None = None
+    told: str | None = None
 
     fields: ClassVar = LORA
 
@@ -214,7 +218,7 @@ def _register(cls: Any, meta: list[str]) -> None:
 
 
 _register(Dropout, ["rate"])
-_register(LoRA, ["roles", "form", "bias_path"])
+_register(LoRA, ["roles", "form", "bias_path", "told"])
 _register(Full, [])
 
 

@@ -83,6 +83,7 @@ class Evaluation:
         self.seen: dict[str, list[tuple[str, bool]]] = {}
         self.uses: collections.Counter[tuple[str, ...]] = collections.Counter()
         self._frames: list[_Frame] = []
+        self._formed: dict[str, list[Tracked]] = {}
 
     def run(self, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
         """Evaluates a jaxpr on arrays and `Tracked` leaves."""
@@ -131,7 +132,7 @@ class Evaluation:
     def materialise(self, x: Any, name: str) -> Any:
         """The merged array of a `Tracked` leaf; anything else unchanged.
 
-        Warns that the weight of a `LoRA` leaf is formed.
+        `warn` says that the weight of a `LoRA` leaf is formed.
 
         Raises:
           ValueError: the policy is strict, or the leaf has an output bias.
@@ -152,14 +153,32 @@ class Evaluation:
                     "the weight in a product, or lift without strict to have "
                     "W + scale·a·b formed for it."
                 )
-            warnings.warn(
-                f"{text}: W + scale·a·b is formed for it, and its gradient with it"
-                f"{', without dropout' if x.leaf.dropout is not None else ''}. "
-                "Exclude the path, or pass strict=True to make this an error.",
-                stacklevel=2,
-            )
+            self._formed.setdefault(name, []).append(x)
         self.note(x, name, formed=isinstance(x.leaf, LoRA))
         return dense(x.leaf)
+
+    def warn(self) -> None:
+        """Warns of all weights that were formed, once for all."""
+        if not self._formed:
+            return
+        said = []
+        for name, leaves in self._formed.items():
+            names = [*dict.fromkeys(f"{x.name!r}" for x in leaves)]
+            some = ", ".join(names[:5])
+            some += f" and {len(names) - 5} more" if len(names) > 5 else ""
+            verb = "is" if len(names) == 1 else "are"
+            said.append(f"{some} {verb} used by {name!r}, which has no low-rank form")
+        dropout = any(
+            x.leaf.dropout is not None
+            for leaves in self._formed.values()
+            for x in leaves
+        )
+        warnings.warn(
+            f"{'; '.join(said)}: W + scale·a·b is formed for it, and its gradient with "
+            f"it{', without dropout' if dropout else ''}. Exclude the path, or pass "
+            "strict=True to make this an error.",
+            stacklevel=2,
+        )
 
 
 class _Frame:

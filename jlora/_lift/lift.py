@@ -23,6 +23,8 @@ from jlora._leaf.fields import missing, stored
 from jlora._lift import control as control  # importing it registers the rules
 from jlora._lift.evaluate import Evaluation, Tracked
 from jlora._lift.report import Report, report
+from jlora._plan.roles import differ, merged
+from jlora._plan.watch import watch
 from jlora._tree import output_bias
 from jlora._tree.by_path import flatten
 from jlora._tree.trace import hide, show, trace
@@ -77,9 +79,11 @@ def _lifted(
 ) -> Any:
     """The hidden output of `trace`, evaluated with the low-rank rules."""
     values: list[Any] = []
+    params: list[bool] = []
 
     def swap(tree: Any) -> Any:
         leaves, build = flatten(tree)
+        params.extend([any(is_adapted(x) for _, x in leaves)] * len(leaves))
         if freeze and any(is_adapted(x) for _, x in leaves):
             leaves = _frozen(leaves)
         leaves = _settled(leaves)
@@ -91,7 +95,9 @@ def _lifted(
     kwargs = {k: swap(v) for k, v in sorted(kwargs.items())}
 
     jaxpr, out = trace(fn, args, kwargs)
+    _hold(jaxpr, values, params)
     outs = ev.run(jaxpr, values)
+    ev.warn()
     returned = [x for x in outs if isinstance(x, Tracked)]
     unused = [v.name for v in values if isinstance(v, Tracked)]
     if must_use and unused and not ev.seen and not returned:
@@ -105,6 +111,38 @@ def _lifted(
     leaf = (lambda x: x) if freeze else dense
     outs = [leaf(x.leaf) if isinstance(x, Tracked) else x for x in outs]
     return jax.tree.unflatten(jax.tree.structure(out), outs)
+
+
+def _hold(jaxpr: Any, values: list[Any], params: list[bool]) -> None:
+    """Compares roles that a class or a name told with how the function uses the weight.
+
+    Args:
+      jaxpr: the function's.
+      values: its inputs, some of which are `Tracked`.
+      params: whether each is of a tree with adapted leaves.
+
+    Raises:
+      ValueError: the roles differ.
+    """
+    told = {
+        str(k): v
+        for k, v in enumerate(values)
+        if isinstance(v, Tracked) and isinstance(v.leaf, LoRA) and v.leaf.told
+    }
+    if not told:
+        return
+    seen = watch(jaxpr, [str(k) if own else None for k, own in enumerate(params)])
+    for k, v in told.items():
+        uses = seen[k].uses if k in seen else ()
+        kind, axes = merged(uses, v.leaf.ndim) if uses else (None, "")
+        if kind and differ(v.leaf.axes, axes, v.leaf.shape, v.leaf.told):
+            names = ", ".join(dict.fromkeys(use.primitive for use in uses))
+            raise ValueError(
+                f"{v.name!r} of shape {v.leaf.shape}: its {v.leaf.told} told the roles "
+                f"{v.leaf.axes!r}, but {names} uses it with the roles {axes!r} (b: a "
+                "batch axis, i: contracted, o: comes out). Plan it from the function "
+                "that uses it: jlora.wrap(params, plan=jlora.plan(fn, params, *args))."
+            )
 
 
 def _name(fn: Any) -> str:

@@ -8,11 +8,13 @@ from typing import Any
 from jlora._leaf import base
 from jlora._plan import watch
 from jlora._plan.plan import Plan
+from jlora._plan.roles import merged
 from jlora._plan.select import Candidate, Wanted, select
 from jlora._plan.spec import RANK, Rule, Spec
 from jlora._tree import by_path
 from jlora._tree.patterns import Pattern, are_patterns
 from jlora._tree.trace import hide, trace
+from jlora._tree.variables import opened
 
 _IDLE = "not used as a weight (no product, convolution or lookup)"
 
@@ -65,6 +67,7 @@ def plan(
     """
     _refuse_wraps(kwargs)
     wanted = Wanted.of(rank, alpha, targets, exclude, rules)
+    params = opened(params)
     plain = by_path.map_leaves(lambda _, x: base.traced(x), params, share=True)
     hidden = hide(((plain, *args), kwargs))
     leaves = by_path.arrays(params)
@@ -75,7 +78,7 @@ def plan(
         if path not in seen or not seen[path].uses:
             return None
         uses = seen[path].uses
-        kind, axes = _merged_roles(uses, x.ndim)
+        kind, axes = merged(uses, x.ndim)
         if kind is None:
             return axes
         if not wanted.named(path, x) and (doubt := _doubt(uses)):
@@ -124,45 +127,3 @@ def _doubt(uses: Sequence[watch.Use]) -> str | None:
                 "form: adapted when named, and then W + scale·a·b is formed"
             )
     return None
-
-
-_LOOKUPS = frozenset({"gather", "dynamic_slice"})
-
-
-def _merged_roles(uses: Sequence[watch.Use], ndim: int) -> tuple[str | None, str]:
-    """(kind, roles) of a weight from all its uses; (None, reason) if it has none."""
-    uses = [use.resolved() for use in uses]
-    # A lookup decides which axes are in, else the first use does.  A later use may have
-    # in and out swapped, as when tied embeddings give the logits.
-    uses = sorted(uses, key=lambda u: u.primitive not in _LOOKUPS)
-    swap = str.maketrans("io", "oi")
-    merged: dict[int, str] = {}
-    for use in uses:
-        roles = use.roles
-        both = {
-            k: r for k, r in roles.items() if merged.get(k, "b") + r in ("io", "oi")
-        }
-        if both and use.primitive == "conv_general_dilated":
-            # A convolution the other way round: in and out channels are swapped, but
-            # the spatial axes are in axes both times.
-            roles |= {k: merged[k] for k in both}
-        elif both:
-            roles = {k: r.translate(swap) for k, r in roles.items()}
-        for k, role in roles.items():
-            known = merged.setdefault(k, role)
-            if {known, role} == {"i", "o"}:
-                return None, (
-                    "used in ways that contradict each other: axis "
-                    f"{k - ndim} is contracted in one and kept in another "
-                    f"({', '.join(u.primitive for u in uses)})"
-                )
-            # An axis that one use batches and another keeps is a batch axis; one that
-            # another use contracts is an in axis.
-            merged[k] = "i" if "i" in (known, role) else min(known, role)
-    axes = "".join(merged.get(k, "b") for k in range(ndim))
-    if "i" not in axes or "o" not in axes:
-        return None, f"no matrix: its axes are all one role ({axes})"
-    names = {u.primitive for u in uses}
-    if names & _LOOKUPS:
-        return "embed", axes
-    return ("conv" if "conv_general_dilated" in names else "dense"), axes

@@ -57,6 +57,13 @@ class Plan(Mapping[str, Spec]):
             f"{adapters:,} adapter parameters, "
             f"{100 * adapters / max(base, 1):.3g} % of the base's {base:,}",
         ]
+        lines += [
+            f"{path}: the adapter has {s.size(self.shapes[path]):,} parameters, its "
+            f"weight {math.prod(self.shapes[path]):,}: lower the rank, exclude it, or "
+            "train it whole (train=)"
+            for path, s in self.items()
+            if s.size(self.shapes[path]) >= math.prod(self.shapes[path])
+        ]
         if self.skipped:
             lines.append("skipped:")
             lines += [f"  {path}: {why}" for path, why in self.skipped.items()]

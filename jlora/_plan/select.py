@@ -10,13 +10,19 @@ import jax.numpy as jnp
 
 from jlora._leaf.forms import AdaptsNothing
 from jlora._plan.plan import Plan
+from jlora._plan.roles import differ
 from jlora._plan.spec import Rule, Spec, check_rank, fitted
 from jlora._tree import paths
 from jlora._tree.patterns import Pattern, as_patterns, check_matched, matches
 
+
+class Untold(str):
+    """Why the roles of a weight are not known; a plan of it is an error."""
+
+
 # The spec of a weight whose roles are known; or the reason why a leaf has none; or None
 # for a leaf that is not used as a weight, which is reported only if the user named it.
-Candidate = Spec | str | None
+Candidate = Spec | Untold | str | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +71,31 @@ class Wanted:
         patterns = [*self.targets, *(r.pattern for r in self.rules)]
         return any(matches(p, path, x) for p in patterns)
 
+    def with_axes(self, path: str, x: Any, found: Candidate) -> Candidate:
+        """What was found, with the roles that a rule gives, if one does.
+
+        Raises:
+          ValueError: the rule does not have a letter for each axis, or other roles than
+            were seen.
+        """
+        rule = self.rule(path, x)
+        if rule is None or rule.axes is None or found is None:
+            return found
+        where = f"Rule({rule.pattern!r}, axes={rule.axes!r}): {path!r} of shape "
+        if len(rule.axes) != x.ndim:
+            raise ValueError(
+                f"{where}{tuple(x.shape)} has {x.ndim} axes: expected a letter for each."
+            )
+        if not isinstance(found, Spec):
+            return Spec.of("dense", rule.axes, told="rule")
+        if found.told is None and differ(rule.axes, found.axes, x.shape, "rule"):
+            raise ValueError(
+                f"{where}{tuple(x.shape)} is used with the roles {found.axes!r}: "
+                "expected these, or b for an axis that comes out (o)."
+            )
+        told = found.told and "rule"
+        return Spec.of(found.kind, rule.axes, bias=found.bias, told=told)
+
     def spec(self, path: str, x: Any, found: Spec) -> Spec:
         """The spec of a weight, with the rank, alpha and form that it is to have."""
         rule = self.rule(path, x) or Rule("**")
@@ -98,22 +129,30 @@ def select(
     wanted.check(pairs)
     specs: dict[str, Spec] = {}
     skipped: dict[str, str] = {}
+    untold: dict[str, str] = {}
     for path, x in pairs:
         named = wanted.named(path, x)
         if wanted.excluded(path, x) or (wanted.targets and not named):
             continue
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            if named:
-                raise ValueError(
-                    f"{path!r} is a target, but its dtype is {x.dtype}: expected a "
-                    "floating-point weight. Exclude the path, or quantised weights' "
-                    "own arrays."
-                )
-            continue
+        floating = jnp.issubdtype(x.dtype, jnp.floating)
+        if not floating and named:
+            raise ValueError(
+                f"{path!r} is a target, but its dtype is {x.dtype}: expected a "
+                "floating-point weight. Exclude the path, or quantised weights' own "
+                "arrays."
+            )
         if path in others and not named:
             continue
-        found = candidate(path, x)
-        if not isinstance(found, Spec):
+        found = wanted.with_axes(path, x, candidate(path, x))
+        if not floating:
+            if isinstance(found, Spec):
+                skipped[path] = (
+                    f"its dtype is {x.dtype}: only floating-point weights are adapted; "
+                    "pass the params with this weight dequantised"
+                )
+        elif isinstance(found, Untold):
+            untold[path] = found
+        elif not isinstance(found, Spec):
             if named or found:
                 skipped[path] = found or idle
         elif found.kind == "embed" and not named:
@@ -123,9 +162,25 @@ def select(
                 specs[path] = wanted.spec(path, x, found)
             except AdaptsNothing as e:
                 skipped[path] = str(e)
+    if untold:
+        raise ValueError(_untold(leaves, untold))
     if not specs:
         raise ValueError(_nothing(leaves, skipped))
     return Plan(specs, {path: tuple(x.shape) for path, x in pairs}, skipped)
+
+
+def _untold(leaves: Mapping[str, Any], untold: Mapping[str, str]) -> str:
+    first, *rest = untold
+    others = ", ".join(f"{p!r} {tuple(leaves[p].shape)}" for p in rest[:4])
+    others = f"; nor those of {others}" if rest else ""
+    others += f" and {len(rest) - 4} more" if len(rest) > 4 else ""
+    return (
+        f"{first!r} of shape {tuple(leaves[first].shape)}: its roles (which axes are "
+        "contracted, which come out, which are a stack of layers) cannot be told from "
+        f"its layer's class, its name or its shape{others}. Let jlora watch it being "
+        "used: jlora.wrap(params, plan=jlora.plan(fn, params, *args)); or say the "
+        'roles: jlora.Rule(path, axes="bio"); or exclude it.'
+    )
 
 
 def _nothing(leaves: Mapping[str, Any], skipped: Mapping[str, str]) -> str:

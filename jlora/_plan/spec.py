@@ -33,6 +33,10 @@ class Rule:
       form: form of these leaves, one of `jlora.loralib`'s; None for a·b.
       lora_bias: whether these leaves have an output bias; None for the ``lora_bias`` of
         `wrap`.
+      axes: the roles of these leaves' axes, one letter for each: b for a batch axis, i
+        for one that is contracted, o for one that comes out; such as ``"bio"`` for
+        experts.  None if a plan, or the tree, tells them.  They are checked against the
+        use.
 
     Example:
       >>> import jlora
@@ -45,8 +49,16 @@ class Rule:
     alpha: float | None = None
     form: Form | None = None
     lora_bias: bool | None = None
+    axes: str | None = None
 
     def __post_init__(self) -> None:
+        if self.axes is not None and not (
+            isinstance(self.axes, str) and {"i", "o"} <= {*self.axes} <= {*"bio"}
+        ):
+            raise ValueError(
+                f"Rule({self.pattern!r}): axes {self.axes!r}: expected one letter for "
+                "each axis of the weight, b, i or o, with an i and an o, such as 'bio'."
+            )
         if self.rank is not None:
             check_rank(self.rank, f"Rule({self.pattern!r})")
         if self.lora_bias not in (None, True, False):
@@ -72,6 +84,8 @@ class Spec:
         or nothing was watched, it is the ``bias`` or ``b`` beside the weight.
       form: as in `Rule`.
       lora_bias: as in `Rule`.
+      told: what told the roles, if no use of the weight was seen: "class", "name or
+        shape", or "rule".  The first lifted trace compares them with the use.
     """
 
     kind: str
@@ -83,6 +97,7 @@ class Spec:
     bias: str | None = None
     form: Form | None = None
     lora_bias: bool | None = None
+    told: str | None = None
 
     @classmethod
     def of(
@@ -94,13 +109,14 @@ class Spec:
         bias: str | None = None,
         form: Form | None = None,
         lora_bias: bool | None = None,
+        told: str | None = None,
     ) -> Spec:
         """A spec from one letter for each axis, e.g. ``"bio"``."""
         batch, in_, out = (
             tuple(k - len(axes) for k, c in enumerate(axes) if c == role)
             for role in "bio"
         )
-        spec = cls(kind, None, None, batch, in_, out, bias, form, lora_bias)
+        spec = cls(kind, None, None, batch, in_, out, bias, form, lora_bias, told)
         return spec.with_scale(rank, alpha)
 
     def with_scale(self, rank: int | None, alpha: float | None) -> Spec:

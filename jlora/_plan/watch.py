@@ -613,10 +613,10 @@ def _unchanged(ins: Any, outs: Any, infos: list[Any]) -> list[Any]:
     ]
 
 
-def watch(jaxpr: Any, paths: Sequence[str]) -> dict[str, Seen]:
+def watch(jaxpr: Any, paths: Sequence[str | None]) -> dict[str, Seen]:
     """What was seen of each path: the paths are those of the jaxpr's first inputs.
 
-    All other inputs are data.
+    An input whose path is None is data, and so are all others.
     """
     walk = Walk()
     infos: list[Any] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -93,8 +94,13 @@ def arrays(params: Any) -> dict[str, Any]:
 
 def sibling_bias(path: str, leaves: Mapping[str, Any]) -> str | None:
     """The path of the bias beside a weight, found by its name; None without one."""
-    parent = path.rpartition("/")[0]
-    siblings = (f"{parent}/{name}" if parent else name for name in ("bias", "b"))
+    parent, slash, name = path.rpartition("/")
+    names = ["bias", "b"]
+    # w1 and b1, fc1.weight and fc1.bias, c_attn_w and c_attn_b.
+    for weight, bias in (("kernel", "bias"), ("weight", "bias"), ("w", "b")):
+        own = re.sub(rf"(?<![a-z]){weight}(?![a-z])", bias, name)
+        names += [own] if own != name else []
+    siblings = [f"{parent}{slash}{name}" for name in names]
     return next((s for s in siblings if s in leaves and s != path), None)
 
 

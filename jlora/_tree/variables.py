@@ -1,6 +1,6 @@
-"""NNX's variables, which are mutable.
+"""Variables, which are mutable: those in a tree of NNX, and those of a Keras model.
 
-Flax is never imported here: if the user has not imported it, a tree has no variables.
+Neither is imported here: if the user has not imported it, a tree has no variables.
 """
 
 from __future__ import annotations
@@ -39,3 +39,16 @@ def refuse_layers(tree: Any, what: str) -> None:
             "expected a tree of jlora.wrap. Carry them to the plain twin: "
             "jlora.attach(twin, jlora.nnx.adapter(module))."
         )
+
+
+def is_model(x: Any) -> bool:
+    """Whether x is a model or a layer of Keras, which is no tree."""
+    keras = sys.modules.get("keras")
+    return keras is not None and isinstance(x, keras.Layer)
+
+
+def opened(tree: Any) -> Any:
+    """A Keras model as the values of its trainable variables, by path; else the tree."""
+    if not is_model(tree):
+        return tree
+    return {v.path: v.value for v in tree.trainable_variables}
