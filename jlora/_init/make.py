@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jlora._init.kaiming import kaiming
 from jlora._init.keys import path_key, typed
-from jlora._leaf import LoRA, base
+from jlora._leaf import LoRA, Told, base
 from jlora._plan.spec import Spec
 from jlora._tree import paths, sharding
 
@@ -104,7 +104,7 @@ def make(
     """
     init, key = initialiser(init), typed(key)
     # Leaves that differ only in the path of their bias share one trace.
-    alike = dataclasses.replace(spec.resolved(), bias=None, told=None)
+    alike = dataclasses.replace(spec.resolved(), bias=None, told="")
     maker = _maker(init, alike, jnp.dtype(dtype))
     shapes = maker.shapes(jax.ShapeDtypeStruct((), key.dtype), base.abstract(w))
     _check(path, init, shapes, w, spec)
@@ -113,7 +113,7 @@ def make(
         roles=spec.axes.lstrip("b"),  # so that slices of a stack have the same roles
         form=spec.form,
         bias_path=None if spec.bias is None else paths.relative(spec.bias, path),
-        told="embedding" if spec.told and spec.kind == "embed" else spec.told,
+        told=Told("embedding" if spec.told and spec.kind == "embed" else spec.told),
     )
     place = sharding.of_array(w)
     placed = sharding.of_fields(leaf, place)

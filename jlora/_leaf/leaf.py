@@ -66,6 +66,20 @@ def _brief(x: Any) -> str:
     return repr(x)
 
 
+class Told(str):
+    """What told the roles of a leaf: "class", "name or shape", "rule" or "embedding".
+
+    It is empty if a use of the weight was seen.  Any two are equal: the roles decide
+    whether two trees have the same structure, and not what told them.
+    """
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Told)
+
+    def __hash__(self) -> int:
+        return 0
+
+
 @dataclasses.dataclass(frozen=True)
 class Dropout:
     """Dropout on the activation that enters the low-rank branch; see `jlora.dropout`.
@@ -97,9 +111,8 @@ class LoRA(_NotAnArray):
       form: static; None for a and b as above, else how they make the delta.
       bias_path: static; the path of the bias of the weight's layer, relative to the
         weight, such as "bias"; None if the layer has no bias.
-      told: static; what told the roles, if they were not seen in a use: "class", "name
-        or shape", "rule" or "embedding".  None if they were seen.  `lift` compares
-        those that were told with the use.
+      told: static; what told the roles, if no use was seen.  `lift` compares them with
+        the use.
 
     Example:
       >>> import jax.numpy as jnp
@@ -117,7 +130,7 @@ class LoRA(_NotAnArray):
     roles: str = "io"
     form: forms.Form | None = None
     bias_path: str | None = None
-    told: str | None = None
+    told: Told = Told()
 
     fields: ClassVar = LORA
 

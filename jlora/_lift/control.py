@@ -28,7 +28,8 @@ def _constrained(x: Any, sharding: Any) -> Any:
     if not isinstance(x, Tracked):
         return place(x, sharding)
     w = base.then(x.leaf.base, lambda w: place(w, sharding))
-    return x.now(with_factors(dataclasses.replace(x.leaf, w=w), sharding, place))
+    leaf = with_factors(dataclasses.replace(x.leaf, w=w), sharding, place)
+    return dataclasses.replace(x, leaf=leaf)  # the same weight, elsewhere
 
 
 @rule(*_compat.JIT)
@@ -65,7 +66,7 @@ def _per_step(xs: Sequence[Any], step: Any) -> list[Any]:
             return x
         fold_in = jnp.vectorize(jax.random.fold_in, excluded={1})
         own = Dropout(fold_in(dropout.key, step), dropout.rate)
-        return x.now(dataclasses.replace(x.leaf, dropout=own))
+        return dataclasses.replace(x, leaf=dataclasses.replace(x.leaf, dropout=own))
 
     return [fold(x) for x in xs]
 

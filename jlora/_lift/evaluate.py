@@ -28,7 +28,7 @@ from jlora._lift.shared import Products
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["leaf"],
-    meta_fields=["paths", "taken"],
+    meta_fields=["paths", "taken", "whole"],
 )
 @dataclasses.dataclass(frozen=True)
 class Tracked:
@@ -38,11 +38,13 @@ class Tracked:
       leaf: the leaf after the operations so far.
       paths: static; the paths of the weights from which it was made.
       taken: static; whether it holds a matrix for each token, taken from a stack.
+      whole: static; whether it is the weight as it was passed.
     """
 
     leaf: Any
     paths: tuple[str, ...]
     taken: bool = False
+    whole: bool = True
 
     @property
     def name(self) -> str:
@@ -51,7 +53,7 @@ class Tracked:
 
     def now(self, leaf: Any) -> Tracked:
         """The result of an operation on this leaf, with the same paths."""
-        return dataclasses.replace(self, leaf=leaf)
+        return dataclasses.replace(self, leaf=leaf, whole=False)
 
 
 # The rules by the names of primitives.  fn(evaluation, equation, *operands) returns the
@@ -213,14 +215,13 @@ class _Frame:
 
     def unbroadcast(self, v: Any) -> tuple[Any, list[int]]:
         """See `Evaluation.unbroadcast`."""
-        made = None if isinstance(v, _compat.Literal) else self.products.made.get(v)
-        name = "" if made is None else made.primitive.name
-        if name in ("broadcast_in_dim", "convert_element_type"):
-            x, axes = self.unbroadcast(made.invars[0])
-            if name == "convert_element_type":
-                return lax.convert_element_type(x, made.params["new_dtype"]), axes
-            dims = made.params["broadcast_dimensions"]
-            return x, [dims[k] for k in axes]
+        if not isinstance(v, _compat.Literal) and (eqn := self.products.made.get(v)):
+            if eqn.primitive.name == "broadcast_in_dim":
+                x, axes = self.unbroadcast(eqn.invars[0])
+                return x, [eqn.params["broadcast_dimensions"][k] for k in axes]
+            if eqn.primitive.name == "convert_element_type":
+                x, axes = self.unbroadcast(eqn.invars[0])
+                return lax.convert_element_type(x, eqn.params["new_dtype"]), axes
         x, shape = self.read(v), v.aval.shape
         axes = [k for k, n in enumerate(shape) if n != 1]
         return jnp.reshape(x, [shape[k] for k in axes]), axes

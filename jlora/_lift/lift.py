@@ -98,19 +98,32 @@ def _lifted(
     _hold(jaxpr, values, params)
     outs = ev.run(jaxpr, values)
     ev.warn()
-    returned = [x for x in outs if isinstance(x, Tracked)]
     unused = [v.name for v in values if isinstance(v, Tracked)]
-    if must_use and unused and not ev.seen and not returned:
+    if must_use and unused and not ev.seen and Tracked not in map(type, outs):
         raise ValueError(
             f"none of the {len(unused)} adapted leaves (the first is {unused[0]!r}) is "
             f"used by {_name(fn)}: expected it to read its weights from its arguments, "
             "found that it does not; it probably captured them by closure. Pass the "
             "tree to a function that takes the params as an argument."
         )
+    returned, written = jax.tree.unflatten(jax.tree.structure(out), outs)
     # A layer returns arrays.  Any other function may return an adapted leaf as it is.
-    leaf = (lambda x: x) if freeze else dense
-    outs = [leaf(x.leaf) if isinstance(x, Tracked) else x for x in outs]
-    return jax.tree.unflatten(jax.tree.structure(out), outs)
+    # What it writes into a variable is an adapted leaf only if nothing was changed.
+    return (
+        _leaves(returned, lambda x: freeze),
+        _leaves(written, lambda x: freeze and x.whole),
+    )
+
+
+def _leaves(tree: Any, keep: Callable[[Tracked], bool]) -> Any:
+    """The tree with its `Tracked` leaves as adapted leaves, or as arrays."""
+
+    def own(x: Any) -> Any:
+        if not isinstance(x, Tracked):
+            return x
+        return x.leaf if keep(x) else dense(x.leaf)
+
+    return jax.tree.map(own, tree, is_leaf=lambda x: isinstance(x, Tracked))
 
 
 def _hold(jaxpr: Any, values: list[Any], params: list[bool]) -> None:
@@ -135,7 +148,7 @@ def _hold(jaxpr: Any, values: list[Any], params: list[bool]) -> None:
     for k, v in told.items():
         uses = seen[k].uses if k in seen else ()
         kind, axes = merged(uses, v.leaf.ndim) if uses else (None, "")
-        if kind and differ(v.leaf.axes, axes, v.leaf.shape, v.leaf.told):
+        if kind and differ(v.leaf.axes, axes, v.leaf.shape, str(v.leaf.told)):
             names = ", ".join(dict.fromkeys(use.primitive for use in uses))
             raise ValueError(
                 f"{v.name!r} of shape {v.leaf.shape}: its {v.leaf.told} told the roles "

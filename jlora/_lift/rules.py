@@ -321,7 +321,7 @@ def _joined(parts: Sequence[Any], axis: int) -> Tracked:
         path for p in parts if isinstance(p, Tracked) for path in p.paths
     )
     leaves = [p.leaf if isinstance(p, Tracked) else p for p in parts]
-    return Tracked(concatenate(leaves, axis), tuple(paths))
+    return Tracked(concatenate(leaves, axis), tuple(paths), whole=False)
 
 
 _TIMES: dict[str, Callable[..., jax.Array]] = {

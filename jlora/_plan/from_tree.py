@@ -46,7 +46,7 @@ def from_tree(tree: Any, leaves: dict[str, Any], wanted: Wanted) -> Plan:
             found = "dense", "io"
         if found is not None:
             return Spec.of(*found, bias=bias, told="name or shape")
-        # The name or the user says that this is a weight, so its roles have to be known.
+        # It is said to be a weight, so its roles have to be known.
         if names.is_weight(path, x.ndim) or (named and x.ndim > 1):
             return Untold("neither a class nor a bias nor a name tells its roles")
         matrix = sum(n > 1 for n in x.shape) > 1 and not names.is_vector(path)

@@ -113,7 +113,7 @@ def _bias(
 
 
 def _doubt(uses: Sequence[watch.Use]) -> str | None:
-    """Why a weight with these uses is adapted only if it is named; None if it is not."""
+    """Why a weight with these uses is adapted only if it is named; else None."""
     for use in uses:
         if use.mixed:
             others = " and ".join(use.mixed)

@@ -1,8 +1,8 @@
 """The roles of weights by their names, and by the shapes of the arrays beside them.
 
-That is the shape of the bias beside a kernel, whether all arrays below a node are stacks
-of layers, and names that libraries share.  None of it is sure: the first lifted trace
-holds the roles to the use.
+The bias beside a kernel shows which axes come out.  The arrays below a node show
+whether they are stacks of layers.  Libraries share names.  None of it is sure: the
+first lifted trace holds the roles to the use.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def told(
 
 
 def _fits(shape: Sequence[int], bias: Sequence[int] | None) -> list[str]:
-    """The roles that the shape of a bias allows: its axes are the last ones or first."""
+    """The roles that the shape of a bias allows."""
     if not bias or len(bias) >= len(shape):
         return []
     n, m = len(shape), len(bias)

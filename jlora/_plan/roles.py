@@ -1,4 +1,4 @@
-"""The roles of a weight's axes, from all its uses; and where others differ from them."""
+"""The roles of a weight's axes: from all its uses, and compared with others."""
 
 from __future__ import annotations
 

@@ -84,16 +84,16 @@ class Wanted:
         where = f"Rule({rule.pattern!r}, axes={rule.axes!r}): {path!r} of shape "
         if len(rule.axes) != x.ndim:
             raise ValueError(
-                f"{where}{tuple(x.shape)} has {x.ndim} axes: expected a letter for each."
+                f"{where}{tuple(x.shape)} has {x.ndim} axes: expected as many."
             )
         if not isinstance(found, Spec):
             return Spec.of("dense", rule.axes, told="rule")
-        if found.told is None and differ(rule.axes, found.axes, x.shape, "rule"):
+        if not found.told and differ(rule.axes, found.axes, x.shape, "rule"):
             raise ValueError(
                 f"{where}{tuple(x.shape)} is used with the roles {found.axes!r}: "
                 "expected these, or b for an axis that comes out (o)."
             )
-        told = found.told and "rule"
+        told = "rule" if found.told else ""
         return Spec.of(found.kind, rule.axes, bias=found.bias, told=told)
 
     def spec(self, path: str, x: Any, found: Spec) -> Spec:

@@ -85,7 +85,7 @@ class Spec:
       form: as in `Rule`.
       lora_bias: as in `Rule`.
       told: what told the roles, if no use of the weight was seen: "class", "name or
-        shape", or "rule".  The first lifted trace compares them with the use.
+        shape", or "rule"; else empty.
     """
 
     kind: str
@@ -97,7 +97,7 @@ class Spec:
     bias: str | None = None
     form: Form | None = None
     lora_bias: bool | None = None
-    told: str | None = None
+    told: str = ""
 
     @classmethod
     def of(
@@ -109,7 +109,7 @@ class Spec:
         bias: str | None = None,
         form: Form | None = None,
         lora_bias: bool | None = None,
-        told: str | None = None,
+        told: str = "",
     ) -> Spec:
         """A spec from one letter for each axis, e.g. ``"bio"``."""
         batch, in_, out = (

@@ -41,7 +41,7 @@ class Use:
         as a weight: a matrix for each token, from a stack of matrices.
       through: the first primitive without a low-rank form that the weight went through
         before this use, such as the maximum of a clip.
-      mixed: the paths of the arrays that the weight was multiplied by, number by number,
+      mixed: the paths of the arrays of its own shape that the weight was multiplied by
         before this use.  Any of them may be the weight, and the others its mask.
     """
 
@@ -523,7 +523,8 @@ def _reshape(weight: Weight, eqn: Any, old: Any, new: Any) -> Weight:
 
 
 @_move(
-    *"convert_element_type reduce_precision name neg stop_gradient device_put rev".split(),
+    *("convert_element_type", "reduce_precision", "name", "neg", "stop_gradient"),
+    *("device_put", "rev"),
     *_compat.COPY,
     *_compat.VARY,
     *_compat.RESHARD,

@@ -48,7 +48,7 @@ def is_model(x: Any) -> bool:
 
 
 def opened(tree: Any) -> Any:
-    """A Keras model as the values of its trainable variables, by path; else the tree."""
+    """The tree; or of a Keras model the values of its trainable variables, by path."""
     if not is_model(tree):
         return tree
     return {v.path: v.value for v in tree.trainable_variables}

@@ -55,7 +55,6 @@ def entry(leaf: Adapted) -> dict[str, Any]:
     if isinstance(leaf, LoRA):
         said |= {"roles": leaf.roles, "rank": leaf.rank, **forms.document(leaf.form)}
         said |= {} if leaf.bias_path is None else {"bias": leaf.bias_path}
-        said |= {} if leaf.told is None else {"told": leaf.told}
     return said
 
 
@@ -77,14 +76,8 @@ def leaf_of(said: dict[str, Any], shape: Any, arrays: dict[str, Any]) -> Adapted
     w = base.from_document(said, shape)
     if said["kind"] == "full":
         return Full(w, **arrays)
-    return LoRA(
-        w,
-        **arrays,
-        roles=said["roles"],
-        form=forms.from_document(said),
-        bias_path=said.get("bias"),
-        told=said.get("told"),
-    )
+    form, bias = forms.from_document(said), said.get("bias")
+    return LoRA(w, **arrays, roles=said["roles"], form=form, bias_path=bias)
 
 
 def crc(document: dict[str, Any]) -> int:
