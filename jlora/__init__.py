@@ -46,9 +46,9 @@ Where a new thing goes:
   materialises the weight, with a warning;
 * **what a checkpoint holds**: a field of the leaf is stored by its line in
   `_leaf.fields`; anything else goes to `checkpoint.document`;
-* **a framework's modules**: the roles that its classes give in a new file of `_plan`
-  beside `from_names`, which `wrap` asks if it gets no plan; what its trees need in a
-  new file of `_tree` beside `boxes`; layers of our own in a file like `linen`;
+* **a framework's modules**: the roles that its classes give go to `_plan.from_layers`,
+  which `wrap` asks if it gets no plan; what its trees need to a new file of `_tree`
+  beside `boxes`; layers of our own to a file like `linen`;
 * **an initialiser**: a new file of `_init` beside `kaiming`, and a line in
   `initializers`.
 """

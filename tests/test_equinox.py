@@ -273,12 +273,6 @@ def test_lifted_inside_of_the_users_own_loop(through, x):
     close(got, eqx.filter_jit(through)(jlora.merge(tree), x))
 
 
-def test_roles_are_not_guessed():
-    with pytest.raises(ValueError) as error:
-        jlora.wrap(eqx.nn.MLP(7, 13, 11, 1, key=KEY), rank=3)
-    says(error, "layers/0/weight", "jlora.plan(fn, params, *args)")
-
-
 def test_checkpoint(tmp_path):
     module = eqx.nn.MLP(7, 13, 11, 1, key=KEY)
     tree = wrapped(module, run, normal(5, 7))

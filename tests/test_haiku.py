@@ -4,7 +4,17 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import check_model, close, filled, integers, normal, quiet, randomise, says
+from helpers import (
+    adapted,
+    check_model,
+    close,
+    filled,
+    integers,
+    normal,
+    quiet,
+    randomise,
+    says,
+)
 
 import jlora
 
@@ -131,11 +141,12 @@ def test_linear_layers_are_known_by_name():
 
 
 @pytest.mark.parametrize(
-    "layer", [lambda x: hk.Conv1D(7, 3)(x), stack], ids=["conv", "stack"]
+    "layer, roles",
+    [(lambda x: hk.Conv1D(7, 3)(x), "iio"), (stack, "bio")],
+    ids=["conv", "stack"],
 )
-def test_other_kernels_want_a_plan(layer):
-    """As a Flax kernel of three axes does: a stack, a convolution, or heads?"""
+def test_other_kernels_are_told_by_name_and_bias(layer, roles):
     _, params = make(lambda x: hk.Linear(11)(layer(x)), [normal(2, 5, 7)])
-    with pytest.raises(ValueError) as error:
-        jlora.wrap(params, rank=3)
-    says(error, "/w", "jlora.plan")
+    tree = jlora.wrap(params, rank=3)
+    found = [x.axes for x in adapted(tree).values() if x.ndim == 3]
+    assert found == [roles] * len(found) and found

@@ -188,13 +188,6 @@ def test_dense_kernels_are_known_by_name():
     assert set(adapted(tree)) == {"mlp/down/kernel", "mlp/down/bias"}
 
 
-def test_heads_are_not_guessed():
-    params, _ = values(attention((3, 7), (5, 13)))
-    with pytest.raises(ValueError) as error:
-        jlora.wrap(params, rank=3)
-    says(error, "attention/", "kernel", "jlora.plan(fn, params, *args)")
-
-
 @pytest.mark.parametrize(
     "params",
     [
@@ -213,10 +206,14 @@ def test_a_model_that_is_not_built_has_no_variables(use, params):
     says(error, "nothing to adapt", "build the model", "v.path: v.value")
 
 
-def test_a_model_is_no_tree():
-    with pytest.raises(ValueError) as error:
-        jlora.wrap(built())
-    says(error, "nothing to adapt", "only Sequential", "v.path: v.value")
+def test_a_model_is_the_dict_of_its_trainable_variables():
+    model = built()
+    params, _ = values(model)
+    tree, want = jlora.wrap(model, rank=3), jlora.wrap(params, rank=3)
+    assert {p: x.axes for p, x in adapted(tree).items()} == {
+        p: x.axes for p, x in adapted(want).items()
+    }
+    assert all(jlora.unwrap(tree)[path] is params[path] for path in params)
 
 
 def test_variables_instead_of_their_values_are_refused_or_read():

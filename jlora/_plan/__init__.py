@@ -3,11 +3,12 @@
 * `spec`: `Rule` and `Spec`: what a user asks for, and what one weight gets.
 * `plan`: the class `Plan`, a mapping from path to `Spec`.
 * `select`: applies a user's patterns and rules to the weights that are known.
-* `from_names`: weights and their roles by Flax's names and by shapes.  **Roles that a
-  framework's module classes give** go in a new file beside it.
+* `from_tree`: the plan of `wrap` without a plan.  It asks `from_layers` for the roles
+  that classes of layers give, **where a new framework's classes go**, and `names` for
+  those that names and the shapes of biases show.
 * `from_use`: the function `jlora.plan`: weights and their roles by watching a function.
   `watch` follows a weight through the function's jaxpr; **a new primitive from which
-  roles can be learnt** gets a function there.
+  roles can be learnt** gets a function there.  `roles` makes one string of all uses.
 
 Params and perhaps a function come in, and a `Plan` goes out.
 """

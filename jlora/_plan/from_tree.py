@@ -32,15 +32,18 @@ def from_tree(tree: Any, leaves: dict[str, Any], wanted: Wanted) -> Plan:
     """
     layers, rest = from_layers(tree), others(opened(tree))
     shapes = {p: tuple(x.shape) for p, x in leaves.items()}
-    stacks = names.stacks({p: s for p, s in shapes.items() if p not in rest})
+    biases = {p: sibling_bias(p, leaves) for p in leaves}
+    known = names.Names(
+        {p: s for p, s in shapes.items() if p not in rest},
+        {p: b for p, b in biases.items() if p not in rest},
+    )
 
     def candidate(path: str, x: Any) -> Candidate:
-        bias, named = sibling_bias(path, leaves), wanted.named(path, x)
+        bias, named = biases[path], wanted.named(path, x)
         if path in layers:
             kind, axes = layers[path]
             return Spec.of(kind, axes.rjust(x.ndim, "b"), bias=bias, told="class")
-        beside = shapes[bias] if bias is not None else None
-        found = names.told(path, shapes[path], beside, stacks.get(path, 0))
+        found = known.told(path) if path not in rest else None
         # A matrix that the user names is (in, out); a stack of biases is no matrix.
         if found is None and named and x.ndim == 2 and not names.is_vector(path):
             found = "dense", "io"

@@ -1,8 +1,8 @@
 """The roles of weights by their names, and by the shapes of the arrays beside them.
 
 The bias beside a kernel shows which axes come out.  The arrays below a node show
-whether they are stacks of layers.  Libraries share names.  None of it is sure: the
-first lifted trace holds the roles to the use.
+whether they are stacks of layers.  Libraries share names.  None of it is sure:
+the first lifted trace holds the roles to the use.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 # The names of weights whose first axes are in axes, as JAX's libraries have them.
 _WEIGHT = re.compile(
-    r"kernel|.*_kernel|w\d*|w_.*|.*_w|[qkvo]_?proj|w[qkvo]|(up|down|gate)_proj"
+    r"kernel|.*_kernel|w\d*|w_.*|.*_w|[qkvo]_?proj|w[qkvo]|linear|(up|down|gate)_proj"
 )
 # Those of torch, which has the out axes first; some ports keep that, and some do not.
 _TORCH = re.compile(r"weights?|.*[._]weights?")
@@ -23,22 +23,19 @@ _EMBEDDING = re.compile(
 _VECTOR = re.compile(
     r"(.*[._])?(bias(es)?|b\d*|scales?|offset|gamma|beta|mean|var|count|gain)"
 )
-# Attention's projections into heads, and the one out of them.
-_INTO = re.compile(
-    r"(.*_)?(query|key|value|q|k|v|wq|wk|wv|[qkv]_?proj|to_[qkv])(_proj|_kernel)?"
-)
-_OUT_OF = re.compile(
-    r"(.*_)?(out|o|wo|o_?proj|out_?proj|output_proj|attention_output|attn_out|to_out|"
-    r"c_proj|dense)(_kernel)?"
-)
-# Gemma's einsums: the kernels of its projections have the heads first.
-_EINSUMS = {
-    "q_einsum": "oio",
-    "kv_einsum": "ooio",
-    "qkv_einsum": "ooio",
-    "attn_vec_einsum": "iio",
-    "gating_einsum": "oio",
+# The first names of a list fit the layer of a weight with so many axes; see `_layer`.
+_LAYERS = {
+    # Attention's projections into heads, and the one out of them.
+    (3, "ioo"): r"(.*_)?(query|key|value|q|k|v|wq|wk|wv|[qkv]_?proj|to_[qkv])(_proj)?",
+    (3, "iio"): r"(.*_)?(out|o|wo|o_?proj|out_?proj|output_proj|attention_output|"
+    r"attn_out|to_out|attn_vec_einsum|dense)",
+    # Gemma's einsums: the heads, or the two halves of a gate, come first.
+    (3, "oio"): r"q_einsum|gating_einsum",
+    (4, "ooio"): r"kv_einsum|qkv_einsum",
+    # Experts.
+    (3, "bio"): r"(.*_)?(up|down|gate)(_proj)?|wi(_\d)?|w[123]|experts",
 }
+_HEADS = re.compile("|".join(x for (_, axes), x in _LAYERS.items() if axes != "bio"))
 _CONV = re.compile(r".*(conv|stem|patch|downsample|depthwise|pointwise).*", re.I)
 _TRANSPOSED = re.compile(r"conv\d_?d_transpose.*", re.I)  # Haiku's and Keras's
 
@@ -55,127 +52,146 @@ def is_table(path: str) -> bool:
 
 def is_weight(path: str, ndim: int) -> bool:
     """Whether the name is that of a weight, so that its roles have to be known."""
-    *_, parent, name = _keys(path)
+    name = _keys(path)[-1]
     if ndim < 2 or is_vector(path) or _EMBEDDING.fullmatch(name):
         return False
     if _WEIGHT.fullmatch(name) or _TORCH.fullmatch(name):
         return True
-    return ndim > 2 and bool(_INTO.fullmatch(name) or name in _EINSUMS)
+    return any(ndim >= n and re.fullmatch(x, name) for (n, _), x in _LAYERS.items())
 
 
 def _keys(path: str) -> list[str]:
-    return ["", "", *path.split("/")]
+    """The keys of a path, without the number that tells equal ones apart."""
+    return ["", "", *(re.sub(r"(?<=[a-z])_\d+$", "", key) for key in path.split("/"))]
 
 
-def told(
-    path: str, shape: Sequence[int], bias: Sequence[int] | None, stacked: int
-) -> tuple[str, str] | None:
-    """(kind, roles) of a weight; None if they cannot be told.
+class Names:
+    """What names and shapes of a tree tell of its weights.
 
     Args:
-      path: its path.
-      shape: its shape.
-      bias: the shape of the bias beside it, or None.
-      stacked: how many of its first axes are those of a stack of layers.
+      shapes: the shape of each array, by path.
+      biases: the path of the bias beside each array, or None, by path.
     """
-    rest = tuple(shape[stacked:])
-    if len(rest) < 2:
-        return None
-    *_, parent, name = _keys(path)
-    if bias is not None:
-        bias = [n for n in bias[stacked:] if n != 1]
-    fits = _fits(rest, bias)
-    found = _by_name(parent, name, len(rest), fits)
-    if found is None and bias is not None and len(fits) == 1:
-        conv = _CONV.fullmatch(parent) and len(rest) > 2
-        found = "conv" if conv else "dense", fits[0]
-    if found is None or (found[0] != "embed" and fits and found[1] not in fits):
-        return None
-    kind, axes = found
-    return kind, "b" * stacked + axes
+
+    def __init__(
+        self, shapes: Mapping[str, Sequence[int]], biases: Mapping[str, str | None]
+    ):
+        self._shapes, self._biases = shapes, biases
+        self._stacks = _stacks(shapes)
+        # The roles that biases show of matrices, by their last key.  Where they are all
+        # the same, they are those of the matrices of which no bias shows the roles.
+        self._habits: dict[str, set[str]] = {}
+        for path in shapes:
+            if len(shown := self._shown(path)) == 1 and len(shown[0]) == 2:
+                self._habits.setdefault(_keys(path)[-1], set()).update(shown)
+
+    def told(self, path: str) -> tuple[str, str] | None:
+        """(kind, roles) of a weight; None if they cannot be told."""
+        *_, parent, name = _keys(path)
+        stack = self._stacks[path]
+        ndim = len(self._shapes[path]) - len(stack)
+        if ndim < 2:
+            return None
+        shown, habit = self._shown(path), self._habits.get(name, set())
+        kind, axes = "dense", None
+        if ndim == 2 and _EMBEDDING.fullmatch(name):
+            kind, axes = "embed", "io"
+        elif len(shown) == 1:
+            (axes,) = shown
+        elif ndim == 2 and len(habit) == 1:
+            (axes,) = habit
+        else:
+            axes = _by_name(parent, name, ndim)
+        if axes is None or (shown and kind != "embed" and axes not in shown):
+            return None
+        if ndim > 2 and _CONV.fullmatch(parent):
+            kind = "conv"
+        for k in stack:
+            axes = axes[:k] + "b" + axes[k:]
+        return kind, axes
+
+    def _shown(self, path: str) -> list[str]:
+        """The roles that the bias beside a weight allows, without those of a stack."""
+        bias = self._biases[path]
+        if bias is None or self._stacks[path] != self._stacks[bias]:
+            return []
+        stack = self._stacks[path]
+        shape = _without(self._shapes[path], stack)
+        out = [n for n in _without(self._shapes[bias], stack) if n != 1]
+        n, m = len(shape), len(out)
+        if not 0 < m < n:
+            return []
+        ends, starts = shape[-m:] == out, shape[:m] == out
+        shown = ["i" * (n - m) + "o" * m] if ends else []
+        shown += ["o" * m + "i" * (n - m)] if starts else []
+        if m == 1 and n > 2 and shape[-2:-1] == out:
+            # A transposed convolution may have the out axis before the in axis.
+            if not shown or _TRANSPOSED.fullmatch(_keys(path)[-2]):
+                shown.append("i" * (n - 2) + "oi")
+        return shown
 
 
-def _fits(shape: Sequence[int], bias: Sequence[int] | None) -> list[str]:
-    """The roles that the shape of a bias allows."""
-    if not bias or len(bias) >= len(shape):
-        return []
-    n, m = len(shape), len(bias)
-    fits = []
-    if list(shape[-m:]) == list(bias):
-        fits.append("i" * (n - m) + "o" * m)
-    if list(shape[:m]) == list(bias):
-        fits.append("o" * m + "i" * (n - m))
-    # A transposed convolution's kernel may have the out axis before the in axis.
-    if m == 1 and n > 2 and shape[-2] == bias[0]:
-        fits.append("i" * (n - 2) + "oi")
-    return fits
-
-
-def _by_name(
-    parent: str, name: str, ndim: int, fits: Sequence[str]
-) -> tuple[str, str] | None:
-    """(kind, roles) by the names of a weight and of its layer."""
-    if ndim == 2 and _EMBEDDING.fullmatch(name):
-        return "embed", "io"
-    if parent in _EINSUMS and ndim == len(_EINSUMS[parent]):
-        return "dense", _EINSUMS[parent]
-    if name in _EINSUMS and ndim == len(_EINSUMS[name]):
-        return "dense", _EINSUMS[name]
-    if ndim == 2 and _WEIGHT.fullmatch(name):
-        return "dense", "io"
-    weight = name in ("kernel", "w", "weight")
-    layer = parent if weight else name
-    if ndim == 3 and _INTO.fullmatch(layer):
-        return "dense", "ioo"
-    if ndim == 3 and _OUT_OF.fullmatch(layer):
-        return "dense", "iio"
-    if weight and name != "weight" and 3 <= ndim <= 5 and _CONV.fullmatch(parent):
-        axes = "oi" if _TRANSPOSED.fullmatch(parent) else "io"
-        return "conv", "i" * (ndim - 2) + axes
+def _by_name(parent: str, name: str, ndim: int) -> str | None:
+    """The roles by the names of a weight and of its layer."""
+    if ndim == 2:
+        return "io" if _WEIGHT.fullmatch(name) else None
+    own = name in ("kernel", "w", "weight")
+    for (n, axes), pattern in _LAYERS.items():
+        if n == ndim and re.fullmatch(pattern, parent if own else name):
+            return axes
+    if name in ("kernel", "w") and ndim <= 5 and _CONV.fullmatch(parent):
+        return "i" * (ndim - 2) + ("oi" if _TRANSPOSED.fullmatch(parent) else "io")
     return None
 
 
-def stacks(shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
-    """How many of each array's first axes are those of a stack of layers, by path.
+def _without(shape: Sequence[int], axes: Sequence[int]) -> list[int]:
+    return [n for k, n in enumerate(shape) if k not in axes]
 
-    The arrays below a node are such a stack if their first axes are all of one size, if
-    each has at least one axis more, and weights two, and if they are of several layers.
+
+def _stacks(shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
+    """Which of each array's axes are those of a stack of layers, by path.
+
+    A scan may have them first, or second.
     """
     below: dict[str, list[str]] = {}
     for path in shapes:
         keys = path.split("/")
         for k in range(len(keys) - 1):
             below.setdefault("/".join(keys[:k]), []).append(path)
-    found = dict.fromkeys(shapes, 0)
+    found: dict[str, tuple[int, ...]] = dict.fromkeys(shapes, ())
     for node in sorted(below, key=len):
         paths = below[node]
         done = found[paths[0]]
-        if len({found[p] for p in paths}) == 1 and _is_stack(
-            {p: shapes[p][done:] for p in paths}
-        ):
-            found.update(dict.fromkeys(paths, done + 1))
+        if any(found[p] != done for p in paths):
+            continue
+        for at in (0, 1) if not done else (len(done),):
+            if _is_stack({p: _without(shapes[p], done) for p in paths}, at):
+                found.update(dict.fromkeys(paths, (*done, at)))
+                break
     return found
 
 
-def _is_stack(shapes: Mapping[str, Sequence[int]]) -> bool:
+def _is_stack(shapes: Mapping[str, Sequence[int]], at: int) -> bool:
+    """Whether all arrays below a node are stacks of layers along this axis.
+
+    Then this axis has one size in all of them, each has another axis, each weight two,
+    and they are of several layers.
+    """
     if any(len(s) < 2 for s in shapes.values()):
-        return False
-    if len({s[0] for s in shapes.values()}) > 1:
         return False
     weights = [p for p in shapes if is_weight(p, len(shapes[p]))]
     if not weights or any(len(shapes[p]) < 3 for p in weights):
         return False
-    layers = {p.rpartition("/")[0] for p in weights}
+    if len({s[at] for s in shapes.values()}) > 1:
+        return False
+    names = [_keys(p)[-2:] for p in weights]
     if any(is_vector(p) for p in shapes):
         # A vector for each layer.  A bias of heads is beside the weight of one layer.
         return len({p.rpartition("/")[0] for p in shapes}) > 1
-    # Without vectors: weights of several layers that are neither convolutions nor
-    # projections of one attention.
-    names = [_keys(p)[-2:] for p in weights]
-    plain = not any(_CONV.fullmatch(parent) for parent, _ in names)
+    # Without vectors, convolutions or projections of heads may look the same.
     return (
-        plain
-        and len(layers) + len({name for _, name in names}) > 2
-        and not all(_INTO.fullmatch(key) for key, _ in names)
-        and not all(_INTO.fullmatch(key) for _, key in names)
+        not at
+        and len({tuple(shapes[p]) for p in weights}) > 1
+        and not any(_CONV.fullmatch(key) or _HEADS.fullmatch(key) for key, _ in names)
+        and not any(_HEADS.fullmatch(name) for _, name in names)
     )
