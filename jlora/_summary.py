@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax.numpy as jnp
+
 from jlora._leaf import Adapted, LoRA, base, is_adapted
 from jlora._leaf.fields import missing, trained
 from jlora._plan.plan import table
@@ -47,6 +49,9 @@ def _words(x: Adapted) -> str:
     return ", ".join(words)
 
 
+_SHOWN = 8  # of the matrices that are not adapted
+
+
 class Summary(str):
     """A string that is its own repr, so that the interpreter's prompt shows a table."""
 
@@ -57,6 +62,9 @@ class Summary(str):
 def summary(tree: Any) -> Summary:
     """A printable table of the adapted leaves, with the totals of `count`.
 
+    Below it stand the matrices that are not adapted, as embeddings are not unless they
+    are named.
+
     Example:
       >>> import jax.numpy as jnp, jlora
       >>> print(jlora.summary(jlora.wrap({"kernel": jnp.ones((3, 4))}, rank=2)))
@@ -65,8 +73,10 @@ def summary(tree: Any) -> Summary:
       kernel  3×4    float32  io          2         14
       1 adapted leaf: 14 trainable of 26 parameters (53.8 %)
     """
-    rows = []
+    rows, left = [], []
     for path, x in by_path.flatten(tree)[0]:
+        if not is_adapted(x) and _is_matrix(x):
+            left.append(f"{path} {'×'.join(map(str, x.shape))}")
         if is_adapted(x):
             low = isinstance(x, LoRA)
             rows.append(
@@ -83,7 +93,17 @@ def summary(tree: Any) -> Summary:
     leaves = f"{len(rows)} adapted lea{'f' if len(rows) == 1 else 'ves'}"
     head = ("path", "shape", "dtype", "adapted", "rank", "trainable")
     share = 100 * trainable / max(total, 1)
+    more = f", and {len(left) - _SHOWN} more" if len(left) > _SHOWN else ""
     return Summary(
         f"{table(head, rows)}\n"
         f"{leaves}: {trainable:,} trainable of {total:,} parameters ({share:.3g} %)"
+        + (f"\nleft as they are: {', '.join(left[:_SHOWN])}{more}" if left else "")
     )
+
+
+def _is_matrix(x: Any) -> bool:
+    """Whether x is a floating-point array with at least two axes."""
+    shape, dtype = getattr(x, "shape", ()), getattr(x, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        return False
+    return sum(n > 1 for n in shape) > 1

@@ -19,7 +19,7 @@ from jlora._algebra.use import (
     inlined,
     with_output_bias_of,
 )
-from jlora._labels import order
+from jlora._labels import dot, order
 from jlora._leaf import LoRA, base
 from jlora._leaf.fields import labels
 from jlora._leaf.forms import NotFactored
@@ -56,10 +56,10 @@ class _Product:
             raise NotFactored
         n, axes, stacked = leaf.ndim, leaf.axes, (*wb, *groups)
         roles = {axes[k] for k in wc if leaf.shape[k] != 1}
-        batch = {axes[k] for k in stacked if leaf.shape[k] != 1}
+        batch = {axes[k] for k in wb if leaf.shape[k] != 1}
         if not batch <= {"b"} or "b" in roles or len(roles) > 1:
             raise RolesError(
-                f"groups axes {tuple(map(int, groups))} and contracts axes "
+                f"batches axes {tuple(map(int, wb))} and contracts axes "
                 f"{tuple(map(int, wc))} of a weight of shape {leaf.shape} and "
                 f"roles {axes!r}: expected batch axes (b), and in axes (i) or out "
                 "axes (o)"
@@ -88,7 +88,8 @@ def ragged(
     """ragged_dot_general of x and the weight.
 
     Args:
-      leaf: the weight; its group axis is a batch axis.
+      leaf: the weight.  Its group axis is a batch axis, unless it was planned from a
+        dense dispatch; then only one of the factors has it.
       x: the activation.
       sizes: the number of rows of x for each expert, as ragged_dot_general takes them.
       params: the primitive's parameters.
@@ -96,13 +97,13 @@ def ragged(
       nth: the number of earlier uses of the weight, for the dropout.
 
     Raises:
-      RolesError: the contracted axes mix in and out axes, or the group axes are not
+      RolesError: the contracted axes mix in and out axes, or the batched axes are not
         batch axes.
       NotFactored: the weight has no group axis (the gradient of a ragged product).
     """
     rest = dict(params)
     numbers = rest.pop("ragged_dot_dimension_numbers")
-    sharding, offset = rest.pop("out_sharding", None), rest.get("group_offset")
+    sharding, offset = rest.pop("out_sharding", None), rest.pop("group_offset", None)
     if offset is not None or sharding is not None:
         raise NotFactored
     p = _Product.of(leaf, x, numbers)
@@ -116,6 +117,9 @@ def ragged(
 
     def times(h: jax.Array, hl: Any, factor: Any, fl: Any, keep: set[int]) -> Any:
         """The product of the rows of h with their expert's part of the factor."""
+        h, factor = h.astype(dtype), factor.astype(dtype)
+        if not {*p.groups} & {*fl}:
+            return dot(h, hl, factor, fl, keep, **rest)
         batch = [k for k in hl if k in fl and k in keep]
         summed = [k for k in hl if k in fl and k not in keep]
         dims = (
@@ -125,7 +129,6 @@ def ragged(
         own = lax.RaggedDotDimensionNumbers(
             dims, [hl.index(p.row)], [fl.index(k) for k in p.groups]
         )
-        h, factor = h.astype(dtype), factor.astype(dtype)
         left = [k for k in hl if k not in batch and k not in summed]
         right = [k for k in fl if k not in (*batch, *summed, *p.groups)]
         product = lax.ragged_dot_general(h, factor, sizes, own, **rest)

@@ -223,6 +223,7 @@ class _Frame:
                 x, axes = self.unbroadcast(eqn.invars[0])
                 return lax.convert_element_type(x, eqn.params["new_dtype"]), axes
         x, shape = self.read(v), v.aval.shape
+        x = dense(x.leaf) if isinstance(x, Tracked) else x
         axes = [k for k, n in enumerate(shape) if n != 1]
         return jnp.reshape(x, [shape[k] for k in axes]), axes
 

@@ -412,7 +412,9 @@ def _barrier(walk: Walk, eqn: Any, infos: list[Any]) -> list[Any]:
 @_step("mul", "div", "select_n")
 def _times(walk: Walk, eqn: Any, infos: list[Any]) -> list[Any] | None:
     """A weight times or by its scale, or under its mask, is the weight still."""
-    infos, name = _met(eqn, infos), eqn.primitive.name
+    name = eqn.primitive.name
+    if any(_is_weight(i) for i in infos):  # rows that meet a weight are no weight
+        infos = _met(eqn, infos)
     if any(isinstance(i, Product) for i in infos):
         return None
     shape = eqn.outvars[0].aval.shape
