@@ -22,7 +22,6 @@ from helpers import (
     quiet,
     randomise,
     same,
-    says,
     silent,
 )
 

@@ -13,7 +13,6 @@ from helpers import (
     normal,
     quiet,
     randomise,
-    says,
 )
 
 import jlora

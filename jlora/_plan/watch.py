@@ -425,8 +425,10 @@ def _times(walk: Walk, eqn: Any, infos: list[Any]) -> list[Any] | None:
         return None
     at = max(weights, key=lambda k: spans[k])
     weight, whole = infos[at], sum(n != 1 for n in shape)
-    if eqn.invars[at].aval.shape != shape or (data and spans[at] < max(whole, 2)):
-        return [_DATA]  # the scale of data, broadcast to its shape
+    # The scale of data is broadcast to its shape.  Rows have their tokens' axes, too.
+    least = 2 if weight.gathers else max(whole, 2)
+    if eqn.invars[at].aval.shape != shape or (data and spans[at] < least):
+        return [_DATA]
     if data and max(spans[k] for k in data) == whole:
         weight = dataclasses.replace(weight, perhaps=True)
     others = [infos[k] for k in weights if k != at and spans[k] == spans[at]]
