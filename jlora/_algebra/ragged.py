@@ -59,10 +59,10 @@ class _Product:
         batch = {axes[k] for k in wb if leaf.shape[k] != 1}
         if not batch <= {"b"} or "b" in roles or len(roles) > 1:
             raise RolesError(
-                f"batches axes {tuple(map(int, wb))} and contracts axes "
-                f"{tuple(map(int, wc))} of a weight of shape {leaf.shape} and "
-                f"roles {axes!r}: expected batch axes (b), and in axes (i) or out "
-                "axes (o)"
+                f"groups axes {tuple(map(int, groups))}, batches axes "
+                f"{tuple(map(int, wb))} and contracts axes {tuple(map(int, wc))} of a "
+                f"weight of shape {leaf.shape} and roles {axes!r}: expected batch axes "
+                "(b) to be batched, and in axes (i) or out axes (o) to be contracted"
             )
         xl = list(range(n, n + x.ndim))
         for kw, kx in zip((*wc, *wb), (*xc, *xb), strict=True):

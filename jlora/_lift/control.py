@@ -233,7 +233,7 @@ def _in_specs(x: Any, own: Any) -> Any:
         aligned = forms.of(leaf.form).aligned
         if (cut and not aligned) or (leaf.c is not None and "i" in cut):
             raise NotFactored
-    return x.now(fields.specs(leaf, own))
+    return dataclasses.replace(x, leaf=fields.specs(leaf, own))
 
 
 def _ready(x: Any) -> Any:
