@@ -7,18 +7,22 @@ the first lifted trace holds the roles to the use.
 
 from __future__ import annotations
 
+import collections
 import re
 from collections.abc import Mapping, Sequence
 
 # The names of weights whose first axes are in axes, as JAX's libraries have them.
 _WEIGHT = re.compile(
-    r"kernel|.*_kernel|w\d*|w_.*|.*_w|[qkvo]_?proj|w[qkvo]|linear|(up|down|gate)_proj"
+    r"kernel|.*_kernel|w\d*|w[a-z]?_.*|.*_w|[qkvo]_?proj|w[qkvo]|linear|lm_head|"
+    r"(up|down|gate)_proj"
 )
 # Those of torch, which has the out axes first; some ports keep that, and some do not.
 _TORCH = re.compile(r"weights?|.*[._]weights?")
 _EMBEDDING = re.compile(
-    r"embedding|embeddings|embedding_table|input_embedding|token_embedding|wte|wpe"
+    r"((tok|token|word|pos|position|input|shared)_?)?emb(ed(dings?|s|_tokens)?)?|"
+    r"embedding_table|wte|wpe"
 )
+_NORM = re.compile(r"(.*_)?(norm|ln|bn|layernorm|batchnorm)(_.*)?", re.I)
 # What no product reads: a bias, or a vector for each feature.
 _VECTOR = re.compile(
     r"(.*[._])?(bias(es)?|b\d*|scales?|offset|gamma|beta|mean|var|count|gain)"
@@ -28,10 +32,11 @@ _LAYERS = {
     # Attention's projections into heads, and the one out of them.
     (3, "ioo"): r"(.*_)?(query|key|value|q|k|v|wq|wk|wv|[qkv]_?proj|to_[qkv])(_proj)?",
     (3, "iio"): r"(.*_)?(out|o|wo|o_?proj|out_?proj|output_proj|attention_output|"
-    r"attn_out|to_out|attn_vec_einsum|dense)",
+    r"attn_out|to_out|attn_vec_einsum)",
     # Gemma's einsums: the heads, or the two halves of a gate, come first.
     (3, "oio"): r"q_einsum|gating_einsum",
     (4, "ooio"): r"kv_einsum|qkv_einsum",
+    (4, "oioo"): r"combined_qkv",
     # Experts.
     (3, "bio"): r"(.*_)?(up|down|gate)(_proj)?|wi(_\d)?|w[123]|experts",
 }
@@ -42,7 +47,16 @@ _TRANSPOSED = re.compile(r"conv\d_?d_transpose.*", re.I)  # Haiku's and Keras's
 
 def is_vector(path: str) -> bool:
     """Whether the name is that of a bias, a scale or a statistic."""
-    return _VECTOR.fullmatch(_keys(path)[-1]) is not None
+    *_, parent, name = _keys(path)
+    return bool(_VECTOR.fullmatch(name) or _NORM.fullmatch(parent))
+
+
+def _is_embedding(path: str) -> bool:
+    *_, parent, name = _keys(path)
+    own = "embedding", "weight", "w"
+    return bool(
+        _EMBEDDING.fullmatch(name) or (name in own and _EMBEDDING.fullmatch(parent))
+    )
 
 
 def is_table(path: str) -> bool:
@@ -53,7 +67,7 @@ def is_table(path: str) -> bool:
 def is_weight(path: str, ndim: int) -> bool:
     """Whether the name is that of a weight, so that its roles have to be known."""
     name = _keys(path)[-1]
-    if ndim < 2 or is_vector(path) or _EMBEDDING.fullmatch(name):
+    if ndim < 2 or is_vector(path) or (ndim == 2 and _is_embedding(path)):
         return False
     if _WEIGHT.fullmatch(name) or _TORCH.fullmatch(name):
         return True
@@ -76,7 +90,13 @@ class Names:
     def __init__(
         self, shapes: Mapping[str, Sequence[int]], biases: Mapping[str, str | None]
     ):
-        self._shapes, self._biases = shapes, biases
+        # A bias that stands beside several arrays may be of any of them.
+        shared = collections.Counter(biases.values())
+        self._shapes = shapes
+        self._biases = {
+            p: b if shared[b] == 1 or is_weight(p, len(shapes[p])) else None
+            for p, b in biases.items()
+        }
         self._stacks = _stacks(shapes)
         # The roles that biases show of matrices, by their last key.  Where they are all
         # the same, they are those of the matrices of which no bias shows the roles.
@@ -90,22 +110,22 @@ class Names:
         *_, parent, name = _keys(path)
         stack = self._stacks[path]
         ndim = len(self._shapes[path]) - len(stack)
-        if ndim < 2:
+        if ndim < 2 or is_vector(path):
             return None
         shown, habit = self._shown(path), self._habits.get(name, set())
         kind, axes = "dense", None
-        if ndim == 2 and _EMBEDDING.fullmatch(name):
+        if ndim == 2 and _is_embedding(path):
             kind, axes = "embed", "io"
         elif len(shown) == 1:
             (axes,) = shown
         elif ndim == 2 and len(habit) == 1:
             (axes,) = habit
         else:
-            axes = _by_name(parent, name, ndim)
+            axes = _by_name(parent, name, _without(self._shapes[path], stack))
         if axes is None or (shown and kind != "embed" and axes not in shown):
             return None
-        if ndim > 2 and _CONV.fullmatch(parent):
-            kind = "conv"
+        if ndim > 3 or (ndim == 3 and _CONV.fullmatch(parent)):
+            kind = "conv" if "i" * (ndim - 2) in axes else kind
         for k in stack:
             axes = axes[:k] + "b" + axes[k:]
         return kind, axes
@@ -131,15 +151,17 @@ class Names:
         return shown
 
 
-def _by_name(parent: str, name: str, ndim: int) -> str | None:
+def _by_name(parent: str, name: str, shape: Sequence[int]) -> str | None:
     """The roles by the names of a weight and of its layer."""
+    ndim = len(shape)
     if ndim == 2:
         return "io" if _WEIGHT.fullmatch(name) else None
     own = name in ("kernel", "w", "weight")
     for (n, axes), pattern in _LAYERS.items():
         if n == ndim and re.fullmatch(pattern, parent if own else name):
             return axes
-    if name in ("kernel", "w") and ndim <= 5 and _CONV.fullmatch(parent):
+    square = ndim > 3 and len({*shape[: ndim - 2]}) == 1  # as spatial axes are
+    if name in ("kernel", "w") and ndim <= 5 and (square or _CONV.fullmatch(parent)):
         return "i" * (ndim - 2) + ("oi" if _TRANSPOSED.fullmatch(parent) else "io")
     return None
 

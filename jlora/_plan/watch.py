@@ -248,7 +248,9 @@ class Walk:
             return move(weight, eqn, old, shape)
         if shape != old:
             return _DATA if weight.perhaps else None
-        through = weight.through or eqn.primitive.name
+        name = eqn.primitive.name
+        # A weight is standardised by what is computed from it: it is the weight still.
+        through = weight.through or (None if name in ("add", "sub") else name)
         return dataclasses.replace(weight, through=through)
 
     def use(

@@ -100,6 +100,7 @@ def sibling_bias(path: str, leaves: Mapping[str, Any]) -> str | None:
     for weight, bias in (("kernel", "bias"), ("weight", "bias"), ("w", "b")):
         own = re.sub(rf"(?<![a-z]){weight}(?![a-z])", bias, name)
         names += [own] if own != name else []
+    names += ["1"] if name == "0" else []  # a list of pairs
     siblings = [f"{parent}{slash}{name}" for name in names]
     return next((s for s in siblings if s in leaves and s != path), None)
 
