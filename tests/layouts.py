@@ -2669,11 +2669,21 @@ def compared(plan, params):
         return "error", [str(error).splitlines()[0]]
     found = {path: leaf.axes for path, leaf in jlora.adapter(tree).items()}
     seen = {path: spec.axes for path, spec in plan.items()}
-    wrong = {path: axes for path, axes in found.items() if axes != seen.get(path)}
+    wrong = {
+        path: axes
+        for path, axes in found.items()
+        if path not in seen or not agree(axes, seen[path], plan.shapes[path])
+    }
     if wrong:
         return "other", [f"{p}: {a}, not {seen.get(p)}" for p, a in wrong.items()]
     missing = [path for path in plan if path not in found]
     return ("part", missing) if missing else ("whole", [])
+
+
+def agree(told, seen, shape):
+    """Whether roles are the same; an axis of size one has any."""
+    pairs = zip(told, seen, shape, strict=True)
+    return all(t == s for t, s, n in pairs if n != 1)
 
 
 def show(name, plan, result, details, whole=False):

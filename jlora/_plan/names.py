@@ -25,7 +25,7 @@ _EMBEDDING = re.compile(
 _NORM = re.compile(r"(.*_)?(norm|ln|bn|layernorm|batchnorm)(_.*)?", re.I)
 # What no product reads: a bias, or a vector for each feature.
 _VECTOR = re.compile(
-    r"(.*[._])?(bias(es)?|b\d*|scales?|offset|gamma|beta|mean|var|count|gain)"
+    r"(.*[._])?(bias(es)?|b\d*|scales?|offset|gamma\d*|beta\d*|mean|var|count|gain)"
 )
 # The first names of a list fit the layer of a weight with so many axes; see `_layer`.
 _LAYERS = {
@@ -162,6 +162,8 @@ def _by_name(parent: str, name: str, shape: Sequence[int]) -> str | None:
             return axes
     square = ndim > 3 and len({*shape[: ndim - 2]}) == 1  # as spatial axes are
     if name in ("kernel", "w") and ndim <= 5 and (square or _CONV.fullmatch(parent)):
+        if shape[-1] == 1 < shape[-2] and "depthwise" in parent:
+            return "i" * (ndim - 2) + "oo"
         return "i" * (ndim - 2) + ("oi" if _TRANSPOSED.fullmatch(parent) else "io")
     return None
 

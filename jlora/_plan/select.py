@@ -109,6 +109,9 @@ class Wanted:
         return found.with_scale(rank, alpha)
 
 
+_SHOWN = 8  # of the leaves that an error lists
+
+
 def select(
     leaves: Mapping[str, Any],
     candidate: Callable[[str, Any], Candidate],
@@ -184,14 +187,17 @@ def _untold(leaves: Mapping[str, Any], untold: Mapping[str, str]) -> str:
 
 
 def _nothing(leaves: Mapping[str, Any], skipped: Mapping[str, str]) -> str:
-    why = "".join(f"\n  {path}: {reason}" for path, reason in skipped.items())
+    some = [f"\n  {path}: {reason}" for path, reason in skipped.items()][:_SHOWN]
+    more = len(skipped) - len(some)
+    why = "".join(some) + (f"\n  and {more} more" if more else "")
     return (
         "nothing to adapt: expected at least one dense, einsum or convolution "
         f"kernel among the {len(leaves)} arrays of the tree, found none"
         + (
-            f"; matched, but skipped:{why}"
+            f"; matched, but skipped:{why}\n"
             if why
-            else f" (it has {paths.near('kernel', leaves)}, …). Name targets or "
-            "plan from a function: jlora.plan(fn, params, *args)."
+            else f" (it has {paths.near('kernel', leaves)}, …). "
         )
+        + "Name targets or plan from a function: "
+        "jlora.wrap(params, plan=jlora.plan(fn, params, *args))."
     )
