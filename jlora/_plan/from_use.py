@@ -39,7 +39,8 @@ def plan(
 
     Args:
       fn: the function whose first argument is ``params``, such as ``model.apply``.
-      params: the tree that will be passed to `wrap`.
+      params: the tree that will be passed to `wrap`.  A Keras model stands for the
+        values of its trainable variables by path, which ``fn`` gets.
       *args: the other arguments of ``fn``.
       **kwargs: the keyword arguments of ``fn``.
       rank: r of every adapter for which no rule gives another.

@@ -27,7 +27,7 @@ _NORM = re.compile(r"(.*_)?(norm|ln|bn|layernorm|batchnorm)(_.*)?", re.I)
 _VECTOR = re.compile(
     r"(.*[._])?(bias(es)?|b\d*|scales?|offset|gamma\d*|beta\d*|mean|var|count|gain)"
 )
-# The first names of a list fit the layer of a weight with so many axes; see `_layer`.
+# The roles of a weight with so many axes, if its layer has one of these names.
 _LAYERS = {
     # Attention's projections into heads, and the one out of them.
     (3, "ioo"): r"(.*_)?(query|key|value|q|k|v|wq|wk|wv|[qkv]_?proj|to_[qkv])(_proj)?",
