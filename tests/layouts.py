@@ -2696,8 +2696,31 @@ def show(name, plan, result, details, whole=False):
             print(f"    {path}  {plan.shapes[path]}  {spec.kind} {spec.axes}")
 
 
+SAYS = {
+    "whole": "all of the plan",
+    "part": "{} of them; a warning lists the others",
+    "other": "the first call raises: `plan=jlora.plan(fn, params, *args)`",
+    "error": "`wrap` raises: `plan=jlora.plan(fn, params, *args)`",
+}
+
+
+def table():
+    """The table of the documentation, in Markdown."""
+    rows = []
+    for case in LAYOUTS:
+        result, details = told(case)
+        weights = len(plan_of(case))
+        words = SAYS[result].format(weights - len(details))
+        rows.append(f"| {case.name} | {case.source} | {weights} | {words} |")
+    head = "| model | laid out as | weights | `wrap(params, rank=8)` adapts |"
+    return "\n".join([head, "|---|---|---|---|", *sorted(rows, key=str.lower), ""])
+
+
 def main(words):
     """The table; of the layouts whose names hold one of the words, with the plans."""
+    if words == ["--markdown"]:
+        print(table(), end="")
+        return
     for case in LAYOUTS:
         if words and not any(word in case.name for word in words):
             continue

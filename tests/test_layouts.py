@@ -4,13 +4,14 @@ What `jlora.wrap` makes of them without a plan is printed by `python tests/layou
 """
 
 import dataclasses
+import pathlib
 import warnings
 
 import equinox as eqx
 import jax
 import pytest
 from helpers import close, is_adapted, randomise, silent
-from layouts import LAYOUTS, abstract, arrays, plan_of, told
+from layouts import LAYOUTS, abstract, arrays, plan_of, table, told
 
 import jlora
 
@@ -57,6 +58,12 @@ NOT_WHOLE = {
     "llama (Penzai)": "error",
     "equivariant linear layers (e3nn)": "error",
 }
+
+
+def test_the_table_of_the_documentation_is_what_is_told():
+    """Made by ``python tests/layouts.py --markdown > docs/models_table.md``."""
+    shown = pathlib.Path(__file__).parents[1] / "docs" / "models_table.md"
+    assert shown.read_text() == silent(table)
 
 
 def test_most_models_are_told_whole():
