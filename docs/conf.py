@@ -58,7 +58,11 @@ html_theme = "sphinx_book_theme"
 html_title = f"jlora {release}"
 html_static_path = ["_static"]
 html_css_files = ["jlora.css"]
-html_theme_options = {"show_navbar_depth": 1, "use_download_button": False}
+html_theme_options = {
+    "show_navbar_depth": 1,
+    "use_download_button": False,
+    "navbar_persistent": [],  # the sidebar has the search
+}
 html_copy_source = False
 
 myst_enable_extensions = ["colon_fence", "deflist"]
@@ -74,14 +78,13 @@ nb_merge_streams = True
 
 autodoc_member_order = "bysource"
 autodoc_type_aliases = {
-    name: name for name in ("Adapter", "Factors", "Initialiser", "Pattern", "Patterns")
+    name: name for name in ("Adapter", "Initialiser", "Pattern", "optax.Schedule")
 }
 autodoc_preserve_defaults = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 napoleon_attr_annotations = False
-napoleon_custom_sections = [("Raises (when called)", "Raises")]
 default_role = "py:obj"
 python_maximum_signature_line_length = 80
 
@@ -99,7 +102,7 @@ def rst(app, what, name, obj, options, lines):
 
 def signature(app, what, name, obj, options, signature, returns):
     """The default rank as a number, and aliases of types by their names."""
-    signature = re.sub(r"TypeAliasForwardRef\('(\w+)'\)", r"\1", signature or "")
+    signature = re.sub(r"TypeAliasForwardRef\('([\w.]+)'\)", r"\1", signature or "")
     return signature.replace("= RANK", "= 8") or None, returns
 
 

@@ -17,6 +17,7 @@ class Net(nn.Module):
 
 net, x, y = Net(), jnp.ones((8, 32)), jnp.zeros(8, int)
 params = net.init(jax.random.key(0), x)
+cross_entropy = optax.softmax_cross_entropy_with_integer_labels
 # the lines
 lora = jlora.wrap(
     params,
@@ -26,15 +27,16 @@ lora = jlora.wrap(
     train="**/head/*",
 )
 print(jlora.summary(lora))
+apply = jlora.lift(net.apply)
 tx = jlora.optimizer(optax.adamw(1e-3), lora)
-state = TrainState.create(apply_fn=jlora.lift(net.apply), params=lora, tx=tx)
+state = TrainState.create(apply_fn=apply, params=lora, tx=tx)
 
 
 @jax.jit
 def train_step(state, key):
     def loss(tree):
-        logits = state.apply_fn(jlora.dropout(tree, 0.1, key), x)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+        tree = jlora.dropout(tree, 0.1, key)
+        return cross_entropy(apply(tree, x), y).mean()
 
     return state.apply_gradients(grads=jax.grad(loss)(state.params))
 

@@ -13,6 +13,7 @@ class Net(torch.nn.Module):
         return self.head(self.down(torch.nn.functional.gelu(self.up(x))))
 
 
+cross_entropy = torch.nn.functional.cross_entropy
 net, x, y = Net(), torch.ones(8, 32), torch.zeros(8, dtype=torch.long)
 # the lines
 config = LoraConfig(
@@ -27,8 +28,7 @@ model.print_trainable_parameters()
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
 for _ in range(3):
-    loss = torch.nn.functional.cross_entropy(model(x), y)
-    loss.backward()
+    cross_entropy(model(x), y).backward()
     optimizer.step()
     optimizer.zero_grad()
 
