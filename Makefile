@@ -5,6 +5,7 @@
 #   make interop                       against PyTorch's loralib
 #   make faults                        kill training 50 times, and see it go on
 #   make demo                          fine-tune MiniLM      ARGS=--help lists the options
+#   make docs                          build the documentation, with every cell run
 #   make lint                          ruff and mypy
 #   make test PYTHON=python3.13        with another Python
 
@@ -25,13 +26,14 @@ LOCK := requirements/$(if $(filter 3.11,$(VERSION)),oldest,newest).txt
 VENV := .venv/$(VERSION)
 PY := $(VENV)/bin/python
 READY := $(VENV)/ready
+DOCS := .venv/docs-$(VERSION)
 
 # Seconds; and the system's certificates, as pip does, so that proxies work.
 export UV_HTTP_TIMEOUT ?= 60
 export UV_SYSTEM_CERTS ?= true
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: test interop faults demo lint format lock env clean
+.PHONY: test interop faults demo docs lint format lock env clean
 
 test: $(READY)
 	@$(PY) -m pytest -n logical --maxprocesses 4 --dist worksteal $(ARGS)
@@ -48,6 +50,12 @@ faults: $(READY)
 demo: $(READY)
 	@$(PY) examples/minilm/main.py $(ARGS)
 
+# -E: every page anew, since its cells run code that may have changed.
+docs: $(DOCS)/ready
+	@echo "[3/3] docs/_build/html: the pages, whose cells are run (a minute or two)"
+	@$(DOCS)/bin/python -m sphinx -q -E -W --keep-going -j 4 docs docs/_build/html $(ARGS)
+	@echo "open docs/_build/html/index.html"
+
 lint: $(READY)
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
@@ -59,10 +67,10 @@ format: $(READY)
 
 env: $(READY)
 
-$(VENV)/bin/uv:
-	@echo "[1/3] $(VENV): a new environment"
-	@"$(PYTHON)" -m venv --clear $(VENV)
-	@$(PY) -m pip install --quiet --timeout 60 --retries 5 $(UV)
+$(VENV)/bin/uv $(DOCS)/bin/uv: %/bin/uv:
+	@echo "[1/3] $*: a new environment"
+	@"$(PYTHON)" -m venv --clear $*
+	@$*/bin/python -m pip install --quiet --timeout 60 --retries 5 $(UV)
 
 $(READY): pyproject.toml $(LOCK) | $(VENV)/bin/uv
 	@echo "[2/3] $(VENV): the packages of $(LOCK) (230 MB on the first run)"
@@ -72,13 +80,19 @@ $(READY): pyproject.toml $(LOCK) | $(VENV)/bin/uv
 	@$(PY) -m uv pip check --quiet --python $(PY)
 	@touch $@
 
+$(DOCS)/ready: requirements/docs.txt | $(DOCS)/bin/uv
+	@echo "[2/3] $(DOCS): the packages of $< (250 MB on the first run)"
+	@$(DOCS)/bin/python -m uv pip sync --quiet --python $(DOCS)/bin/python $<
+	@touch $@
+
 # Rewrites the pins; "make lock ARGS=--upgrade" also moves them to newer releases.
-COMPILE = $(PY) -m uv pip compile pyproject.toml --quiet --no-header --no-annotate \
-	--extra test --extra examples $(ARGS)
+COMPILE = $(PY) -m uv pip compile pyproject.toml --quiet --no-header --no-annotate $(ARGS)
+TESTED := --extra test --extra examples
 lock: $(VENV)/bin/uv
-	$(COMPILE) --python-version 3.11 --resolution lowest-direct -o requirements/oldest.txt
-	$(COMPILE) --python-version 3.12 --universal -o requirements/newest.txt
+	$(COMPILE) $(TESTED) --python-version 3.11 --resolution lowest-direct -o requirements/oldest.txt
+	$(COMPILE) $(TESTED) --python-version 3.12 --universal -o requirements/newest.txt
+	$(COMPILE) --extra docs --python-version 3.11 --universal -o requirements/docs.txt
 
 clean:
-	rm -rf .venv dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv docs/_build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

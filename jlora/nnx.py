@@ -178,8 +178,9 @@ class MergedLinear(Linear):
     the query and the value of a fused qkv.  If no slice is enabled, the layer is
     exactly its twin.
 
-    Args (beside those of `Linear`):
-      enable_lora: one flag for each equal slice of the outputs.
+    Args:
+      enable_lora: one flag for each equal slice of the outputs.  All other arguments
+        are those of `Linear`.
 
     Example:
       >>> import jlora.nnx

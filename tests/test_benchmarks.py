@@ -123,15 +123,22 @@ def rows(text):
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in plain]
 
 
-def test_the_readme_says_what_was_measured():
+@pytest.mark.parametrize(
+    "page, section, many",
+    [
+        pytest.param("README.md", "## What it costs", 5, id="readme"),
+        pytest.param("docs/guides/costs.md", "## One training step", 7, id="guide"),
+    ],
+)
+def test_the_readme_says_what_was_measured(page, section, many):
     """Each row ends with the name that it has in RESULTS.md."""
-    readme = pathlib.Path(__file__).parents[1] / "README.md"
-    said = readme.read_text(encoding="utf-8").split("## What it costs")[1]
+    readme = pathlib.Path(__file__).parents[1] / page
+    said = readme.read_text(encoding="utf-8").split(section)[1]
     sections = re.split(r"(?m)^## ", peers.RESULTS.read_text("utf-8"))
     (measured,) = [text for text in sections if text.startswith("2 CPU cores:")]
     found = {name: cells for name, *cells in rows(measured)}
     head, *table = rows(said.split("\n## ")[0])
-    assert len(table) == 7
+    assert len(table) == many
     for label, *cells in table:
         name = re.search(r"`(\w+)`$", label)[1]
         flops, accessed, temporary, _, _, _, seconds = found[name]

@@ -23,7 +23,7 @@ def kaiming(key: jax.Array, w: Any, spec: Spec) -> tuple[Any, jax.Array, jax.Arr
       spec: how the weight is adapted.
 
     Returns:
-      (w, a, b): the base that was passed, and float32 factors of the spec's shapes.
+      The base that was passed, and float32 factors a and b of the spec's shapes.
 
     Example:
       >>> import jax, jax.numpy as jnp, jlora

@@ -256,10 +256,10 @@ def lift(fn: Callable[..., Any], *, strict: bool = False) -> Callable[..., Any]:
       cast to the activation's dtype, or the weight's if that is wider, and accumulated
       as in the base's product.
 
-    Raises (when called):
-      ValueError: the use of a weight contradicts its planned roles; a leaf has no base;
-        none of the adapted leaves is used; or, with ``strict``, a weight would be
-        materialised.
+    Raises:
+      ValueError: when the result is called: the use of a weight contradicts its planned
+        roles; a leaf has no base; none of the adapted leaves is used; or, with
+        ``strict``, a weight would be materialised.
 
     Example:
       >>> import jax.numpy as jnp, jlora
