@@ -1,7 +1,7 @@
 """What other libraries write of an adapted tree, and read again.
 
 jax.export writes a function with the structure of its arguments.  Its oracle is the
-function itself, under jit.
+function itself, under jit.  Flax's serialisation writes the tree.
 """
 
 import os
@@ -10,12 +10,15 @@ import subprocess
 import sys
 import textwrap
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 from bases import on_int8
-from flax import nnx
-from helpers import normal, randomise, same
+from flax import nnx, serialization
+from flax.training.train_state import TrainState
+from helpers import normal, randomise, same, says
 from jax import export
 
 import jlora
@@ -126,32 +129,35 @@ def test_export(name):
     same(back.call(tree, X), jax.jit(fn)(tree, X))
 
 
+def elsewhere(code, *args):
+    """Runs code in another process; returns what it printed."""
+    here = pathlib.Path(__file__).parent
+    places = os.pathsep.join(map(str, (here.parent, here, *sys.path)))
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), *args],
+        env={**os.environ, "PYTHONPATH": places},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
 def test_export_to_another_process(tmp_path):
     pytest.importorskip("flatbuffers")
     tree, fn = CASES["step"]()
     (tmp_path / "step").write_bytes(export.export(jax.jit(fn))(tree, X).serialize())
     code = """
         import pathlib, sys
-        sys.path[:0] = sys.argv[2:]
         import jax, jlora, test_written
         tree = test_written.CASES["step"]()[0]
         step = jax.export.deserialize(pathlib.Path(sys.argv[1]).read_bytes())
         for x in jax.tree.leaves(step.call(tree, test_written.X)):
             print(x.tobytes().hex())
     """
-    here = pathlib.Path(__file__).parent
-    run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), tmp_path / "step", here],
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(here.parent), *sys.path]),
-        },
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
     want = jax.tree.leaves(jax.jit(fn)(tree, X))
-    assert run.stdout.split() == [x.tobytes().hex() for x in want]
+    got = elsewhere(code, tmp_path / "step").split()
+    assert got == [x.tobytes().hex() for x in want]
 
 
 def test_export_of_what_told_the_roles():
@@ -162,3 +168,123 @@ def test_export_of_what_told_the_roles():
     back = export.deserialize(exported.serialize()).call(tree)
     told = [str(t["up"]["kernel"].told) for t in (tree, back)]
     assert told == ["name or shape"] * 2
+
+
+# -------------------------------------------------------- Flax's serialisation
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_state(name):
+    """The template has the structure, and other numbers."""
+    tree, _ = CASES[name]()
+    template = jax.tree.map(lambda x: x if x.dtype.name == "key<fry>" else 0 * x, tree)
+    same(serialization.from_bytes(template, serialization.to_bytes(tree)), tree)
+    state = serialization.to_state_dict(tree)
+    same(serialization.from_state_dict(template, state), tree)
+
+
+def boxed():
+    init = nn.with_partitioning(nn.initializers.ones, ("in", "out"))
+    layer = nn.Dense(4, kernel_init=init)
+    return jlora.wrap(layer.init(jax.random.key(0), X), rank=2)
+
+
+@pytest.mark.parametrize("make", [wrapped, boxed])
+def test_train_state(make):
+    tree = make()
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
+    tx = jlora.optimizer(tx, tree)
+    old = TrainState.create(apply_fn=None, params=tree, tx=tx)
+    new = old
+    for _ in range(2):
+        new = new.apply_gradients(grads=jax.tree.map(jnp.ones_like, new.params))
+    back = serialization.from_bytes(old, serialization.to_bytes(new))
+    assert jax.tree.structure(back) == jax.tree.structure(new)
+    same(back.params, new.params), same(back.opt_state, new.opt_state)
+    assert back.step == 2
+
+
+PLAIN = "state of plain params", "jlora.unwrap(tree)", "jlora.attach(params, "
+
+
+@pytest.mark.parametrize(
+    "saved, template, parts",
+    [
+        pytest.param(
+            params,
+            wrapped,
+            ["'down/kernel' is an array of shape (6, 5)", "w, a, b, scale", *PLAIN],
+            id="plain",
+        ),
+        pytest.param(
+            lambda: TrainState.create(apply_fn=None, params=params(), tx=optax.sgd(1)),
+            lambda: TrainState.create(apply_fn=None, params=wrapped(), tx=optax.sgd(1)),
+            ["'params/down/kernel' is an array", *PLAIN],
+            id="train-state",
+        ),
+        pytest.param(
+            params,
+            lambda: jlora.wrap(params(), targets=[], train="up/bias"),
+            ["'up/bias' is an array", "Full (w, value)", *PLAIN],
+            id="full",
+        ),
+        pytest.param(
+            lambda: jlora.wrap(params(), rank=3),
+            wrapped,
+            ["a of 'down/kernel'", "(6, 3) in the state", "(6, 2)", "as the saved one"],
+            id="rank",
+        ),
+        pytest.param(
+            lambda: wrapped(lora_bias=True),
+            wrapped,
+            ["c of 'down/kernel'", "(5,) in the state: expected nothing"],
+            id="output-bias",
+        ),
+        pytest.param(
+            wrapped,
+            lambda: wrapped(lora_bias=True),
+            ["c of 'down/kernel' is nothing", "expected an array of shape (5,)"],
+            id="no-output-bias",
+        ),
+        pytest.param(
+            wrapped,
+            lambda: jlora.drop_base(wrapped(), force=True),
+            ["'down/kernel/w' is an array of shape (6, 5)", "a Dropped"],
+            id="dropped",
+        ),
+        pytest.param(
+            lambda: wrapped(lambda: on_int8(params())[0]),
+            wrapped,
+            ["w of 'down/kernel' is a dict", "expected an array of shape (6, 5)"],
+            id="another-base",
+        ),
+    ],
+)
+def test_state_of_another_tree(saved, template, parts):
+    state = serialization.to_state_dict(saved())
+    with pytest.raises(ValueError) as error:
+        serialization.from_state_dict(template(), state)
+    says(error, "from_state_dict", *parts)
+
+
+def test_flax_may_be_imported_after_the_tree_was_made():
+    code = """
+        import sys
+        import jax.numpy as jnp, jlora
+
+        params = {"kernel": jnp.ones((3, 4))}
+        tree = jlora.wrap(params, rank=2)
+        finders = len(sys.meta_path)
+        assert "flax" not in sys.modules
+
+        import flax.serialization
+
+        assert len(sys.meta_path) == finders - 1
+        data = flax.serialization.to_bytes(tree)
+        print(flax.serialization.from_bytes(tree, data)["kernel"].rank)
+        try:
+            flax.serialization.from_state_dict(tree, params)
+        except ValueError as error:
+            print(error)
+    """
+    says(elsewhere(code), "2\n", *PLAIN)
