@@ -193,6 +193,19 @@ def test_bias_mode_that_does_not_exist():
     says(error, "bias", "some", "none", "all", "lora_only")
 
 
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+@pytest.mark.parametrize("traced", [True, False], ids=["trace", "names"])
+def test_bias_mode_without_a_bias(bias, traced):
+    p = {"up": {"kernel": normal(5, 7), "offset": normal(7)}, "ids": jnp.arange(3)}
+    plan = None
+    if traced:
+        plan = jlora.plan(lambda p, x: x @ p["up"]["kernel"], p, X)
+    with pytest.raises(ValueError) as error:
+        jlora.wrap(p, plan=plan, bias=bias)
+    says(error, bias, "found none", "up/offset", "plan=jlora.plan(fn, params, *args)")
+    says(error, "train=[...]")
+
+
 def test_init_that_does_not_exist():
     with pytest.raises(ValueError) as error:
         jlora.wrap(params(), init="kaimin")

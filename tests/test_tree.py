@@ -418,6 +418,67 @@ def test_lora_only_trains_the_bias_that_was_seen_whatever_its_name():
     assert isinstance(tree["shift"], jlora.Full) and tree["bias"] is p["bias"]
 
 
+def layers(weight, bias):
+    """Two layers in one dict, with names of this form."""
+    return {
+        weight.format(0): normal(5, 7),
+        bias.format(0): normal(7),
+        weight.format(1): normal(7, 3),
+        bias.format(1): normal(3),
+        "step": jnp.int32(3),
+    }
+
+
+NAMES = [
+    ("{}/kernel", "{}/bias"),
+    ("fc{}.weight", "fc{}.bias"),
+    ("fc{}.linear.weight", "fc{}.linear.biases"),
+    ("c_attn{}_w", "c_attn{}_b"),
+    ("kernel_{}", "bias_{}"),
+    ("w{}", "b{}"),
+    ("w_{}", "b_{}"),
+    ("block_{}_kernel", "block_{}_bias"),
+]
+
+
+@pytest.mark.parametrize("weight, bias", NAMES)
+@pytest.mark.parametrize("targets", ["both", "one"])
+@pytest.mark.parametrize("traced", [True, False], ids=["trace", "names"])
+def test_all_biases_train_whatever_their_names(weight, bias, targets, traced):
+    """All of them, also those of weights that are not adapted."""
+    p = layers(weight, bias)
+    names = [weight.format(k) for k in range(2)][: 2 if targets == "both" else 1]
+
+    def fn(p, x):
+        for k in range(2):
+            x = x @ p[weight.format(k)] + p[bias.format(k)]
+        return x
+
+    plan = jlora.plan(fn, p, X, targets=names) if traced else None
+    targets = None if traced else names
+    tree = jlora.wrap(p, plan=plan, targets=targets, bias="all")
+    full = {path for path, v in adapted(tree).items() if isinstance(v, jlora.Full)}
+    assert full == {bias.format(0), bias.format(1)}
+    assert isinstance(tree[names[0]], jlora.LoRA)
+
+
+def test_all_biases_are_also_those_that_were_seen():
+    def fn(p, x):
+        return (x @ p["w"] + p["shift"]) * p["b_norm"]
+
+    p = {"w": normal(5, 7), "shift": normal(7), "b_norm": normal(7), "mu": normal(7)}
+    tree = jlora.wrap(p, plan=jlora.plan(fn, p, X), bias="all")
+    full = {path for path, v in adapted(tree).items() if isinstance(v, jlora.Full)}
+    assert full == {"shift", "b_norm"}
+
+
+def test_what_is_no_parameter_is_no_bias():
+    p = {"params": {"w": normal(5, 7), "b": normal(7)}, "stats": {"bias": normal(7)}}
+    tree = jlora.wrap(p, targets="**/w", bias="all")
+    assert isinstance(tree["params"]["b"], jlora.Full)
+    assert tree["stats"]["bias"] is p["stats"]["bias"]
+
+
 # --------------------------------------------------------------------- scaled
 
 
@@ -859,13 +920,18 @@ def build(spec, seed):
     return p
 
 
+def mode(spec, bias):
+    """The mode; "none" for a tree without a bias, which refuses the others."""
+    return bias if any(has for *_, has in spec.values()) else "none"
+
+
 @SETTINGS
 @given(
     KERNELS, RANKS, st.integers(0, 99), st.sampled_from(["none", "all", "lora_only"])
 )
 def test_property_adapter_and_attach_are_inverse(spec, rank, seed, bias):
     p = build(spec, seed)
-    tree = randomise(jlora.wrap(p, rank=rank, bias=bias), seed)
+    tree = randomise(jlora.wrap(p, rank=rank, bias=mode(spec, bias)), seed)
     adapter = jlora.adapter(tree)
     same(jlora.attach(p, adapter), tree)
     same(jlora.adapter(jlora.attach(p, adapter)), adapter)
@@ -875,7 +941,8 @@ def test_property_adapter_and_attach_are_inverse(spec, rank, seed, bias):
 @SETTINGS
 @given(KERNELS, RANKS, st.integers(0, 99), st.sampled_from(["none", "all"]))
 def test_property_partition_and_combine_are_inverse(spec, rank, seed, bias):
-    tree = randomise(jlora.wrap(build(spec, seed), rank=rank, bias=bias), seed)
+    p = build(spec, seed)
+    tree = randomise(jlora.wrap(p, rank=rank, bias=mode(spec, bias)), seed)
     halves = jlora.partition(tree)
     same(jlora.combine(*halves), tree)
     again = jlora.partition(jlora.combine(*halves))
