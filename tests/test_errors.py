@@ -494,6 +494,19 @@ def test_optimizer_of_a_tree_with_integer_leaves(dtype):
     says(error, "deep/ids", jnp.dtype(dtype).name, "float", "jlora.partition")
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_gradients_of_another_tree(kept):
+    """Such as those that the state of a line search keeps."""
+    tree = jlora.wrap(params(), rank=2)
+    tx = jlora.optimizer(optax.lbfgs(), tree)
+    state = tx.init(tree)
+    grads = optax.tree.get(state, "grad") if kept else params()
+    with pytest.raises(ValueError) as error:
+        tx.update(grads, state, tree)
+    says(error, "expected gradients of the adapted tree", "found a dict")
+    says(error, "optax.value_and_grad_from_state", "jlora.partition(tree)")
+
+
 def test_adapted_leaves_of_which_none_is_used():
     plain = params()
     tree = jlora.wrap(plain, rank=2)

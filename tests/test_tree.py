@@ -591,6 +591,113 @@ def test_schedules_and_injected_hyperparameters_work():
         close(updates["up"]["kernel"].a, -rate * grads["up"]["kernel"].a, 1e-6)
 
 
+def boxed():
+    """A tree of Linen's boxes with axis names, and its function."""
+    init = nn.with_partitioning(nn.initializers.lecun_normal(), ("in", "out"))
+    layer = nn.Dense(7, kernel_init=init)
+    tree = jlora.wrap(layer.init(jax.random.key(0), X), rank=2, bias="all")
+
+    def fn(p, x):
+        return layer.apply(nn.unbox(p), x)
+
+    return tree, fn
+
+
+@pytest.mark.parametrize(
+    "make, full",
+    [
+        pytest.param(lambda: (tree_of(train=["norm/*"]), mlp), None, id="dict"),
+        pytest.param(boxed, optax.sgd(0.1), id="boxes-and-another-for-full"),
+    ],
+)
+def test_lbfgs_goes_the_way_of_the_trainable_half(make, full):
+    """Its line search calls a function of the params, and gets trees of gradients."""
+    tree, fn = make()
+    goal, lifted = jnp.cos(fn(jlora.merge(tree), X)), jlora.lift(fn)
+
+    def loss(tree, goal):
+        return ((lifted(tree, X) - goal) ** 2).mean()
+
+    def steps(update, params):
+        values, step = [], jax.jit(update)
+        state = None
+        for _ in range(4):
+            params, state, value = step(params, state)
+            values.append(value)
+        return params, jnp.stack(values)
+
+    tx = jlora.optimizer(optax.lbfgs(memory_size=3), tree, full=full)
+
+    def ours(params, state):
+        state = tx.init(params) if state is None else state
+        value, grad = jax.value_and_grad(loss)(params, goal)
+        given = dict(value=value, grad=grad, value_fn=loss, goal=goal)
+        updates, state = tx.update(grad, state, params, **given)
+        return optax.apply_updates(params, updates), state, value
+
+    def part(names):
+        return jax.tree.map(
+            lambda x, label: x if label in names else None, tree, jlora.labels(tree)
+        )
+
+    names = [("lora", "full")] if full is None else [("lora",), ("full",)]
+    txs, frozen = [optax.lbfgs(memory_size=3), full], part(["frozen"])
+
+    def theirs(parts, states):
+        """Each part moves with the others as they were."""
+        new = []
+        for k, (own, tx) in enumerate(zip(parts, txs, strict=False)):
+            others = [frozen, *(x for i, x in enumerate(parts) if i != k)]
+
+            def value_fn(own, others=others):
+                for other in others:
+                    own = jlora.combine(own, other)
+                return loss(own, goal)
+
+            state = tx.init(own) if states is None else states[k]
+            value, grad = jax.value_and_grad(value_fn)(own)
+            tx = optax.with_extra_args_support(tx)
+            given = dict(value=value, grad=grad, value_fn=value_fn)
+            updates, state = tx.update(grad, state, own, **given)
+            new.append((optax.apply_updates(own, updates), state))
+        return [x for x, _ in new], [state for _, state in new], value
+
+    got, values = steps(ours, tree)
+    want, expected = steps(theirs, [part(own) for own in names])
+    assert values[-1] < 0.8 * values[0]
+    close(values, expected, 1e-4)
+    for own in want:
+        frozen = jlora.combine(own, frozen)
+    close(got, frozen, 1e-3)
+    same(jlora.unwrap(got), jlora.unwrap(tree))
+
+
+def test_a_function_that_gives_gradients_is_passed_on():
+    """As optax.contrib.sam calls it, which takes two steps in each update."""
+    tree, lifted = tree_of(), jlora.lift(mlp)
+
+    def grad_fn(params, _=None):
+        return jax.grad(lambda p: (lifted(p, X) ** 2).mean())(params)
+
+    def moved(params, wrap, grad_fn):
+        sam = optax.contrib.sam(
+            optax.sgd(0.1), optax.sgd(0.05), sync_period=2, opaque_mode=True
+        )
+        tx = wrap(sam)
+        updates, _ = tx.update(
+            grad_fn(params), tx.init(params), params, grad_fn=grad_fn
+        )
+        return optax.apply_updates(params, updates)
+
+    got = moved(tree, lambda tx: jlora.optimizer(tx, tree), grad_fn)
+    half, frozen = jlora.partition(tree)
+
+    def of_half(half, _=None):
+        return jlora.partition(grad_fn(jlora.combine(half, frozen)))[0]
+
+    close(got, jlora.combine(moved(half, lambda tx: tx, of_half), frozen), 1e-5)
+
+
 def test_the_four_lines():
     """The README's loop: loss falls, the merged params are a plain model's."""
 
