@@ -21,14 +21,11 @@ from jax import lax
 from jlora._init.keys import path_key, typed
 from jlora._leaf import LoRA, base, is_adapted
 from jlora._leaf.fields import missing
+from jlora._leaf.node import register
 from jlora._tree import by_path, paths
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["array", "mean", "std"],
-    meta_fields=[],
-)
+@functools.partial(register, data=["array", "mean", "std"])
 @dataclasses.dataclass(frozen=True)
 class Measured(base.Base):
     """A base array with its statistics, so that no step computes them again.

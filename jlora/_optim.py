@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,8 +30,14 @@ def optimizer(
     over a flat dict, from path to the fields that train there.
 
     Put wrappers such as clipping and ``optax.MultiSteps`` inside ``tx``, so that they
-    see the adapters only.  Donate the train state: otherwise every step copies the
+    see the adapters only.  Outside of it ``nnx.Optimizer`` fails in the second step, as
+    it does without this function: NNX makes its own dicts of the adapted leaves that an
+    optimizer's state holds.  Donate the train state: otherwise every step copies the
     whole base, since it is an output of the step as well.
+
+    Extra arguments of an update that are trees like the gradients, and functions of the
+    params, are passed on: ``tx`` may be ``optax.lbfgs()``, whose update takes value,
+    grad and value_fn.
 
     Args:
       tx: the transformation for a, b and c.  If ``full`` is None, it is for `Full`
@@ -71,7 +79,7 @@ def optimizer(
         return {path: whole if "value" in x else "lora" for path, x in params.items()}
 
     each = {"lora": tx} if full is None else {"lora": tx, "full": full}
-    inner = optax.multi_transform(each, label)
+    inner = optax.partition(each, label, mask_compatible_extra_args=True)
 
     def init(params: Any) -> Any:
         by_path.require_adapted(params, "optimizer", advice)
@@ -80,8 +88,11 @@ def optimizer(
         return inner.init(flat(params))
 
     def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        if not (own := flat(grads)):
+            raise ValueError(_no_gradients(grads))
         values = None if params is None else flat(params)
-        updates, state = inner.update(flat(grads), state, values, **extra)
+        given = {name: _given(x, grads, params, flat) for name, x in extra.items()}
+        updates, state = inner.update(own, state, values, **given)
 
         def leaf(path: str, x: Any) -> Any:
             zeros = jax.tree.map(jnp.zeros_like, x)
@@ -93,6 +104,50 @@ def optimizer(
         return by_path.map_leaves(leaf, grads), state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _no_gradients(grads: Any) -> str:
+    return (
+        "optimizer: expected gradients of the adapted tree, as jax.grad gives them, "
+        f"found a {type(grads).__name__} without adapted leaves. What the state keeps "
+        "(optax.value_and_grad_from_state) covers the adapters alone: to train by it, "
+        "use optax's own optimizer on the trainable half of jlora.partition(tree)."
+    )
+
+
+def _given(x: Any, grads: Any, params: Any, flat: Callable[[Any], Any]) -> Any:
+    """An extra argument of a transformation, as the one inside expects it.
+
+    A tree like that of the gradients becomes flat, as they do.  A function of the
+    params, such as ``value_fn``, is called with flat ones, and gets the tree.
+    """
+    like: Any = jax.tree.structure(grads)
+    if not callable(x):
+        return flat(x) if jax.tree.structure(x) == like else x
+    if params is None:
+        return x
+    known = flat(params).keys()
+
+    @functools.wraps(x)  # some transformations read the names of its arguments
+    def call(values: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(values, dict) or values.keys() != known:
+            return x(values, *args, **kwargs)
+        others = {p: v for p, v in values.items() if isinstance(v, optax.MaskedNode)}
+
+        def leaf(path: str, y: Any) -> Any:
+            if not is_adapted(y) or path in others:
+                return y
+            new = {name: boxes.held(v) for name, v in values[path].items()}
+            return dataclasses.replace(y, **new)
+
+        def out(y: Any) -> Any:
+            if jax.tree.structure(y) == like:
+                return flat(y) | others
+            return tuple(map(out, y)) if type(y) is tuple else y
+
+        return out(x(by_path.map_leaves(leaf, params), *args, **kwargs))
+
+    return call
 
 
 def _require_floating(tree: Any) -> None:

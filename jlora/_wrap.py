@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -58,7 +58,8 @@ def wrap(
         rank or alpha may be given with it: it then replaces the plan's, which must be
         the same for all leaves.
       train: patterns of leaves that train whole (`Full`), such as a new head.
-      bias: "none"; "all" to train every bias; "lora_only" to train those of adapted
+      bias: "none"; "all" to train every bias: of adapted weights, and what is named as
+        one (bias, b, fc1.bias, attn_b, ...); "lora_only" to train those of adapted
         weights.
       init: "kaiming": a ~ U(±1/√fan_in) and b = 0; for embeddings a = 0, b ~ N(0, 1).
         Or one of `jlora.initializers`, or a function (key, w, spec) -> (w, a, b).
@@ -75,7 +76,7 @@ def wrap(
     Raises:
       ValueError: a bad rank; an adapted tree; a pattern that matches nothing; a kernel
         whose name does not give its roles; a plan made for another tree; a target or
-        train leaf that is not floating-point.
+        train leaf that is not floating-point; a ``bias`` for which there is none.
       TypeError: a ``lora_bias`` that is no boolean; a key that is no PRNG key; an
         initialiser that does not give a tuple (w, a, b).
 
@@ -124,17 +125,42 @@ def _training(
     """A function that says whether a leaf trains whole, by ``train`` or by ``bias``."""
     patterns = as_patterns(train)
     check_matched("train", patterns, by_path.flatten(params)[0])
-    adapted = {s.bias for s in plan.values()}
+    biases = _biases(params, plan, bias)
+    return lambda path, x: path in biases or any(matches(p, path, x) for p in patterns)
 
-    def trains(path: str, x: Any) -> bool:
-        is_bias = path.rpartition("/")[2] in ("bias", "b") and path not in plan
-        return (
-            any(matches(p, path, x) for p in patterns)
-            or (bias == "all" and is_bias)
-            or (bias == "lora_only" and path in adapted)
-        )
 
-    return trains
+def _biases(params: Any, plan: Plan, bias: str) -> set[str]:
+    """The paths of the biases to train; raises if there are none, but some should."""
+    if bias == "none":
+        return set()
+    leaves, rest = dict(by_path.flatten(params)[0]), by_path.others(params)
+    found = {s.bias for s in plan.values() if s.bias is not None}
+    if bias == "all":
+        found |= {
+            path
+            for path, x in leaves.items()
+            if by_path.is_bias(path)
+            and path not in plan
+            and path not in rest
+            and jnp.issubdtype(getattr(x, "dtype", bool), jnp.floating)
+        }
+    if not found:
+        raise ValueError(_no_bias(leaves, bias))
+    return found
+
+
+def _no_bias(leaves: Mapping[str, Any], bias: str) -> str:
+    vectors = [repr(p) for p, x in leaves.items() if getattr(x, "ndim", 0) == 1]
+    some = f" (the tree's vectors: {', '.join(vectors[:5])})" if vectors else ""
+    names = "bias, b, fc1.bias or attn_b"
+    return (
+        f"wrap: bias={bias!r}: expected biases to train, found none: no adapted weight "
+        "is known to have one"
+        + (f", and no leaf has a name such as {names}" if bias == "all" else "")
+        + f"{some}. Plan from the function, which shows what is added to a product: "
+        "plan=jlora.plan(fn, params, *args); or name them, train=[...]; or leave bias "
+        "out."
+    )
 
 
 def _only_full(targets: Any) -> bool:

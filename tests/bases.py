@@ -11,12 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora._leaf.base import Base
+from jlora._leaf.node import register
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["words", "factor"],
-    meta_fields=["dtype"],
+    register,
+    data=["words", "factor"],
+    meta=["dtype"],
+    document=lambda static: {"dtype": str(static["dtype"])},
+    from_document=lambda said: {"dtype": np.dtype(said["dtype"])},
 )
 @dataclasses.dataclass(frozen=True)
 class Int8(Base):
@@ -66,9 +69,7 @@ class Int8(Base):
         return _decoded(self.words, self.factor, self.dtype)
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=[]
-)
+@functools.partial(register, data=["array"])
 @dataclasses.dataclass(frozen=True)
 class AsItIs(Base):
     """An array behind the interface: what the interface itself costs."""
@@ -101,9 +102,7 @@ def _backward(fn, kept, ct):
 _by_rule.defvjp(lambda fn, w, *xs: (fn(w, *xs), (w, xs)), _backward)
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=[]
-)
+@functools.partial(register, data=["array"])
 @dataclasses.dataclass(frozen=True)
 class ByRule(AsItIs):
     """An array whose uses have a derivative of their own."""

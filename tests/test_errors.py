@@ -193,6 +193,19 @@ def test_bias_mode_that_does_not_exist():
     says(error, "bias", "some", "none", "all", "lora_only")
 
 
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+@pytest.mark.parametrize("traced", [True, False], ids=["trace", "names"])
+def test_bias_mode_without_a_bias(bias, traced):
+    p = {"up": {"kernel": normal(5, 7), "offset": normal(7)}, "ids": jnp.arange(3)}
+    plan = None
+    if traced:
+        plan = jlora.plan(lambda p, x: x @ p["up"]["kernel"], p, X)
+    with pytest.raises(ValueError) as error:
+        jlora.wrap(p, plan=plan, bias=bias)
+    says(error, bias, "found none", "up/offset", "plan=jlora.plan(fn, params, *args)")
+    says(error, "train=[...]")
+
+
 def test_init_that_does_not_exist():
     with pytest.raises(ValueError) as error:
         jlora.wrap(params(), init="kaimin")
@@ -479,6 +492,19 @@ def test_optimizer_of_a_tree_with_integer_leaves(dtype):
     with pytest.raises(ValueError) as error:
         jlora.optimizer(optax.sgd(1.0), tree)
     says(error, "deep/ids", jnp.dtype(dtype).name, "float", "jlora.partition")
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_gradients_of_another_tree(kept):
+    """Such as those that the state of a line search keeps."""
+    tree = jlora.wrap(params(), rank=2)
+    tx = jlora.optimizer(optax.lbfgs(), tree)
+    state = tx.init(tree)
+    grads = optax.tree.get(state, "grad") if kept else params()
+    with pytest.raises(ValueError) as error:
+        tx.update(grads, state, tree)
+    says(error, "expected gradients of the adapted tree", "found a dict")
+    says(error, "optax.value_and_grad_from_state", "jlora.partition(tree)")
 
 
 def test_adapted_leaves_of_which_none_is_used():

@@ -286,6 +286,84 @@ def test_training():
     same(jax.tree.map(np.array, nnx.state(plain, nnx.Param)), before)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(
+            lambda m: jlora.optimizer(optax.MultiSteps(optax.adam(1e-2), 2), m),
+            id="steps-inside",
+        ),
+        pytest.param(
+            lambda m: jlora.optimizer(optax.apply_if_finite(optax.adam(1e-2), 2), m),
+            id="finite-inside",
+        ),
+        pytest.param(
+            lambda m: optax.chain(
+                optax.clip(0.1), jlora.optimizer(optax.adam(1e-2), m), optax.scale(0.5)
+            ),
+            id="chain-outside",
+        ),
+    ],
+)
+@pytest.mark.parametrize("jit", [nnx.jit, lambda fn: fn], ids=["jit", "eager"])
+def test_wrappers_of_optax(make, jit):
+    """Those that keep trees go inside; several steps, since NNX keeps their state."""
+    x, y = normal(5, 7), normal(5, 11, seed=1)
+    plain = nnx.Linear(7, 11, rngs=nnx.Rngs(0))
+    module = jlora.wrap(plain, rank=3)
+    optimizer = nnx.Optimizer(module, make(module), wrt=nnx.Param)
+    step = jit(train)
+    values = [quiet(step, module, optimizer, x, y) for _ in range(5)]
+    assert values[-1] < values[0]
+    same(module.kernel.get_value().w, plain.kernel[...])
+
+
+def test_lbfgs():
+    """Its line search calls a function of the module's state."""
+    x, y = normal(5, 7), normal(5, 11, seed=1)
+    module = jlora.wrap(nnx.Linear(7, 11, rngs=nnx.Rngs(0)), rank=3)
+    graph, state = nnx.split(module)
+    before = nnx.as_pure(state)["kernel"]
+
+    def loss(state):
+        return ((jlora.lift(run)(nnx.merge(graph, state), x) - y) ** 2).mean()
+
+    def step(module, optimizer):
+        state = nnx.state(module)
+        value, grads = jax.value_and_grad(loss)(state)
+        optimizer.update(module, grads, value=value, grad=grads, value_fn=loss)
+        return value
+
+    tx = jlora.optimizer(optax.lbfgs(memory_size=2), module)
+    optimizer, jitted = nnx.Optimizer(module, tx, wrt=nnx.Param), nnx.jit(step)
+    got = [quiet(jitted, module, optimizer) for _ in range(4)]
+
+    half, frozen = jlora.partition({"kernel": before})
+    bias = nnx.as_pure(state)["bias"]
+
+    def of_half(half):
+        tree = jlora.combine(half, frozen)
+        out = jlora.lift(lambda p, x: x @ p["kernel"] + bias)(tree, x)
+        return ((out - y) ** 2).mean()
+
+    tx, want = optax.lbfgs(memory_size=2), []
+    opt_state = tx.init(half)
+
+    @jax.jit
+    def step_of_half(half, opt_state):
+        value, grad = jax.value_and_grad(of_half)(half)
+        updates, opt_state = tx.update(
+            grad, opt_state, half, value=value, grad=grad, value_fn=of_half
+        )
+        return optax.apply_updates(half, updates), opt_state, value
+
+    for _ in range(4):
+        half, opt_state, value = step_of_half(half, opt_state)
+        want.append(value)
+    assert got[-1] < 0.9 * got[0]
+    np.testing.assert_allclose(got, want, rtol=1e-3)
+
+
 def test_a_bare_optimizer_would_decay_the_base():
     x, y = normal(5, 7), normal(5, 11, seed=1)
     plain = nnx.Linear(7, 11, rngs=nnx.Rngs(0))

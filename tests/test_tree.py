@@ -418,6 +418,67 @@ def test_lora_only_trains_the_bias_that_was_seen_whatever_its_name():
     assert isinstance(tree["shift"], jlora.Full) and tree["bias"] is p["bias"]
 
 
+def layers(weight, bias):
+    """Two layers in one dict, with names of this form."""
+    return {
+        weight.format(0): normal(5, 7),
+        bias.format(0): normal(7),
+        weight.format(1): normal(7, 3),
+        bias.format(1): normal(3),
+        "step": jnp.int32(3),
+    }
+
+
+NAMES = [
+    ("{}/kernel", "{}/bias"),
+    ("fc{}.weight", "fc{}.bias"),
+    ("fc{}.linear.weight", "fc{}.linear.biases"),
+    ("c_attn{}_w", "c_attn{}_b"),
+    ("kernel_{}", "bias_{}"),
+    ("w{}", "b{}"),
+    ("w_{}", "b_{}"),
+    ("block_{}_kernel", "block_{}_bias"),
+]
+
+
+@pytest.mark.parametrize("weight, bias", NAMES)
+@pytest.mark.parametrize("targets", ["both", "one"])
+@pytest.mark.parametrize("traced", [True, False], ids=["trace", "names"])
+def test_all_biases_train_whatever_their_names(weight, bias, targets, traced):
+    """All of them, also those of weights that are not adapted."""
+    p = layers(weight, bias)
+    names = [weight.format(k) for k in range(2)][: 2 if targets == "both" else 1]
+
+    def fn(p, x):
+        for k in range(2):
+            x = x @ p[weight.format(k)] + p[bias.format(k)]
+        return x
+
+    plan = jlora.plan(fn, p, X, targets=names) if traced else None
+    targets = None if traced else names
+    tree = jlora.wrap(p, plan=plan, targets=targets, bias="all")
+    full = {path for path, v in adapted(tree).items() if isinstance(v, jlora.Full)}
+    assert full == {bias.format(0), bias.format(1)}
+    assert isinstance(tree[names[0]], jlora.LoRA)
+
+
+def test_all_biases_are_also_those_that_were_seen():
+    def fn(p, x):
+        return (x @ p["w"] + p["shift"]) * p["b_norm"]
+
+    p = {"w": normal(5, 7), "shift": normal(7), "b_norm": normal(7), "mu": normal(7)}
+    tree = jlora.wrap(p, plan=jlora.plan(fn, p, X), bias="all")
+    full = {path for path, v in adapted(tree).items() if isinstance(v, jlora.Full)}
+    assert full == {"shift", "b_norm"}
+
+
+def test_what_is_no_parameter_is_no_bias():
+    p = {"params": {"w": normal(5, 7), "b": normal(7)}, "stats": {"bias": normal(7)}}
+    tree = jlora.wrap(p, targets="**/w", bias="all")
+    assert isinstance(tree["params"]["b"], jlora.Full)
+    assert tree["stats"]["bias"] is p["stats"]["bias"]
+
+
 # --------------------------------------------------------------------- scaled
 
 
@@ -528,6 +589,113 @@ def test_schedules_and_injected_hyperparameters_work():
     for rate in (1.0, 0.5, 0.0):
         updates, state = tx.update(grads, state, tree)
         close(updates["up"]["kernel"].a, -rate * grads["up"]["kernel"].a, 1e-6)
+
+
+def boxed():
+    """A tree of Linen's boxes with axis names, and its function."""
+    init = nn.with_partitioning(nn.initializers.lecun_normal(), ("in", "out"))
+    layer = nn.Dense(7, kernel_init=init)
+    tree = jlora.wrap(layer.init(jax.random.key(0), X), rank=2, bias="all")
+
+    def fn(p, x):
+        return layer.apply(nn.unbox(p), x)
+
+    return tree, fn
+
+
+@pytest.mark.parametrize(
+    "make, full",
+    [
+        pytest.param(lambda: (tree_of(train=["norm/*"]), mlp), None, id="dict"),
+        pytest.param(boxed, optax.sgd(0.1), id="boxes-and-another-for-full"),
+    ],
+)
+def test_lbfgs_goes_the_way_of_the_trainable_half(make, full):
+    """Its line search calls a function of the params, and gets trees of gradients."""
+    tree, fn = make()
+    goal, lifted = jnp.cos(fn(jlora.merge(tree), X)), jlora.lift(fn)
+
+    def loss(tree, goal):
+        return ((lifted(tree, X) - goal) ** 2).mean()
+
+    def steps(update, params):
+        values, step = [], jax.jit(update)
+        state = None
+        for _ in range(4):
+            params, state, value = step(params, state)
+            values.append(value)
+        return params, jnp.stack(values)
+
+    tx = jlora.optimizer(optax.lbfgs(memory_size=3), tree, full=full)
+
+    def ours(params, state):
+        state = tx.init(params) if state is None else state
+        value, grad = jax.value_and_grad(loss)(params, goal)
+        given = dict(value=value, grad=grad, value_fn=loss, goal=goal)
+        updates, state = tx.update(grad, state, params, **given)
+        return optax.apply_updates(params, updates), state, value
+
+    def part(names):
+        return jax.tree.map(
+            lambda x, label: x if label in names else None, tree, jlora.labels(tree)
+        )
+
+    names = [("lora", "full")] if full is None else [("lora",), ("full",)]
+    txs, frozen = [optax.lbfgs(memory_size=3), full], part(["frozen"])
+
+    def theirs(parts, states):
+        """Each part moves with the others as they were."""
+        new = []
+        for k, (own, tx) in enumerate(zip(parts, txs, strict=False)):
+            others = [frozen, *(x for i, x in enumerate(parts) if i != k)]
+
+            def value_fn(own, others=others):
+                for other in others:
+                    own = jlora.combine(own, other)
+                return loss(own, goal)
+
+            state = tx.init(own) if states is None else states[k]
+            value, grad = jax.value_and_grad(value_fn)(own)
+            tx = optax.with_extra_args_support(tx)
+            given = dict(value=value, grad=grad, value_fn=value_fn)
+            updates, state = tx.update(grad, state, own, **given)
+            new.append((optax.apply_updates(own, updates), state))
+        return [x for x, _ in new], [state for _, state in new], value
+
+    got, values = steps(ours, tree)
+    want, expected = steps(theirs, [part(own) for own in names])
+    assert values[-1] < 0.8 * values[0]
+    close(values, expected, 1e-4)
+    for own in want:
+        frozen = jlora.combine(own, frozen)
+    close(got, frozen, 1e-3)
+    same(jlora.unwrap(got), jlora.unwrap(tree))
+
+
+def test_a_function_that_gives_gradients_is_passed_on():
+    """As optax.contrib.sam calls it, which takes two steps in each update."""
+    tree, lifted = tree_of(), jlora.lift(mlp)
+
+    def grad_fn(params, _=None):
+        return jax.grad(lambda p: (lifted(p, X) ** 2).mean())(params)
+
+    def moved(params, wrap, grad_fn):
+        sam = optax.contrib.sam(
+            optax.sgd(0.1), optax.sgd(0.05), sync_period=2, opaque_mode=True
+        )
+        tx = wrap(sam)
+        updates, _ = tx.update(
+            grad_fn(params), tx.init(params), params, grad_fn=grad_fn
+        )
+        return optax.apply_updates(params, updates)
+
+    got = moved(tree, lambda tx: jlora.optimizer(tx, tree), grad_fn)
+    half, frozen = jlora.partition(tree)
+
+    def of_half(half, _=None):
+        return jlora.partition(grad_fn(jlora.combine(half, frozen)))[0]
+
+    close(got, jlora.combine(moved(half, lambda tx: tx, of_half), frozen), 1e-5)
 
 
 def test_the_four_lines():
@@ -859,13 +1027,18 @@ def build(spec, seed):
     return p
 
 
+def mode(spec, bias):
+    """The mode; "none" for a tree without a bias, which refuses the others."""
+    return bias if any(has for *_, has in spec.values()) else "none"
+
+
 @SETTINGS
 @given(
     KERNELS, RANKS, st.integers(0, 99), st.sampled_from(["none", "all", "lora_only"])
 )
 def test_property_adapter_and_attach_are_inverse(spec, rank, seed, bias):
     p = build(spec, seed)
-    tree = randomise(jlora.wrap(p, rank=rank, bias=bias), seed)
+    tree = randomise(jlora.wrap(p, rank=rank, bias=mode(spec, bias)), seed)
     adapter = jlora.adapter(tree)
     same(jlora.attach(p, adapter), tree)
     same(jlora.adapter(jlora.attach(p, adapter)), adapter)
@@ -875,7 +1048,8 @@ def test_property_adapter_and_attach_are_inverse(spec, rank, seed, bias):
 @SETTINGS
 @given(KERNELS, RANKS, st.integers(0, 99), st.sampled_from(["none", "all"]))
 def test_property_partition_and_combine_are_inverse(spec, rank, seed, bias):
-    tree = randomise(jlora.wrap(build(spec, seed), rank=rank, bias=bias), seed)
+    p = build(spec, seed)
+    tree = randomise(jlora.wrap(p, rank=rank, bias=mode(spec, bias)), seed)
     halves = jlora.partition(tree)
     same(jlora.combine(*halves), tree)
     again = jlora.partition(jlora.combine(*halves))

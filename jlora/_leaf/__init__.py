@@ -1,5 +1,6 @@
 """What stands where an array stood: the adapted leaves, and what they are made of.
 
+* `node`: registers a class with all that takes trees apart.
 * `base`: what ``w`` can be: an array, or an object that makes one for each use.  **A
   new kind of base**, such as a quantised array, is a subclass of `base.Base` in a new
   file of this folder.

@@ -8,7 +8,8 @@ reads a base through its ``shape`` and ``dtype``, and through the functions here
 * `then` gives a new base from a function of the array, such as its transpose.
 
 A new kind of base is one file: a subclass of `Base` that defines ``shape``, ``dtype``
-and ``use``.  None means no base: in an adapter, or in half of a partition.
+and ``use``, registered by `node.register`.  None means no base: in an adapter, or in
+half of a partition.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from jlora._leaf.node import register
+
 
 class Base(abc.ABC):
-    """An object in place of a base array.  A subclass is a registered pytree.
+    """An object in place of a base array.  A subclass is a dataclass and a node.
 
     Attributes:
       shape: the array's shape, as the model sees it.
@@ -187,6 +190,15 @@ class Dropped(Base):
     def remark(self) -> str:
         """Shown by `summary`."""
         return "base dropped"
+
+
+register(
+    Dropped,
+    [],
+    ["shape", "dtype"],
+    document=lambda x: {"shape": [*x["shape"]], "dtype": str(x["dtype"])},
+    own=True,
+)
 
 
 @functools.partial(

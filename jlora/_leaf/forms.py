@@ -13,7 +13,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -353,7 +353,7 @@ def document(form: Form | None) -> dict[str, Any]:
     return {"form": {"name": type(form).__name__, **dataclasses.asdict(form)}}  # type: ignore[call-overload]
 
 
-def from_document(said: dict[str, Any]) -> Form | None:
+def from_document(said: Mapping[str, Any]) -> Form | None:
     """The form from what `document` gave, in which JSON turned tuples into lists."""
     if (form := said.get("form")) is None:
         return None

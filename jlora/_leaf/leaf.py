@@ -18,12 +18,14 @@ a leaf.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar, NoReturn
 
 import jax
 
 from jlora._leaf import base, forms
 from jlora._leaf.fields import FULL, LORA, trained
+from jlora._leaf.node import register
 
 _ADVICE = (
     "is an adapted leaf, not an array: call the function that uses it through "
@@ -224,15 +226,30 @@ class Full(_NotAnArray):
 Adapted = LoRA | Full
 
 
-def _register(cls: Any, meta: list[str]) -> None:
-    names = [f.name for f in dataclasses.fields(cls)]
-    data = [name for name in names if name not in meta]
-    jax.tree_util.register_dataclass(cls, data_fields=data, meta_fields=meta)
+STATIC = "roles", "form", "bias_path", "told"
 
 
-_register(Dropout, ["rate"])
-_register(LoRA, ["roles", "form", "bias_path", "told"])
-_register(Full, [])
+def document(static: Mapping[str, Any]) -> dict[str, Any]:
+    """The static fields of a `LoRA` leaf, by name, as JSON."""
+    said = {"roles": static["roles"], **forms.document(static["form"])}
+    if static["bias_path"] is not None:
+        said["bias"] = static["bias_path"]
+    return said | ({"told": str(static["told"])} if static["told"] else {})
+
+
+def from_document(said: Mapping[str, Any]) -> dict[str, Any]:
+    """The static fields from what `document` gave; it may say more than these."""
+    return {
+        "roles": said["roles"],
+        "form": forms.from_document(said),
+        "bias_path": said.get("bias"),
+        "told": Told(said.get("told", "")),
+    }
+
+
+register(Dropout, ["key"], ["rate"])
+register(Full, ["w", *FULL])
+register(LoRA, ["w", *LORA], STATIC, document=document, from_document=from_document)
 
 
 def is_adapted(x: Any) -> bool:

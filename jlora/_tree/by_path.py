@@ -92,6 +92,15 @@ def arrays(params: Any) -> dict[str, Any]:
     return out
 
 
+# As JAX's libraries and torch's call it: bias, b, fc1.bias, c_attn_b, b1, bias_hh, bq.
+_BIAS = re.compile(r"(.*[._])?(bias(es)?|b)\d*|bias(es)?_.*|b_.*|b[qkvo]")
+
+
+def is_bias(path: str) -> bool:
+    """Whether the name is that of a bias."""
+    return _BIAS.fullmatch(path.rpartition("/")[2]) is not None
+
+
 def sibling_bias(path: str, leaves: Mapping[str, Any]) -> str | None:
     """The path of the bias beside a weight, found by its name; None without one."""
     parent, slash, name = path.rpartition("/")

@@ -17,7 +17,10 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from jlora._leaf import Adapted, Full, LoRA, base, forms, is_adapted
+from jlora._leaf import Adapted, Full, LoRA, base, is_adapted
+from jlora._leaf.leaf import STATIC
+from jlora._leaf.leaf import document as static_document
+from jlora._leaf.leaf import from_document as from_static_document
 from jlora._tree import by_path, paths
 from jlora.checkpoint import orbax
 
@@ -53,8 +56,8 @@ def entry(leaf: Adapted) -> dict[str, Any]:
     )
     said |= base.document(leaf.w)
     if isinstance(leaf, LoRA):
-        said |= {"roles": leaf.roles, "rank": leaf.rank, **forms.document(leaf.form)}
-        said |= {} if leaf.bias_path is None else {"bias": leaf.bias_path}
+        static = {name: getattr(leaf, name) for name in STATIC}
+        said |= {"rank": leaf.rank, **static_document(static)}
     return said
 
 
@@ -76,8 +79,7 @@ def leaf_of(said: dict[str, Any], shape: Any, arrays: dict[str, Any]) -> Adapted
     w = base.from_document(said, shape)
     if said["kind"] == "full":
         return Full(w, **arrays)
-    form, bias = forms.from_document(said), said.get("bias")
-    return LoRA(w, **arrays, roles=said["roles"], form=form, bias_path=bias)
+    return LoRA(w, **arrays, **from_static_document(said))
 
 
 def crc(document: dict[str, Any]) -> int:
