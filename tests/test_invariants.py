@@ -221,6 +221,67 @@ def test_merge_rounds_half_precision_once(dtype):
     assert np.mean(right != twice) > 0.05
 
 
+def experts(p, x):
+    return jax.lax.ragged_dot(x, p["w"], jnp.array([4, 0, 7], jnp.int32))
+
+
+def convolved(p, x):
+    images = jnp.resize(x, (2, 5, 7, 3))
+    dims = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(
+        images, p["w"], (1, 1), "SAME", dimension_numbers=dims
+    )
+
+
+def scanned(p, x):
+    return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["w"])[0]
+
+
+IN_64 = [
+    pytest.param(lambda p, x: x @ p["w"] + p["b"], (5, 7), id="dense"),
+    pytest.param(lambda p, x: x @ p["w"].T + p["b"], (7, 5), id="transposed"),
+    pytest.param(lambda p, x: p["w"][jnp.arange(3)], (5, 7), id="lookup"),
+    pytest.param(experts, (3, 5, 7), id="experts"),
+    pytest.param(convolved, (3, 3, 3, 4), id="convolution"),
+    pytest.param(scanned, (3, 5, 5), id="stack"),
+    pytest.param(
+        lambda p, x: x @ jnp.concatenate([p["w"], jnp.ones((5, 2))], 1),
+        (5, 7),
+        id="beside-an-array",
+    ),
+    pytest.param(
+        lambda p, x: jnp.einsum(
+            "bi,kio->bko", x, jnp.stack([p["w"], jnp.ones((5, 7))])
+        ),
+        (5, 7),
+        id="stacked-with-an-array",
+    ),
+]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float64])
+@pytest.mark.parametrize("fn, shape", IN_64)
+def test_a_float64_base_gets_a_float64_delta(fn, shape, dtype):
+    """The factors are narrower; what is computed with them is not."""
+    with jax.enable_x64(True):
+        shapes = {"w": shape, "b": (7,)}
+        params = {k: normal(*s, dtype=jnp.float64) for k, s in shapes.items()}
+        x = normal(11, 5, seed=1, dtype=jnp.float64)
+        for rank, alpha in ((2, 3), (3, 1)):
+            plan = jlora.plan(fn, params, x, rank=rank, alpha=alpha, targets="w")
+            tree = jlora.wrap(params, plan=plan, dtype=dtype)
+            assert (tree["w"].scale == alpha / rank).all()
+            tree = randomise(tree, scale=False)
+            want = by_hand(tree, plan, np)
+            merged = jlora.merge(tree)
+            assert merged["w"].dtype == jnp.float64
+            close(merged, jax.tree.map(jnp.asarray, want), 1e-15)
+            got = quiet(jax.jit(jlora.lift(fn)), tree, x)
+            close(got, jax.jit(fn)(merged, x), 1e-14)
+            back = jlora.unmerge(merged, jlora.adapter(tree))
+            close(back, params, 1e-15)
+
+
 def test_full_values_merge_back_to_the_base_dtype():
     params = {"w": normal(5, 7, dtype=jnp.bfloat16), "b": normal(7, dtype=jnp.bfloat16)}
     tree = jlora.wrap({"kernel": params["w"], "bias": params["b"]}, train=["bias"])
