@@ -378,6 +378,35 @@ def test_no_product_is_wider_than_the_models():
             assert {v.aval.dtype for v in eqn.invars} == {jnp.dtype(jnp.bfloat16)}
 
 
+def test_what_float16_makes_of_adam_is_said_once():
+    """Its eps is zero there: the warning is true, and so is its advice."""
+    params, x, y = {"kernel": normal(5, 7)}, normal(11, 5), normal(11, 7)
+    f = jlora.lift(lambda p, x: x @ p["kernel"])
+
+    def trained(tree, tx):
+        trainable, frozen = jlora.partition(tree)
+        state = tx.init(trainable)
+
+        def loss(trainable):
+            return ((f(jlora.combine(trainable, frozen), x) - y) ** 2).mean()
+
+        for _ in range(2):
+            updates, state = tx.update(jax.grad(loss)(trainable), state, trainable)
+            trainable = optax.apply_updates(trainable, updates)
+        return loss(trainable)
+
+    with pytest.warns(
+        UserWarning, match="dtype=float16: .*6e-08.*eps of 1e-08"
+    ) as said:
+        tree = jlora.wrap(params, rank=2, dtype=jnp.float16)
+    assert len(said) == 1 and said[0].filename == __file__
+    assert jnp.isnan(trained(tree, optax.adamw(1e-2)))
+    assert trained(tree, optax.adamw(1e-2, eps=1e-4)) < 10
+    for dtype in (jnp.bfloat16, jnp.float32):
+        tree = quiet(jlora.wrap, params, rank=2, dtype=dtype)
+        assert trained(tree, optax.adamw(1e-2)) < 10
+
+
 def test_dtype_of_the_factors_can_be_chosen():
     params = {"kernel": normal(5, 7)}
     leaf = jlora.wrap(params, rank=3, dtype=jnp.bfloat16)["kernel"]
