@@ -96,9 +96,9 @@ def dot(
     return product(x, y, tuple(params.items())), labels
 
 
-def wider(x: Any, y: Any) -> Any:
-    """The dtype of x or of y, whichever has more bits."""
-    return max(x.dtype, y.dtype, key=lambda dtype: dtype.itemsize)
+def wider(*xs: Any) -> Any:
+    """The dtype of the one that has the most bits."""
+    return max((x.dtype for x in xs), key=lambda dtype: dtype.itemsize)
 
 
 def runs(

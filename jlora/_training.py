@@ -6,7 +6,6 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jlora._init.keys import path_key, typed
 from jlora._leaf import Dropout, LoRA, is_adapted
@@ -105,7 +104,7 @@ def scaled(tree: Any, s: Any) -> Any:
     def leaf(_: str, x: Any) -> Any:
         if not isinstance(x, LoRA):
             return x
-        return dataclasses.replace(x, scale=(x.scale * s).astype(jnp.float32))
+        return dataclasses.replace(x, scale=(x.scale * s).astype(x.scale.dtype))
 
     return by_path.map_leaves(leaf, tree, share=True)
 

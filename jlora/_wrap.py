@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -66,7 +67,10 @@ def wrap(
       lora_bias: whether every adapter gets a trainable output bias c, zero at the
         start, as in peft.  The layer's bias gets scale * c added.  If the layer has no
         bias of that shape, the weight's products get it, and the tree cannot be merged.
-      dtype: the dtype of a, b, c and `Full` values.
+      dtype: the dtype of a, b, c and `Full` values.  They are small, and cast to the
+        activation's dtype in each product, so float32 costs little.  In bfloat16 a step
+        below 2^-8 of a number is lost.  In float16 the eps of Adam, 1e-8, is zero, so
+        its first steps give NaN.
       key: the PRNG key for the factors; None for ``jax.random.key(0)``.  Each leaf's
         path is folded into it, so no leaf's factors depend on the other leaves.
 
@@ -90,8 +94,7 @@ def wrap(
     refuse_layers(params, "wrap")
     if not isinstance(lora_bias, bool):
         raise TypeError(f"wrap: lora_bias {lora_bias!r}: expected True or False.")
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"wrap: dtype {dtype!r}: expected a floating-point one.")
+    _check_dtype(dtype)
     if bias not in ("none", "all", "lora_only"):
         raise ValueError(f"bias {bias!r}: expected 'none', 'all' or 'lora_only'.")
     key, init = typed(key), initialiser(init)
@@ -117,6 +120,25 @@ def wrap(
         return make(x, path, spec, init=init, dtype=dtype, key=key)
 
     return by_path.map_leaves(leaf, params)
+
+
+def _check_dtype(dtype: Any) -> None:
+    """Raises for a dtype that cannot train; warns of one that Adam cannot train in."""
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"wrap: dtype {dtype!r}: expected a floating-point one.")
+    smallest = float(jnp.finfo(dtype).smallest_subnormal)
+    if smallest > _EPS:
+        name = jnp.dtype(dtype).name
+        warnings.warn(
+            f"wrap: dtype={name}: what trains is kept in {name}, whose smallest number "
+            f"is {smallest:.1g}. There Adam's eps of {_EPS:g} is zero, and its steps "
+            "give NaN. Leave dtype out: float32 factors are cast to the activation's "
+            "dtype in each product. Or give the optimizer a larger eps.",
+            stacklevel=3,
+        )
+
+
+_EPS = 1e-8  # the default of optax.adam, and of PyTorch's
 
 
 def _training(

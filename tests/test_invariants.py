@@ -221,6 +221,67 @@ def test_merge_rounds_half_precision_once(dtype):
     assert np.mean(right != twice) > 0.05
 
 
+def experts(p, x):
+    return jax.lax.ragged_dot(x, p["w"], jnp.array([4, 0, 7], jnp.int32))
+
+
+def convolved(p, x):
+    images = jnp.resize(x, (2, 5, 7, 3))
+    dims = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(
+        images, p["w"], (1, 1), "SAME", dimension_numbers=dims
+    )
+
+
+def scanned(p, x):
+    return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["w"])[0]
+
+
+IN_64 = [
+    pytest.param(lambda p, x: x @ p["w"] + p["b"], (5, 7), id="dense"),
+    pytest.param(lambda p, x: x @ p["w"].T + p["b"], (7, 5), id="transposed"),
+    pytest.param(lambda p, x: p["w"][jnp.arange(3)], (5, 7), id="lookup"),
+    pytest.param(experts, (3, 5, 7), id="experts"),
+    pytest.param(convolved, (3, 3, 3, 4), id="convolution"),
+    pytest.param(scanned, (3, 5, 5), id="stack"),
+    pytest.param(
+        lambda p, x: x @ jnp.concatenate([p["w"], jnp.ones((5, 2))], 1),
+        (5, 7),
+        id="beside-an-array",
+    ),
+    pytest.param(
+        lambda p, x: jnp.einsum(
+            "bi,kio->bko", x, jnp.stack([p["w"], jnp.ones((5, 7))])
+        ),
+        (5, 7),
+        id="stacked-with-an-array",
+    ),
+]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float64])
+@pytest.mark.parametrize("fn, shape", IN_64)
+def test_a_float64_base_gets_a_float64_delta(fn, shape, dtype):
+    """The factors are narrower; what is computed with them is not."""
+    with jax.enable_x64(True):
+        shapes = {"w": shape, "b": (7,)}
+        params = {k: normal(*s, dtype=jnp.float64) for k, s in shapes.items()}
+        x = normal(11, 5, seed=1, dtype=jnp.float64)
+        for rank, alpha in ((2, 3), (3, 1)):
+            plan = jlora.plan(fn, params, x, rank=rank, alpha=alpha, targets="w")
+            tree = jlora.wrap(params, plan=plan, dtype=dtype)
+            assert (tree["w"].scale == alpha / rank).all()
+            tree = randomise(tree, scale=False)
+            want = by_hand(tree, plan, np)
+            merged = jlora.merge(tree)
+            assert merged["w"].dtype == jnp.float64
+            close(merged, jax.tree.map(jnp.asarray, want), 1e-15)
+            got = quiet(jax.jit(jlora.lift(fn)), tree, x)
+            close(got, jax.jit(fn)(merged, x), 1e-14)
+            back = jlora.unmerge(merged, jlora.adapter(tree))
+            close(back, params, 1e-15)
+
+
 def test_full_values_merge_back_to_the_base_dtype():
     params = {"w": normal(5, 7, dtype=jnp.bfloat16), "b": normal(7, dtype=jnp.bfloat16)}
     tree = jlora.wrap({"kernel": params["w"], "bias": params["b"]}, train=["bias"])
@@ -315,6 +376,35 @@ def test_no_product_is_wider_than_the_models():
     for eqn in equations(jaxpr):
         if eqn.primitive.name == "dot_general":
             assert {v.aval.dtype for v in eqn.invars} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_what_float16_makes_of_adam_is_said_once():
+    """Its eps is zero there: the warning is true, and so is its advice."""
+    params, x, y = {"kernel": normal(5, 7)}, normal(11, 5), normal(11, 7)
+    f = jlora.lift(lambda p, x: x @ p["kernel"])
+
+    def trained(tree, tx):
+        trainable, frozen = jlora.partition(tree)
+        state = tx.init(trainable)
+
+        def loss(trainable):
+            return ((f(jlora.combine(trainable, frozen), x) - y) ** 2).mean()
+
+        for _ in range(2):
+            updates, state = tx.update(jax.grad(loss)(trainable), state, trainable)
+            trainable = optax.apply_updates(trainable, updates)
+        return loss(trainable)
+
+    with pytest.warns(
+        UserWarning, match="dtype=float16: .*6e-08.*eps of 1e-08"
+    ) as said:
+        tree = jlora.wrap(params, rank=2, dtype=jnp.float16)
+    assert len(said) == 1 and said[0].filename == __file__
+    assert jnp.isnan(trained(tree, optax.adamw(1e-2)))
+    assert trained(tree, optax.adamw(1e-2, eps=1e-4)) < 10
+    for dtype in (jnp.bfloat16, jnp.float32):
+        tree = quiet(jlora.wrap, params, rank=2, dtype=dtype)
+        assert trained(tree, optax.adamw(1e-2)) < 10
 
 
 def test_dtype_of_the_factors_can_be_chosen():

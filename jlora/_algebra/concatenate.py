@@ -12,7 +12,7 @@ from jax import lax
 
 from jlora._algebra.delta import low_rank, scaled
 from jlora._algebra.structure import folded, with_units
-from jlora._labels import RANK
+from jlora._labels import RANK, wider
 from jlora._leaf import LoRA, base, fields
 from jlora._leaf.fields import labels
 from jlora._leaf.forms import NotFactored
@@ -58,13 +58,16 @@ def _alike(parts: Sequence[LoRA | jax.Array]) -> list[LoRA]:
     # The parts may share a dropout key.  Each part of a stack needs another mask, and a
     # joined weight a mask unlike that of its first part.
     leaves = [folded(p, i) for i, p in enumerate(leaves)]
-    dtype = max((p.a.dtype for p in leaves), key=lambda dtype: dtype.itemsize)
-    return [
-        dataclasses.replace(
-            p, a=p.a.astype(dtype), b=p.b.astype(dtype), roles=axes.lstrip("b")
-        )
-        for p in leaves
-    ]
+    wide = {name: wider(*(getattr(p, name) for p in leaves)) for name in _FACTORS}
+
+    def alike(p: LoRA) -> LoRA:
+        new = {name: getattr(p, name).astype(dtype) for name, dtype in wide.items()}
+        return dataclasses.replace(p, **new, roles=axes.lstrip("b"))
+
+    return [alike(p) for p in leaves]
+
+
+_FACTORS = "a", "b", "scale"
 
 
 def _as_leaf(x: LoRA | jax.Array, axes: str) -> LoRA:
@@ -88,7 +91,7 @@ def _stacked(leaves: Sequence[LoRA], axis: int) -> LoRA:
 
     c = _output_biases([p.c for p in leaves], leaves)
     at = labels("c", axes).index(axis)
-    new = {name: join(name) for name in ("a", "b", "scale")}
+    new = {name: join(name) for name in _FACTORS}
     new["c"] = None if c is None else lax.concatenate(c, at)
     dropouts = [p.dropout for p in leaves if p.dropout is not None]
     if 0 < len(dropouts) < len(leaves):
@@ -143,14 +146,15 @@ def _output_biases(
     cs: Sequence[jax.Array | None], leaves: Sequence[LoRA]
 ) -> list[jax.Array] | None:
     """The output bias of every part, zero if it has none; None if no part has one."""
-    if all(c is None for c in cs):
+    found = [c for c in cs if c is not None]
+    if not found:
         return None
+    dtype = wider(*found)
 
     def shape(p: LoRA) -> list[int]:
         return [p.shape[k] for k in labels("c", p.axes)]
 
-    dtype = leaves[0].a.dtype
     return [
-        jnp.zeros(shape(p), dtype) if c is None else c
+        jnp.zeros(shape(p), dtype) if c is None else c.astype(dtype)
         for c, p in zip(cs, leaves, strict=True)
     ]

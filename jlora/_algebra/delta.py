@@ -15,22 +15,30 @@ from jlora._labels import wider
 from jlora._leaf import Full, LoRA, base, forms
 
 
-def scaled(leaf: LoRA, name: str) -> jax.Array:
-    """scale * b, or scale * c.
+def scaled(leaf: LoRA, name: str, to: Any = None) -> jax.Array:
+    """scale * b, or scale * c, in the widest dtype of leaf and factor.
 
     Scaling a factor costs nothing for each token, and rounds once.  The scale does not
     train.
+
+    Args:
+      leaf: the leaf.
+      name: the factor's name.
+      to: the array that the result is added to, if that is not the leaf's weight.
     """
     field, scale = getattr(leaf, name), lax.stop_gradient(leaf.scale)
     if scale.ndim:  # the leaf is stacked; a scalar broadcasts as it is
         scale = lax.expand_dims(scale, range(scale.ndim, field.ndim))
-    wide = wider(field, scale)
+    w = leaf.w if to is None else to
+    wide = wider(field, scale, *([] if base.is_missing(w) else [w]))
     return field.astype(wide) * scale.astype(wide)
 
 
 def delta(leaf: LoRA) -> jax.Array:
-    """scale * a·b in the weight's shape and the factors' dtype, at full precision."""
-    d = forms.of(leaf.form).delta(leaf.a, scaled(leaf, "b"), leaf.axes)
+    """scale * a·b in the weight's shape, at full precision in the widest dtype."""
+    a, b = leaf.a, scaled(leaf, "b")
+    wide = wider(a, b)
+    d = forms.of(leaf.form).delta(a.astype(wide), b.astype(wide), leaf.axes)
     chex.assert_equal(tuple(d.shape), leaf.shape)
     return d
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from jlora._init.kaiming import kaiming
 from jlora._init.keys import path_key, typed
+from jlora._labels import wider
 from jlora._leaf import LoRA, Told, base
 from jlora._plan.spec import Spec
 from jlora._tree import paths, sharding
@@ -66,10 +67,13 @@ def _maker(init: Initialiser, spec: Spec, dtype: Any) -> _Maker:
                 "expected the three of (w, a, b)."
             )
         new, a, b = made
-        fields = {"a": a.astype(dtype), "b": b.astype(dtype)}
+        a, b = a.astype(dtype), b.astype(dtype)
+        fields = {"a": a, "b": b}
         for name, shape in spec.shapes(w.shape).items():
             if name == "scale":
-                fields[name] = jnp.full(shape, spec.scale, jnp.float32)
+                wide = wider(w, a, jax.ShapeDtypeStruct((), jnp.float32))
+                wide = jax.dtypes.canonicalize_dtype(wide)
+                fields[name] = jnp.full(shape, spec.scale, wide)
             elif name not in fields:
                 fields[name] = jnp.zeros(shape, dtype)
         return fields if new is w else fields | {"w": new}

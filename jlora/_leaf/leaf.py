@@ -104,8 +104,8 @@ class LoRA(_NotAnArray):
         an adapter and in half of a partition.
       a: (*batch, *in, r), float32 whatever the base's dtype is.
       b: (*batch, r, *out), float32 whatever the base's dtype is.
-      scale: (*batch) float32, alpha / rank.  It is data, so that changing it does not
-        recompile; zero turns the adapter off.
+      scale: (*batch) float32, or wider if base or factors are; alpha / rank.  It is
+        data, so that changing it does not recompile; zero turns the adapter off.
       c: (*batch, *out) output bias of the low-rank branch, or None.  scale * c is added
         to a product of x with the weight.
       dropout: a `Dropout` on the activation, or None.

@@ -54,6 +54,6 @@ def plus(x: Any, weights: Sequence[LoRA], sign: int = 1) -> jax.Array:
     """
     value = x.value if isinstance(x, Full) else x
     wide = jnp.promote_types(value.dtype, jnp.float32)
-    first, *rest = (scaled(w, "c") for w in weights)
+    first, *rest = (scaled(w, "c", to=value) for w in weights)
     total = sum(rest, first)
     return (value.astype(wide) + sign * total).astype(x.dtype)

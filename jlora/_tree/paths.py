@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import posixpath
 from collections.abc import Iterable
 from typing import Any
 
@@ -29,19 +28,34 @@ def path_of(keys: tuple[Any, ...]) -> str:
     return "/".join(names)
 
 
+_SEP, _UP, _HERE = "/", "..", "."
+
+
 def relative(path: str, to: str) -> str:
     """``path`` relative to the parent of ``to``.
+
+    Each ``..`` at the start is one key up.  If a key with that name comes next, or one
+    named ``.``, a ``.`` stands between.
 
     Example:
       >>> relative("dense/bias", "dense/kernel"), relative("b/up", "w/up")
       ('bias', '../b/up')
+      >>> relative("dense/..", "dense/kernel"), relative("..", "w/up")
+      ('./..', '.././..')
     """
-    return posixpath.relpath("/" + path, posixpath.dirname("/" + to))
+    keys, parent = path.split(_SEP), to.split(_SEP)[:-1]
+    same = [x == y for x, y in zip(keys[:-1], parent, strict=False)]
+    shared = [*same, False].index(False)
+    rest, up = keys[shared:], [_UP] * (len(parent) - shared)
+    return _SEP.join([*up, *([_HERE] if rest[0] in (_HERE, _UP) else []), *rest])
 
 
 def resolve(name: str, to: str) -> str:
     """The inverse of `relative`: the path whose name relative to ``to`` this is."""
-    return posixpath.normpath(f"{posixpath.dirname('/' + to)}/{name}").lstrip("/")
+    keys, parent = name.split(_SEP), to.split(_SEP)[:-1]
+    up = next((k for k, key in enumerate(keys) if key != _UP), len(keys) - 1)
+    rest = keys[up + 1 :] if keys[up] == _HERE else keys[up:]
+    return _SEP.join([*parent[: max(len(parent) - up, 0)], *rest])
 
 
 def near(path: str, paths: Iterable[str]) -> str:

@@ -27,7 +27,7 @@ def _compile(glob: str) -> re.Pattern[str]:
         return within.get(text, re.escape(text))
 
     keys = [
-        "(?:[^/]+/)*" if key == "**" else re.sub(r"\[[^\]]+\]|.", token, key) + "/"
+        "(?:[^/]*/)*" if key == "**" else re.sub(r"\[[^\]]+\]|.", token, key) + "/"
         for key in glob.split("/")
     ]
     return re.compile("".join(keys))
