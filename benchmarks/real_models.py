@@ -628,12 +628,20 @@ def compared(plan, params):
     except Exception as error:  # of any kind: it is what the table shows
         return "error", [f"{type(error).__name__}: {str(error).splitlines()[0]}"]
     found = {path: leaf.axes for path, leaf in jlora.adapter(tree).items()}
-    seen = {path: spec.axes for path, spec in plan.items()}
-    wrong = [p for p, axes in found.items() if axes != seen.get(p)]
+    wrong = [path for path, axes in found.items() if not same(axes, plan, path)]
     if wrong:
+        seen = {path: spec.axes for path, spec in plan.items()}
         return "other", [f"{p}: {found[p]}, not {seen.get(p)}" for p in wrong]
     missing = [path for path in plan if path not in found]
     return ("part", missing) if missing else ("whole", [])
+
+
+def same(axes, plan, path):
+    """Whether the plan has these roles; those of axes of one element may differ."""
+    if path not in plan:
+        return False
+    triples = zip(axes, plan[path].axes, plan.shapes[path], strict=True)
+    return all(told == seen or size == 1 for told, seen, size in triples)
 
 
 def row(name, make, whole):

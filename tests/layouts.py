@@ -8,7 +8,9 @@ the width if they are so there. `jlora.plan` watches the use and so knows the ro
 
 import functools
 import sys
+import warnings
 
+import equinox as eqx
 import layouts_arrays as layouts_arrays  # each adds its models to the table
 import layouts_equinox as layouts_equinox
 import layouts_haiku as layouts_haiku
@@ -45,12 +47,33 @@ def compared(plan, params):
     except (TypeError, ValueError) as error:
         return "error", [str(error).splitlines()[0]]
     found = {path: leaf.axes for path, leaf in jlora.adapter(tree).items()}
-    seen = {path: spec.axes for path, spec in plan.items()}
-    wrong = {path: axes for path, axes in found.items() if axes != seen.get(path)}
+    wrong = [path for path, axes in found.items() if not same(axes, plan, path)]
     if wrong:
-        return "other", [f"{p}: {a}, not {seen.get(p)}" for p, a in wrong.items()]
+        seen = {path: spec.axes for path, spec in plan.items()}
+        return "other", [f"{p}: {found[p]}, not {seen.get(p)}" for p in wrong]
     missing = [path for path in plan if path not in found]
     return ("part", missing) if missing else ("whole", [])
+
+
+def same(axes, plan, path):
+    """Whether the plan has these roles; those of axes of one element may differ."""
+    if path not in plan:
+        return False
+    triples = zip(axes, plan[path].axes, plan.shapes[path], strict=True)
+    return all(told == seen or size == 1 for told, seen, size in triples)
+
+
+def refused(case, params):
+    """Why the lifted function does not take the roles that wrap told; None if it does.
+
+    It has to refuse those that its use contradicts.
+    """
+    fn, _, args = case.build()
+    tree = jlora.wrap(abstract(params), rank=8)
+    try:
+        eqx.filter_eval_shape(jlora.lift(fn), tree, *args)
+    except (TypeError, ValueError) as error:
+        return str(error).splitlines()[0]
 
 
 def show(name, plan, result, details, whole=False):
@@ -65,14 +88,19 @@ def show(name, plan, result, details, whole=False):
 
 def main(words):
     """The table; of the layouts whose names hold one of the words, with the plans."""
+    warnings.simplefilter("ignore")  # of what wrap leaves alone, which the table says
     for case in LAYOUTS:
         if words and not any(word in case.name for word in words):
             continue
         params, plan = case.build()[1], plan_of(case)
-        show(case.name, plan, *compared(plan, params), whole=bool(words))
+        ways = {case.name: params}
         if arrays(params) is not params:
-            name = f"{case.name}, values"
-            show(name, plan, *compared(plan, arrays(params)), whole=bool(words))
+            ways[f"{case.name}, values"] = arrays(params)
+        for name, params in ways.items():
+            result, details = compared(plan, params)
+            if result == "other":
+                details.insert(0, f"lifted: {refused(case, params) or 'accepted'}")
+            show(name, plan, result, details, whole=bool(words))
 
 
 if __name__ == "__main__":

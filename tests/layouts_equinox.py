@@ -339,23 +339,34 @@ class EquimoPatches(eqx.Module):
         return self.proj(x).reshape(WIDTH, -1).T
 
 
+class EquimoPositions(eqx.Module):
+    """A weight that is added."""
+
+    weight: jax.Array
+
+    def __call__(self, x):
+        return x + self.weight
+
+
 class EquimoViT(eqx.Module):
     patch_embed: EquimoPatches
     cls_token: jax.Array
-    pos_embed: jax.Array
+    global_pos_embed: EquimoPositions
     blocks: tuple
     norm: eqx.nn.LayerNorm
     head: eqx.nn.Linear
 
     def __init__(self, key):
         self.patch_embed = EquimoPatches(key)
-        self.cls_token, self.pos_embed = jnp.zeros((1, WIDTH)), jnp.zeros((5, WIDTH))
+        self.cls_token = jnp.zeros((1, WIDTH))
+        self.global_pos_embed = EquimoPositions(jnp.zeros((5, WIDTH)))
         self.blocks = tuple(EquimoBlock(key) for _ in range(LAYERS))
         self.norm = eqx.nn.LayerNorm(WIDTH)
         self.head = eqx.nn.Linear(WIDTH, 7, key=key)
 
     def __call__(self, x):
-        x = jnp.concatenate([self.cls_token, self.patch_embed(x)]) + self.pos_embed
+        x = jnp.concatenate([self.cls_token, self.patch_embed(x)])
+        x = self.global_pos_embed(x)
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x[0]))
