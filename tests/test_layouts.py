@@ -9,6 +9,8 @@ import warnings
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from helpers import close, is_adapted, randomise, silent
 from layouts import LAYOUTS, abstract, arrays, plan_of, table, told
@@ -17,7 +19,7 @@ import jlora
 
 
 def wrapped(params, plan):
-    """Random factors around the params, which compiles no initialiser."""
+    """The params with random factors around them, which compiles no initialiser."""
     tree = jlora.wrap(abstract(params), plan=plan)
 
     def fill(leaf, base):
@@ -28,16 +30,34 @@ def wrapped(params, plan):
     return randomise(jax.tree.unflatten(treedef, leaves))
 
 
+def by_roles(leaf):
+    """W + scale * a·b from what the leaf says of its axes, in numpy."""
+    if not is_adapted(leaf):
+        return leaf
+    letters = "abcdefg"[: leaf.ndim]
+    batch, inner, outer = (
+        "".join(x for x, own in zip(letters, leaf.axes, strict=True) if own == role)
+        for role in "bio"
+    )
+    text = f"{batch}{inner}z,{batch}z{outer},{batch}->{letters}"
+    delta = np.einsum(text, *(np.asarray(x) for x in (leaf.a, leaf.b, leaf.scale)))
+    return jnp.asarray(np.asarray(leaf.w) + delta)
+
+
 @pytest.mark.parametrize("case", LAYOUTS, ids=lambda case: case.name)
 def test_the_adapted_model_is_the_merged_one(case):
     fn, params, args = case.build()
     assert plan_of(case)
     tree = wrapped(arrays(params), plan_of(case))
+    leaves = jax.tree.leaves(tree, is_leaf=is_adapted)
+    plain = jax.tree.unflatten(
+        jax.tree.structure(arrays(params)), map(by_roles, leaves)
+    )
 
-    def both(tree, *args):
-        return jlora.lift(fn)(tree, *args), fn(jlora.merge(tree), *args)
+    def both(tree, plain, *args):
+        return jlora.lift(fn)(tree, *args), fn(plain, *args)
 
-    close(*silent(eqx.filter_jit(both), tree, *args))
+    close(*silent(eqx.filter_jit(both), tree, plain, *args))
 
 
 # What wrap cannot tell without a plan; all others are told whole.  "error" by wrap;
