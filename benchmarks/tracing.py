@@ -5,10 +5,11 @@
 Times are processor seconds of this machine; the claims are ratios and generous bounds.
 Plans and wraps an abstract Llama-70B of 80 unrolled layers, and traces models of 32
 layers and of two, plain and lifted: the forward pass, and the gradient of its sum as a
-training step has it.  Each time with fresh function objects.  Cold is with empty caches, so that
-nothing answers but the tracing itself; warm is the second trace in a process.  Told is
-the 32-layer models wrapped without a plan, whose roles are compared with the use.  Ends
-with assertions.
+training step has it.  Each time with fresh function objects.  Cold is with empty
+caches, so that nothing answers but the tracing itself; warm is the second trace in a
+process.
+Told is a 32-layer model wrapped without a plan, whose roles are compared with the use.
+Ends with assertions.
 """
 
 from __future__ import annotations

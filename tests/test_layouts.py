@@ -77,6 +77,7 @@ NOT_WHOLE = {
     "mixtral (Keras)": "part",
     "llama (Penzai)": "error",
     "equivariant linear layers (e3nn)": "error",
+    "SAC's critics (Linen, vmap)": "other",
 }
 
 

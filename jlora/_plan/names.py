@@ -19,8 +19,8 @@ _WEIGHT = re.compile(
 # Those of torch, which has the out axes first; some ports keep that, and some do not.
 _TORCH = re.compile(r"weights?|.*[._]weights?")
 _EMBEDDING = re.compile(
-    r"((tok|token|word|pos|position|input|shared)_?)?emb(ed(dings?|s|_tokens)?)?|"
-    r"embedding_table|wte|wpe"
+    r"((.*_)?(tok|token|word|type|pos|position|input|shared)_?)?"
+    r"emb(ed(dings?|s|_tokens)?)?|embedding_table|wte|wpe"
 )
 _NORM = re.compile(r"(.*_)?(norm|ln|bn|layernorm|batchnorm)(_.*)?", re.I)
 # What no product reads: a bias, or a vector for each feature.
