@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.extend import core as core
 from jax.interpreters import ad as ad
 from jax.interpreters import batching as batching
@@ -150,7 +152,74 @@ def copied(x: Any) -> Any:
 
 def evaluate(jaxpr: Any, args: Sequence[Any]) -> list[Any]:
     """Evaluates a closed jaxpr on flat arguments."""
+    nans, infs = jax.config.jax_debug_nans, jax.config.jax_debug_infs  # type: ignore[attr-defined]
+    if nans or infs:
+        with jax.debug_nans(False), jax.debug_infs(False):
+            return _Search(nans, infs).evaluate(jaxpr, args)
     return core.jaxpr_as_fun(jaxpr)(*args)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Search:
+    """Evaluates a jaxpr, and raises where a NaN or an infinity is made, as eager code.
+
+    JAX's own evaluation of a jaxpr does not look for NaN: functions such as jnp.var
+    select between a number and a NaN on purpose, which a jaxpr does not tell.
+
+    Attributes:
+      nans: whether to look for NaN, as the user's jax_debug_nans has it.
+      infs: whether to look for infinities, likewise.
+    """
+
+    nans: bool
+    infs: bool
+
+    def evaluate(self, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
+        """Evaluates a closed jaxpr on flat arguments."""
+        body, consts = jaxpr_and_consts(jaxpr)
+        env = dict(zip(body.constvars, consts, strict=True))
+        env.update(zip(body.invars, args, strict=True))
+        on_purpose: set[Any] = set()
+        for eqn in body.eqns:
+            values = [v.val if isinstance(v, Literal) else env[v] for v in eqn.invars]
+            outs = bind(eqn, values)
+            given = [
+                self._is_special(v) if isinstance(v, Literal) else v in on_purpose
+                for v in eqn.invars
+            ]
+            name = eqn.primitive.name
+            if given and all(given):
+                on_purpose.update(eqn.outvars)
+            elif not any(given) or name not in ("select_n", *JIT):
+                if name in (*JIT, *REMAT) and self._found(outs):  # where in it?
+                    self.evaluate(eqn.params["jaxpr"], values)
+                self._require_none(outs, name)
+            env.update(zip(eqn.outvars, outs, strict=True))
+        outs = [v.val if isinstance(v, Literal) else env[v] for v in body.outvars]
+        self._require_none(outs, "a lifted function")
+        return outs
+
+    def _is_special(self, v: Any) -> bool:
+        if not jnp.issubdtype(v.aval.dtype, jnp.inexact):
+            return False
+        return bool(self.nans and np.isnan(v.val) or self.infs and np.isinf(v.val))
+
+    def _require_none(self, xs: Sequence[Any], name: str) -> None:
+        if kind := self._found(xs):
+            raise FloatingPointError(f"invalid value ({kind}) encountered in {name}")
+
+    def _found(self, xs: Sequence[Any]) -> str:
+        """The kind that one of these has, also where they are being differentiated."""
+        xs = [x for x in xs if jnp.issubdtype(jax.typeof(x).dtype, jnp.inexact)]
+        for kind, look in (("nan", self.nans), ("inf", self.infs)):
+            nans, infs = look and kind == "nan", look and kind == "inf"
+            try:  # JAX looks at what a primitive gives
+                with jax.debug_nans(nans), jax.debug_infs(infs):
+                    for x in xs if look else ():
+                        copied(x)
+            except FloatingPointError:
+                return kind
+        return ""
 
 
 def default_precision() -> Any:

@@ -11,6 +11,7 @@ from jlora._init.keys import path_key, typed
 from jlora._leaf import Dropout, LoRA, is_adapted
 from jlora._leaf.fields import trained
 from jlora._tree import by_path
+from jlora._tree.trace import hide, is_array, show
 
 
 def partition(tree: Any) -> tuple[Any, Any]:
@@ -18,7 +19,9 @@ def partition(tree: Any) -> tuple[Any, Any]:
 
     a, b, c and `Full` values are trainable; everything else is frozen.  Differentiate
     with respect to the trainable half, and `combine` the halves inside the loss.  Then
-    the base is an input of the training step, but no output.
+    the base is an input of the training step, but no output.  What is no array among
+    arrays, as the functions and flags of a module of Equinox, is part of the structure
+    of the frozen half.  So both are arguments that ``jax.jit`` takes.
 
     Raises:
       ValueError: the tree has no adapted leaf.
@@ -37,7 +40,11 @@ def partition(tree: Any) -> tuple[Any, Any]:
             lambda x, label: x if (label == "frozen") is frozen else None, tree, found
         )
 
-    return half(False), half(True)
+    # A tree of shardings or of labels has no arrays, and stays as it is.
+    rest = half(True)
+    return half(False), hide(rest) if any(
+        map(is_array, jax.tree.leaves(tree))
+    ) else rest
 
 
 def combine(trainable: Any, frozen: Any) -> Any:
@@ -54,7 +61,7 @@ def combine(trainable: Any, frozen: Any) -> Any:
     """
     try:
         return jax.tree.map(
-            lambda x, y: y if x is None else x,
+            lambda x, y: show(y) if x is None else x,
             trainable,
             frozen,
             is_leaf=lambda x: x is None,

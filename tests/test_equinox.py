@@ -218,6 +218,65 @@ def test_training():
     close(run(merged, x), jlora.lift(run)(tree, x))
 
 
+class Block(eqx.Module):
+    """Functions with and without a rule, a flag, a rate and a name among its leaves."""
+
+    layer: Layer
+    out: eqx.nn.Linear
+    activation: object
+    name: str
+
+    def __init__(self, key):
+        self.layer = Layer(key, inference=False)
+        self.out = eqx.nn.Linear(7, 3, key=key)
+        self.activation, self.name = jax.nn.relu, "block"
+
+    def __call__(self, x, key):
+        return self.out(self.activation(self.layer(x, key=key)))
+
+
+@pytest.mark.parametrize("through", [jax.jit, eqx.filter_jit])
+def test_the_halves_train_under_jax_jit(through):
+    """What is no array is static in the frozen half.  The oracle is a step by hand."""
+    module, keys = made(Block), jax.random.split(KEY, 5)
+    x, y = normal(5, 7), normal(5, 3, seed=1)
+
+    def call(module, x):
+        return jax.vmap(module)(x, keys)
+
+    tree = wrapped(module, call, x)
+    tx, traces = optax.sgd(1e-3), []
+
+    def step(trainable, state, frozen):
+        traces.append(1)
+
+        def loss(trainable):
+            out = jlora.lift(call)(jlora.combine(trainable, frozen), x)
+            return ((out - y) ** 2).mean()
+
+        value, grads = jax.value_and_grad(loss)(trainable)
+        updates, state = tx.update(grads, state, trainable)
+        return optax.apply_updates(trainable, updates), state, value
+
+    trainable, frozen = jlora.partition(tree)
+    assert all(map(eqx.is_array, jax.tree.leaves((trainable, frozen))))
+    whole = jlora.combine(trainable, frozen)
+    assert jax.tree.structure(whole) == jax.tree.structure(tree)
+    leaves = map(jax.tree.leaves, (whole, tree))
+    assert all(old is new for old, new in zip(*leaves, strict=True))
+    run, state, values = through(step), tx.init(trainable), []
+    for _ in range(3):
+        trainable, state, value = run(trainable, state, frozen)
+        values.append(value)
+    assert len(traces) == 1 and values[-1] < values[0]
+    close(values[0], ((call(jlora.merge(tree), x) - y) ** 2).mean())
+    back = jlora.combine(trainable, frozen)
+    assert back.activation is jax.nn.relu and back.layer.drop.inference is False
+    # The flag is part of the structure.
+    quiet_half = jlora.partition(eqx.nn.inference_mode(tree))[1]
+    assert run(trainable, state, quiet_half)[2] != value and len(traces) == 2
+
+
 def test_the_optimizer_takes_the_module_as_it_is():
     """Only its structure is read, and wrap, lift and merge take it too."""
     module = eqx.nn.MLP(7, 13, 11, 1, key=KEY)

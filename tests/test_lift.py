@@ -1775,3 +1775,66 @@ def test_no_sharing_under_dropout_whose_masks_are_its_own():
     tree = randomise(jlora.wrap(params, rank=5, targets="*"))
     dropped = jlora.dropout(tree, 0.5, jax.random.key(0))
     assert shared_products(jlora.lift(fn), dropped, normal(11, 6)) == 0
+
+
+# ------------------------------------------------------- jax_debug_nans, as eager code
+
+LOW = 1e3  # below all products here
+WITH_NAN = {
+    "log": lambda p, x: jnp.log(x @ p["w"] - LOW),
+    "then-a-number": lambda p, x: jnp.where(True, 0.0, jnp.log(x @ p["w"] - LOW)),
+    "jit": lambda p, x: jax.jit(lambda y: jnp.sqrt(y - LOW) + 1)(x @ p["w"]),
+    "scan": lambda p, x: lax.scan(
+        lambda y, _: (jnp.log(y @ p["w"] @ p["w"].T - LOW), None), x, length=2
+    )[0],
+    "cond": lambda p, x: lax.cond(
+        x[0, 0] < LOW, lambda y: jnp.log(y - LOW), lambda y: y, x @ p["w"]
+    ),
+    "remat": lambda p, x: jax.checkpoint(lambda y: jnp.log(y @ p["w"] - LOW))(x),
+    "variance-of-nothing": lambda p, x: jnp.var((x @ p["w"])[:0], 0),
+    "chosen": lambda p, x: jnp.where(x[:, :1] < LOW, jnp.nan, x @ p["w"]),
+    "times-nan": lambda p, x: (x @ p["w"]) * jnp.nan,
+}
+WITHOUT_NAN = {
+    "variance": lambda p, x: jnp.std(x @ p["w"], 0) + jnp.median(x),
+    "softmax": lambda p, x: jax.nn.softmax(x @ p["w"]) + jax.nn.logsumexp(x),
+    "not-chosen": lambda p, x: jnp.where(x[:, :1] < LOW, x @ p["w"], jnp.nan),
+}
+
+
+def found(fn, *args):
+    """What is said of the NaN that is made; nothing if none is."""
+    try:
+        with jax.debug_nans(True):
+            jax.block_until_ready(fn(*args))
+    except FloatingPointError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("name", [*WITH_NAN, *WITHOUT_NAN])
+def test_a_nan_is_found_as_in_eager_code(name):
+    fn = (WITH_NAN | WITHOUT_NAN)[name]
+    params, x = {"w": normal(5, 7)}, normal(11, 5, seed=1)
+    tree, _ = adapt(dense, params, x)
+    lifted = jlora.lift(fn)
+
+    def grad(fn):
+        return jax.grad(lambda p: fn(p, x).sum())
+
+    got = found(lifted, tree, x), found(grad(lifted), tree)
+    want = found(fn, params, x), found(grad(fn), params)
+    assert [*map(bool, got)] == [*map(bool, want)] == [name in WITH_NAN] * 2
+    # Where it was made; of a constant JAX says that it was cast.
+    assert name in ("chosen", "times-nan") or got[0] == want[0]
+    jax.block_until_ready(lifted(tree, x))  # nobody looks
+
+
+def test_an_infinity_is_found_as_in_eager_code():
+    params, x = {"w": normal(5, 7)}, normal(11, 5, seed=1)
+    tree, _ = adapt(dense, params, x)
+    lifted = jlora.lift(lambda p, x: jax.jit(jnp.exp)(x @ p["w"] + LOW))
+    with jax.debug_infs(True):
+        with pytest.raises(FloatingPointError, match=r"\(inf\) encountered in exp"):
+            lifted(tree, x)
+        jlora.lift(lambda p, x: jax.nn.softmax(x @ p["w"]))(tree, x)
