@@ -209,7 +209,7 @@ def test_what_has_no_low_rank_form_is_formed_of_it():
         return x @ jnp.abs(p["w"])
 
     coded, params = on_int8(W)
-    plan = jlora.plan(fn, coded, X, rank=2)
+    plan = jlora.plan(fn, coded, X, rank=2, targets="w")
     tree = randomise(jlora.wrap(coded, plan=plan))
     assert [e.status for e in silent(jlora.explain, fn, tree, X)] == ["materialised"]
     got = silent(jlora.lift(fn), tree, X)

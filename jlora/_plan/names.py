@@ -113,6 +113,8 @@ class Names:
         if ndim < 2 or is_vector(path):
             return None
         shown, habit = self._shown(path), self._habits.get(name, set())
+        if ndim > 2 and not shown and self._biases[path] is not None:
+            return None  # the bias fits none of the roles that a name may tell
         kind, axes = "dense", None
         if ndim == 2 and _is_embedding(path):
             kind, axes = "embed", "io"
