@@ -122,6 +122,37 @@ def test_nothing_left_to_adapt():
     says(error, "encoder/layer_0/query/bias")
 
 
+class Parameter:
+    """A mutable variable that is no pytree, as penzai's are."""
+
+    def __init__(self, value):
+        self.value = value
+
+
+@pytest.mark.parametrize(
+    "tree, found",
+    [
+        pytest.param({}, "an empty tree", id="empty"),
+        pytest.param(
+            {"linear": Parameter(normal(5, 7))},
+            "only Parameter (at 'linear')",
+            id="parameters",
+        ),
+        pytest.param(Parameter(normal(5, 7)), "only Parameter.", id="object"),
+        pytest.param(
+            {"width": 3, "name": "x"}, "only int, str (at 'name')", id="config"
+        ),
+    ],
+)
+@pytest.mark.parametrize("call", [jlora.wrap, lambda t: jlora.plan(fn, t, X)])
+def test_weights_that_live_elsewhere(tree, found, call):
+    with pytest.raises(ValueError) as error:
+        call(tree)
+    says(error, "expected a tree of arrays", found, "live elsewhere")
+    says(error, "model.init(key, x)", "model.trainable_variables")
+    says(error, "pz.unbind_params(model, freeze=True)", "pz.bind_variables")
+
+
 def test_ambiguous_roles_without_a_plan():
     with pytest.raises(ValueError) as error:
         jlora.wrap({"blocks": {"mix": {"kernel": normal(3, 5, 7)}}})

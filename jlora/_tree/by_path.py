@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -74,14 +74,7 @@ def arrays(params: Any) -> dict[str, Any]:
                 "that it stands for, as variable.value is in Keras."
             )
     if not out:
-        found = ", ".join(sorted({type(x).__name__ for _, x in pairs}))
-        raise ValueError(
-            "nothing to adapt: expected a tree of arrays, found "
-            + (f"no array, only {found}" if found else "an empty tree")
-            + ". Initialise or build the model first (one of Keras has no variables "
-            "before), and pass its arrays: {v.path: v.value for v in "
-            "model.trainable_variables} in Keras, the params elsewhere."
-        )
+        raise ValueError(_no_array(pairs))
     seen = variables(params)
     if len({*map(id, seen)}) < len(seen):
         raise ValueError(
@@ -90,6 +83,23 @@ def arrays(params: Any) -> dict[str, Any]:
             "graph, state = nnx.split(module)."
         )
     return out
+
+
+def _no_array(leaves: Sequence[tuple[str, Any]]) -> str:
+    found, where = "an empty tree", "they are not made yet, or are not in it"
+    if leaves:
+        kinds = ", ".join(sorted({type(x).__name__ for _, x in leaves}))
+        at = f" (at {leaves[0][0]!r})" if leaves[0][0] else ""
+        found = f"no array, only {kinds}{at}"
+        where = "they are not made yet, or are inside of objects that JAX takes whole"
+    return (
+        f"nothing to adapt: expected a tree of arrays, found {found}. The weights live "
+        f"elsewhere: {where}. Pass the arrays, and plan and lift a function that takes "
+        "them as an argument. In Linen and Haiku: params = model.init(key, x). In "
+        "Keras, build the model: {v.path: v.value for v in model.trainable_variables}. "
+        "In penzai: model, params = pz.unbind_params(model, freeze=True), and lambda "
+        "params, x: pz.bind_variables(model, params)(x)."
+    )
 
 
 # As JAX's libraries and torch's call it: bias, b, fc1.bias, c_attn_b, b1, bias_hh, bq.
