@@ -20,9 +20,9 @@ adapted leaves.  An *adapter* is a flat dict from path to adapted leaf without i
 The house.  Each part imports only from the parts above it in this list:
 
 * `_compat`: all that differs between JAX versions.  `_imported`: what is done once a
-  user imports another library.  `_product`: a product that fixes the order of operands
-  in its gradient.  `_labels`: products of arrays whose axes have labels, like the
-  letters of an einsum.
+  user imports another library.  `_printed`: what is shown as a table.  `_product`: a
+  product that fixes the order of operands in its gradient.  `_labels`: products of
+  arrays whose axes have labels, like the letters of an einsum.
 * `_leaf`: the adapted leaf.  `_algebra`: what the uses of a weight become.
 * `_tree`: trees, paths and frameworks.  `_plan`: which weights, with which roles.
   `_init`: how factors start.  `_lift`: the evaluation of a function.

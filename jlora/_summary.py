@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jlora._leaf import Adapted, LoRA, base, is_adapted
 from jlora._leaf.fields import missing, trained
 from jlora._plan.plan import table
+from jlora._printed import Printed
 from jlora._tree import by_path
 
 
@@ -52,11 +53,8 @@ def _words(x: Adapted) -> str:
 _SHOWN = 8  # of the matrices that are not adapted
 
 
-class Summary(str):
+class Summary(Printed, str):
     """A string that is its own repr, so that the interpreter's prompt shows a table."""
-
-    def __repr__(self) -> str:
-        return str(self)
 
 
 def summary(tree: Any) -> Summary:

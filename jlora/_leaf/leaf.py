@@ -44,6 +44,21 @@ class _NotAnArray:
             f"{type(self).__name__} has no attribute {name!r}; it {_ADVICE}.", name=name
         )
 
+    def __treescope_repr__(self, path: Any, subtree_renderer: Any) -> Any:
+        """The fields that are there, for notebooks in which treescope shows values."""
+        from treescope import formatting_util, repr_lib  # it is there if it asks
+
+        own: Any = self
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(own)}
+        empty = {k for k, v in values.items() if v is None or isinstance(v, Told)}
+        return repr_lib.render_object_constructor(
+            object_type=type(self),
+            attributes={k: v for k, v in values.items() if k not in empty},
+            path=path,
+            subtree_renderer=subtree_renderer,
+            color=formatting_util.color_from_string(type(self).__name__),
+        )
+
     __jax_array__ = __array__ = __array_ufunc__ = _refuse
     __getitem__ = __len__ = __iter__ = _refuse
     __float__ = __int__ = __index__ = __complex__ = _refuse

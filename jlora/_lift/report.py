@@ -6,6 +6,8 @@ import collections
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
+from jlora._printed import Printed
+
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
@@ -23,8 +25,8 @@ class Entry:
     where: tuple[str, ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class Report:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Report(Printed):
     """The result of `explain`: one `Entry` per adapted leaf; iterable and printable."""
 
     entries: tuple[Entry, ...]

@@ -7,11 +7,12 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from jlora._plan.spec import Spec
+from jlora._printed import Printed
 from jlora._tree import paths
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class Plan(Mapping[str, Spec]):
+class Plan(Printed, Mapping[str, Spec]):
     """A mapping from path to `Spec`; ``print(plan)`` is a table.
 
     Attributes:
@@ -68,8 +69,6 @@ class Plan(Mapping[str, Spec]):
             lines.append("skipped:")
             lines += [f"  {path}: {why}" for path, why in self.skipped.items()]
         return "\n".join(lines)
-
-    __repr__ = __str__
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
