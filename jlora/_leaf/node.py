@@ -90,14 +90,14 @@ def _with_flax(flax: Any, cls: Any, data: Sequence[str]) -> None:
             )
         new = {}
         for name in data:
-            template, found = _words(getattr(x, name)), state.get(name)
+            template, found = getattr(x, name), _keys(state.get(name))
             if not _fits(template, found):
                 raise ValueError(
                     f"from_state_dict: {name} of {at!r} is {_brief(found)} in the "
                     f"state: expected {_brief(template)}, as the tree has it. Restore "
                     "onto a tree that was wrapped as the saved one."
                 )
-            new[name] = _keys(flax.from_state_dict(template, found, name=name))
+            new[name] = flax.from_state_dict(template, found, name=name)
         return dataclasses.replace(x, **new)
 
     flax.register_serialization_state(cls, to_state, from_state)
