@@ -43,8 +43,9 @@ class Int8(Base):
         wide = np.asarray(w, np.float64)
         axes = tuple(range(1, wide.ndim))
         factor = abs(wide).max(axes, keepdims=bool(axes)) / 127 + 1e-9
-        words = jnp.asarray(np.round(wide / factor), jnp.int8)
-        return cls(words, jnp.asarray(factor, jnp.float32), np.dtype(w.dtype))
+        words = np.round(wide / factor).astype(np.int8)
+        factor = np.asarray(factor, np.float32)
+        return cls(jnp.asarray(words), jnp.asarray(factor), np.dtype(w.dtype))
 
     @property
     def shape(self):
@@ -113,6 +114,7 @@ class ByRule(AsItIs):
         return _by_rule(fn, self.array, *operands)
 
 
+@functools.partial(jax.jit, static_argnums=2, inline=True)
 def _decoded(words, factor, dtype):
     with jax.named_scope("decoding"):
         return (words.astype(jnp.float32) * factor).astype(dtype)

@@ -18,6 +18,7 @@ import numpy as np
 import optax
 
 import jlora
+from jlora._leaf.base import Base
 
 # Compiler options that undo what conftest.py switches off: of the HLO that costs are
 # counted in, and of the code as well.
@@ -143,21 +144,28 @@ def by_hand(tree, plan, xp=jnp):
 def adapt(
     fn, params, *args, rank=3, targets=EVERYTHING, seed=7, lora_bias=False, **kwargs
 ):
-    """A tree planned from `fn` and wrapped, with random factors; and its plan.
+    """A tree planned from `fn` and wrapped, with random factors; and its plan."""
+    plan = jlora.plan(fn, params, *args, rank=rank, targets=list(targets), **kwargs)
+    return wrap_random(params, plan, seed=seed, lora_bias=lora_bias), plan
+
+
+def wrap_random(params, plan, *, seed=7, **options):
+    """The params as `plan` says, with random factors.
 
     Wrapped as shapes and filled here, which compiles no initialiser for every shape.
     """
-    plan = jlora.plan(fn, params, *args, rank=rank, targets=list(targets), **kwargs)
-    shapes = jax.eval_shape(lambda: params)
-    tree = jlora.wrap(shapes, plan=plan, lora_bias=lora_bias)
+    tree = jlora.wrap(jax.eval_shape(lambda: params), plan=plan, **options)
+
+    def whole(node):
+        return is_adapted(node) or isinstance(node, Base)
 
     def fill(leaf, base):
         return dataclasses.replace(leaf, w=base) if is_adapted(leaf) else base
 
     # Leaf by leaf: Linen's boxes are of another class around adapted leaves.
-    leaves, treedef = jax.tree.flatten(tree, is_leaf=is_adapted)
-    leaves = map(fill, leaves, jax.tree.leaves(params))
-    return randomise(jax.tree.unflatten(treedef, leaves), seed), plan
+    leaves, treedef = jax.tree.flatten(tree, is_leaf=whole)
+    leaves = map(fill, leaves, jax.tree.leaves(params, is_leaf=whole))
+    return randomise(jax.tree.unflatten(treedef, leaves), seed)
 
 
 def close(got, want, tol=1e-5, what=""):

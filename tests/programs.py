@@ -84,7 +84,7 @@ class Builder:
         )
         dtype = self.pick("float64", "float64", "float32", "bfloat16", "float16")
         value = self.rng.normal(size=shape) * scale
-        self.params[name] = np.asarray(jnp.asarray(value, dtype))
+        self.params[name] = np.asarray(value).astype(jnp.dtype(dtype))
         return lambda p, d: p[name]
 
     def stored_transposed(self, shape, roles, depth):

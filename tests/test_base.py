@@ -26,6 +26,7 @@ from helpers import (
     randomise,
     same,
     silent,
+    wrap_random,
 )
 from jax import lax
 from jax.sharding import AxisType
@@ -160,7 +161,7 @@ def wrapped(fn, params, *args, **options):
     """A tree on `Int8`s with random factors, and its plan."""
     coded, _ = on_int8(params)
     plan = jlora.plan(fn, coded, *args, rank=2, targets="**")
-    return randomise(jlora.wrap(coded, plan=plan, **options)), plan
+    return wrap_random(coded, plan, **options), plan
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -196,8 +197,10 @@ def test_value_and_gradient(name):
             found["scan of vmap"] = lax.scan(lambda c, x: (c, mapped(x)), 0, two[None])
         return found
 
-    got = quiet(jax.jit(functools.partial(all_ways, ours)), halves[0], x)
-    want = jax.jit(functools.partial(all_ways, theirs))(halves[0], x)
+    def both(trainable, x):
+        return all_ways(ours, trainable, x), all_ways(theirs, trainable, x)
+
+    got, want = quiet(jax.jit(both), halves[0], x)
     tol = 2e-2 if name == "half precision" else 1e-5
     for way in want:
         close(got[way], want[way], tol, way)

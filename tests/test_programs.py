@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from bases import Int8, arrays
-from helpers import cotangents, delta, dot_with, randomise, silent
+from helpers import cotangents, delta, dot_with, silent, wrap_random
 from hypothesis import HealthCheck, given, seed, settings
 from programs import FAMILIES, programs
 
@@ -40,7 +40,7 @@ def check(program, eager, coded):
         # A number or a vector is no matrix; axes of size one may lose their roles.
         assert "no matrix" in str(error) or "not used as a weight" in str(error)
         return False
-    tree = randomise(jlora.wrap(params, plan=plan, dtype=jnp.float64))
+    tree = wrap_random(params, plan, dtype=jnp.float64)
     trainable, frozen = jlora.partition(tree)
     plain = {k: arrays(x) for k, x in params.items()}
     weights = cotangents(jax.eval_shape(fn, plain, data))

@@ -1,6 +1,7 @@
 """The port gives the pretrained model's numbers, and a stopped run loses nothing."""
 
 import dataclasses
+import functools
 import os
 import signal
 
@@ -22,13 +23,19 @@ def snapshot():
     return pretrained()
 
 
-def test_sentence_embeddings_are_minilms(snapshot):
+@pytest.fixture(scope="module")
+def loaded(snapshot):
+    """The pretrained classifier and its params."""
+    return encoder.load(snapshot, 2, jax.random.key(0))
+
+
+def test_sentence_embeddings_are_minilms(snapshot, loaded):
     texts = [
         "A man is eating food.",
         "Someone is having a meal.",
         "The stock market fell sharply.",
     ]
-    model, params = encoder.load(snapshot, 2, jax.random.key(0))
+    model, params = loaded
     ids, mask = Tokens.encode(texts, snapshot, WIDTHS).batch(np.arange(3))
     x = model.apply({"params": params}, ids, mask, method="embed")
     x /= np.linalg.norm(x, axis=-1, keepdims=True)
@@ -36,9 +43,9 @@ def test_sentence_embeddings_are_minilms(snapshot):
 
 
 @pytest.fixture(scope="module")
-def wrapped(snapshot):
+def wrapped(snapshot, loaded):
     """The pretrained classifier, its params, the demo's adapted tree, and inputs."""
-    model, params = encoder.load(snapshot, 2, jax.random.key(0))
+    model, params = loaded
     tokens = Tokens.encode(["A fine film.", "Not very good."], snapshot, WIDTHS)
     return model, params, training.wrap(params, CONFIG), tokens.batch(np.arange(2))
 
@@ -84,8 +91,8 @@ def test_lifted_is_the_merged_model(wrapped):
     np.testing.assert_allclose(got, want, atol=1e-5 * abs(want).max())
 
 
-def test_padding_changes_nothing(snapshot):
-    model, params = encoder.load(snapshot, 2, jax.random.key(0))
+def test_padding_changes_nothing(snapshot, loaded):
+    model, params = loaded
     tokens = Tokens.encode(["Short.", "Rather longer. " * 9], snapshot, WIDTHS)
     alone = model.apply({"params": params}, *tokens.batch(np.array([0])))
     padded = model.apply({"params": params}, *tokens.batch(np.array([0, 1])))
@@ -164,13 +171,19 @@ CONFIG = training.Config(
 )
 
 
+@functools.cache
+def tiny_model():
+    """Its init and its lifted apply: all runs share what is compiled of them."""
+    model = encoder.Classifier(TINY, 2)
+    return jax.jit(model.init), jax.jit(jlora.lift(model.apply))
+
+
 def tiny_run(folder, config=CONFIG):
     """Trains for 12 steps on noise, in `folder`."""
     rng = np.random.default_rng(0)
     tokens = Tokens(rng.integers(1, 50, (80, 8)), np.full(80, 8), (8,))
-    model = encoder.Classifier(TINY, 2)
-    params = model.init(jax.random.key(0), *tokens.batch(np.arange(8)))["params"]
-    apply = jax.jit(jlora.lift(model.apply))
+    init, apply = tiny_model()
+    params = init(jax.random.key(0), *tokens.batch(np.arange(8)))["params"]
     parts = {"train": np.arange(48), "validation": np.arange(48, 80)}
     labels = rng.integers(0, 2, 80)
     return training.train(apply, params, tokens, labels, parts, config, folder)
