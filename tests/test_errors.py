@@ -573,3 +573,11 @@ def test_strict_names_path_and_primitive():
     with pytest.raises(ValueError) as error:
         jlora.lift(lambda p, x: x @ jnp.tan(p["deep"]["w"]), strict=True)(tree, X)
     says(error, "deep/w", "tan", "strict")
+
+
+def test_a_tree_in_the_place_of_the_rank_is_not_printed():
+    params = {"kernel": normal(64, 64)}
+    with pytest.raises(ValueError) as error:
+        jlora.wrap(params, params)
+    says(error, "rank: expected a positive integer, found dict", "params come before")
+    assert len(str(error.value)) < 200

@@ -154,7 +154,8 @@ def _hold(jaxpr: Any, values: list[Any], params: list[bool]) -> None:
                 f"{v.name!r} of shape {v.leaf.shape}: its {v.leaf.told} told the roles "
                 f"{v.leaf.axes!r}, but {names} uses it with the roles {axes!r} (b: a "
                 "batch axis, i: contracted, o: comes out). Plan it from the function "
-                "that uses it: jlora.wrap(params, plan=jlora.plan(fn, params, *args))."
+                "that uses it: jlora.wrap(params, plan=jlora.plan(fn, params, *args, "
+                f"rank={v.leaf.rank}))."
             )
 
 

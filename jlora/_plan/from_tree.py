@@ -60,9 +60,9 @@ def from_tree(tree: Any, leaves: dict[str, Any], wanted: Wanted) -> Plan:
         some = ", ".join(f"{path!r} {shapes[path]}" for path in left[:5])
         more = f" and {len(left) - 5} more" if len(left) > 5 else ""
         warnings.warn(
-            f"wrap: not adapted, since {_LEFT}: {some}{more}. Name them as targets, or "
-            "exclude them, or plan from the function that uses them: "
-            "jlora.wrap(params, plan=jlora.plan(fn, params, *args)).",
+            f"wrap: not adapted, since {_LEFT}: {some}{more}. Plan from the function "
+            "that uses them, jlora.wrap(params, plan=jlora.plan(fn, params, *args)); "
+            "or name all that is to be adapted as targets; or exclude these.",
             stacklevel=3,
         )
     return plan

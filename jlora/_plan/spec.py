@@ -175,10 +175,12 @@ def check_rank(rank: Any, where: str) -> int | None:
             f"{where}: a plan goes in by keyword, plan=plan, found it as rank."
         )
     if isinstance(rank, bool) or not hasattr(rank, "__index__") or rank < 1:
+        # A tree, which belongs before the rank, would fill the screen.
+        said = f" {rank!r}" if isinstance(rank, (bool, int, float, str)) else ""
         raise ValueError(
-            f"{where}: rank {rank!r}: expected a positive integer, found "
-            f"{type(rank).__name__} {rank!r}; to leave a weight as it is, exclude its "
-            "path."
+            f"{where}: rank{said}: expected a positive integer, found "
+            f"{type(rank).__name__}{said}; the params come before it, and to leave a "
+            "weight as it is, exclude its path."
         )
     return None if isinstance(rank, Default) else int(rank)
 
