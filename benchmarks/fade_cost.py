@@ -3,7 +3,7 @@
     python benchmarks/fade_cost.py
 
 As XLA counts them when it compiles for this machine. Normals are drawn once a weight,
-so noise costs the less, the more tokens a step has. Asserts what README claims.
+so noise costs the less, the more tokens a step has. Asserts what the docs claim.
 """
 
 import jax

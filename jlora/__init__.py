@@ -43,7 +43,7 @@ Where a new thing goes:
 * **another factorisation**: a class in `_leaf.forms`;
 * **a rule for a primitive**: its low-rank form in `_algebra`, a function under
   ``@rule`` in `_lift.rules` (loops and calls: `_lift.control`), and one in
-  `_plan.watch` if a plan should learn roles from it; without a rule the lift
+  `_plan.uses` if a plan should learn roles from it; without a rule the lift
   materialises the weight, with a warning;
 * **what a checkpoint holds**: a field of the leaf is stored by its line in
   `_leaf.fields`; anything else goes to `checkpoint.document`;

@@ -50,7 +50,7 @@ def _words(x: Adapted) -> str:
     return ", ".join(words)
 
 
-_SHOWN = 8  # of the matrices that are not adapted
+_SHOWN = 4  # of the matrices that are not adapted
 
 
 class Summary(Printed, str):
@@ -73,7 +73,7 @@ def summary(tree: Any) -> Summary:
     """
     rows, left = [], []
     for path, x in by_path.flatten(tree)[0]:
-        if not is_adapted(x) and _is_matrix(x):
+        if not is_adapted(x) and _is_matrix(x) and not by_path.is_bias(path):
             left.append(f"{path} {'×'.join(map(str, x.shape))}")
         if is_adapted(x):
             low = isinstance(x, LoRA)

@@ -27,6 +27,21 @@ from layouts_base import (
 # Tunix: an Einsum of its own in NNX, biases beside and not in it.
 
 
+class Tied(nnx.Module):
+    """Blocks between an embedding and the same, transposed."""
+
+    def __init__(self, block, rngs):
+        self.embedder = nnx.Embed(VOCAB, WIDTH, rngs=rngs)
+        self.layers = nnx.List([block(rngs) for _ in range(LAYERS)])
+        self.final_norm = nnx.RMSNorm(WIDTH, rngs=rngs)
+
+    def __call__(self, x):
+        x = self.embedder(x)
+        for layer in self.layers:
+            x = layer(x)
+        return self.embedder.attend(self.final_norm(x))
+
+
 class TunixEinsum(nnx.Module):
     def __init__(self, text, shape, rngs):
         self.text = text
@@ -261,22 +276,9 @@ class MambaBlock(nnx.Module):
         return x + self.mixer(self.norm(x))
 
 
-class Mamba(nnx.Module):
-    def __init__(self, rngs):
-        self.embedder = nnx.Embed(VOCAB, WIDTH, rngs=rngs)
-        self.layers = nnx.List([MambaBlock(rngs) for _ in range(LAYERS)])
-        self.final_norm = nnx.RMSNorm(WIDTH, rngs=rngs)
-
-    def __call__(self, x):
-        x = self.embedder(x)
-        for layer in self.layers:
-            x = layer(x)
-        return self.embedder.attend(self.final_norm(x))
-
-
 @layout("mamba (NNX)", "bonsai: models/mamba2/modeling.py, with mamba 1's mixer")
 def mamba():
-    return nnx_module(Mamba, ids())
+    return nnx_module(functools.partial(Tied, MambaBlock), ids())
 
 
 class GptOssExperts(nnx.Module):
@@ -379,19 +381,6 @@ class FlaxGemmaBlock(nnx.Module):
         return x + self.mlp(self.pre_ffw_norm(x))
 
 
-class FlaxGemma(nnx.Module):
-    def __init__(self, rngs):
-        self.embedder = nnx.Embed(VOCAB, WIDTH, rngs=rngs)
-        self.layers = nnx.List([FlaxGemmaBlock(rngs) for _ in range(LAYERS)])
-        self.final_norm = nnx.RMSNorm(WIDTH, rngs=rngs)
-
-    def __call__(self, x):
-        x = self.embedder(x)
-        for layer in self.layers:
-            x = layer(x)
-        return self.embedder.attend(self.final_norm(x))
-
-
 @layout("gemma (NNX, nnx.Einsum)", "flax: examples/gemma/modules.py, and a bias")
 def flax_gemma():
-    return nnx_module(FlaxGemma, ids())
+    return nnx_module(functools.partial(Tied, FlaxGemmaBlock), ids())

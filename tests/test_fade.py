@@ -563,7 +563,7 @@ def test_dropped_leaves_slice_and_stack():
 
 
 def test_a_fading_step_costs_no_product_and_little_else():
-    """FLOPs that XLA counts at 1,024 tokens a step; README has the figures.
+    """FLOPs that XLA counts at 1,024 tokens a step; the figures are in guides/fade.md.
 
     Normals are drawn once a weight, whatever the number of tokens.
     """

@@ -13,7 +13,8 @@ import pytest
 import jlora
 from jlora._lift import control as control  # the rules register themselves
 from jlora._lift.evaluate import RULES
-from jlora._plan.watch import MOVES, STEPS
+from jlora._plan.moves import MOVES
+from jlora._plan.walk import STEPS
 
 PACKAGE = pathlib.Path(jlora.__file__).parent
 ROOT = PACKAGE.parent

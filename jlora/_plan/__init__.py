@@ -7,8 +7,10 @@
   that classes of layers give, **where a new framework's classes go**, and `names` for
   those that names and the shapes of biases show.
 * `from_use`: the function `jlora.plan`: weights and their roles by watching a function.
-  `watch` follows a weight through the function's jaxpr; **a new primitive from which
-  roles can be learnt** gets a function there.  `roles` makes one string of all uses.
+  `watch` follows a weight through the function's jaxpr: `seen` is what it knows, `walk`
+  the walk.  **A new primitive from which roles can be learnt** gets a function in
+  `uses`; one that only moves a weight's axes, in `moves`.  `roles` makes one string of
+  all uses.
 
 Params and perhaps a function come in, and a `Plan` goes out.
 """

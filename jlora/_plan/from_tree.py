@@ -13,7 +13,7 @@ from typing import Any
 from jlora._plan import names
 from jlora._plan.from_layers import from_layers
 from jlora._plan.plan import Plan
-from jlora._plan.select import Candidate, Untold, Wanted, select
+from jlora._plan.select import UNTOLD, Candidate, Wanted, select
 from jlora._plan.spec import Spec
 from jlora._tree.by_path import others, sibling_bias
 from jlora._tree.variables import opened
@@ -51,7 +51,7 @@ def from_tree(tree: Any, leaves: dict[str, Any], wanted: Wanted) -> Plan:
             return Spec.of(*found, bias=bias, told="name or shape")
         # It is said to be a weight, so its roles have to be known.
         if names.is_weight(path, x.ndim) or (named and x.ndim > 1):
-            return Untold("neither a class nor a bias nor a name tells its roles")
+            return UNTOLD
         matrix = sum(n > 1 for n in x.shape) > 1 and not names.is_vector(path)
         return _LEFT if matrix and not names.is_table(path) else None
 

@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from jlora._leaf import base
-from jlora._plan import watch
 from jlora._plan.plan import Plan
 from jlora._plan.roles import merged
+from jlora._plan.seen import Seen, Use
 from jlora._plan.select import Candidate, Wanted, select
 from jlora._plan.spec import RANK, Rule, Spec
+from jlora._plan.watch import watch
 from jlora._tree import by_path
 from jlora._tree.patterns import Pattern, are_patterns
 from jlora._tree.trace import hide, trace
@@ -73,7 +74,7 @@ def plan(
     hidden = hide(((plain, *args), kwargs))
     leaves = by_path.arrays(params)
     jaxpr, _ = trace(fn, *hidden)
-    seen = watch.watch(jaxpr, [path for path, _ in by_path.flatten(hidden[0][0])[0]])
+    seen = watch(jaxpr, [path for path, _ in by_path.flatten(hidden[0][0])[0]])
 
     def candidate(path: str, x: Any) -> Candidate:
         if path not in seen or not seen[path].uses:
@@ -100,9 +101,7 @@ def _refuse_wraps(kwargs: Mapping[str, Any]) -> None:
             )
 
 
-def _bias(
-    path: str, seen: Mapping[str, watch.Seen], leaves: Mapping[str, Any]
-) -> str | None:
+def _bias(path: str, seen: Mapping[str, Seen], leaves: Mapping[str, Any]) -> str | None:
     """The path of a weight's bias: the array that was added, else the one by name."""
     bias = seen[path].bias
     if bias is None:  # the walk lost the product before a bias was added to it
@@ -113,7 +112,7 @@ def _bias(
     return bias if bias is not None and bias in seen and seen[bias].idle else None
 
 
-def _doubt(uses: Sequence[watch.Use]) -> str | None:
+def _doubt(uses: Sequence[Use]) -> str | None:
     """Why a weight with these uses is adapted only if it is named; else None."""
     for use in uses:
         if use.mixed:

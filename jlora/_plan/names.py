@@ -11,6 +11,8 @@ import collections
 import re
 from collections.abc import Mapping, Sequence
 
+from jlora._tree.by_path import is_bias
+
 # The names of weights whose first axes are in axes, as JAX's libraries have them.
 _WEIGHT = re.compile(
     r"kernel|.*_kernel|w\d*|w[a-z]?_.*|.*_w|[qkvo]_?proj|w[qkvo]|linear|lm_head|"
@@ -23,10 +25,8 @@ _EMBEDDING = re.compile(
     r"emb(ed(dings?|s|_tokens)?)?|embedding_table|wte|wpe"
 )
 _NORM = re.compile(r"(.*_)?(norm|ln|bn|layernorm|batchnorm)(_.*)?", re.I)
-# What no product reads: a bias, or a vector for each feature.
-_VECTOR = re.compile(
-    r"(.*[._])?(bias(es)?|b\d*|scales?|offset|gamma\d*|beta\d*|mean|var|count|gain)"
-)
+# What no product reads, besides a bias: a vector for each feature.
+_VECTOR = re.compile(r"(.*[._])?(scales?|offset|gamma\d*|beta\d*|mean|var|count|gain)")
 # The roles of a weight with so many axes, if its layer has one of these names.
 _LAYERS = {
     # Attention's projections into heads, and the one out of them.
@@ -48,7 +48,7 @@ _TRANSPOSED = re.compile(r"conv\d_?d_transpose.*", re.I)  # Haiku's and Keras's
 def is_vector(path: str) -> bool:
     """Whether the name is that of a bias, a scale or a statistic."""
     *_, parent, name = _keys(path)
-    return bool(_VECTOR.fullmatch(name) or _NORM.fullmatch(parent))
+    return is_bias(path) or bool(_VECTOR.fullmatch(name) or _NORM.fullmatch(parent))
 
 
 def _is_embedding(path: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from jlora._plan.watch import Use
+from jlora._plan.seen import Use
 
 _LOOKUPS = frozenset({"gather", "dynamic_slice"})
 

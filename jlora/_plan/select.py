@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,14 +15,11 @@ from jlora._plan.spec import Rule, Spec, check_rank, fitted
 from jlora._tree import paths
 from jlora._tree.patterns import Pattern, as_patterns, check_matched, matches
 
-
-class Untold(str):
-    """Why the roles of a weight are not known; a plan of it is an error."""
-
-
 # The spec of a weight whose roles are known; or the reason why a leaf has none; or None
 # for a leaf that is not used as a weight, which is reported only if the user named it.
-Candidate = Spec | Untold | str | None
+Candidate = Spec | str | None
+# The reason that is an error: it is a weight, but nothing tells its roles.
+UNTOLD = "its roles are not known"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +129,7 @@ def select(
     wanted.check(pairs)
     specs: dict[str, Spec] = {}
     skipped: dict[str, str] = {}
-    untold: dict[str, str] = {}
+    untold: list[str] = []
     for path, x in pairs:
         named = wanted.named(path, x)
         if wanted.excluded(path, x) or (wanted.targets and not named):
@@ -153,8 +150,8 @@ def select(
                     f"its dtype is {x.dtype}: only floating-point weights are adapted; "
                     "pass the params with this weight dequantised"
                 )
-        elif isinstance(found, Untold):
-            untold[path] = found
+        elif found == UNTOLD:
+            untold.append(path)
         elif not isinstance(found, Spec):
             if named or found:
                 skipped[path] = found or idle
@@ -172,7 +169,7 @@ def select(
     return Plan(specs, {path: tuple(x.shape) for path, x in pairs}, skipped)
 
 
-def _untold(leaves: Mapping[str, Any], untold: Mapping[str, str]) -> str:
+def _untold(leaves: Mapping[str, Any], untold: Sequence[str]) -> str:
     first, *rest = untold
     others = ", ".join(f"{p!r} {tuple(leaves[p].shape)}" for p in rest[:4])
     others = f"; nor those of {others}" if rest else ""
