@@ -47,6 +47,7 @@ def optimizer(
       full: another transformation for `Full` values.
 
     Raises:
+      TypeError: ``tx`` is no transformation of optax.
       ValueError: a tree without adapted leaves, or one with leaves that are not
         floating-point, which ``jax.grad`` refuses.
 
@@ -55,6 +56,13 @@ def optimizer(
       >>> t = jlora.wrap({"kernel": jnp.ones((3, 4))}, rank=2)
       >>> state = jlora.optimizer(optax.adamw(1e-4), t).init(t)
     """
+    if not hasattr(tx, "init"):
+        raise TypeError(
+            "optimizer: expected an optax transformation, then the adapted tree: "
+            "jlora.optimizer(optax.adamw(1e-4), tree), found "
+            f"{'the tree' if by_path.has_adapted(tx) else f'a {type(tx).__name__}'} "
+            "first."
+        )
     advice = ""
     if variables(tree):
         advice = (

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax.numpy as jnp
 
 from jlora._leaf import Adapted, LoRA, base, is_adapted
 from jlora._leaf.fields import missing, trained
-from jlora._plan.plan import table
+from jlora._plan.plan import listed, oversized, table
 from jlora._printed import Printed
 from jlora._tree import by_path
 
@@ -50,9 +51,6 @@ def _words(x: Adapted) -> str:
     return ", ".join(words)
 
 
-_SHOWN = 4  # of the matrices that are not adapted
-
-
 class Summary(Printed, str):
     """A string that is its own repr, so that the interpreter's prompt shows a table."""
 
@@ -60,8 +58,8 @@ class Summary(Printed, str):
 def summary(tree: Any) -> Summary:
     """A printable table of the adapted leaves, with the totals of `count`.
 
-    Below it stand the matrices that are not adapted, as embeddings are not unless they
-    are named.
+    Below it stand adapters that are no smaller than their weights, and the matrices
+    that are not adapted, as embeddings are not unless they are named.
 
     Example:
       >>> import jax.numpy as jnp, jlora
@@ -71,12 +69,13 @@ def summary(tree: Any) -> Summary:
       kernel  3×4    float32  io          2         14
       1 adapted leaf: 14 trainable of 26 parameters (53.8 %)
     """
-    rows, left = [], []
+    rows, left, sizes = [], [], []
     for path, x in by_path.flatten(tree)[0]:
         if not is_adapted(x) and _is_matrix(x) and not by_path.is_bias(path):
             left.append(f"{path} {'×'.join(map(str, x.shape))}")
         if is_adapted(x):
             low = isinstance(x, LoRA)
+            sizes += [(path, _sizes(x)[0], math.prod(x.shape))] if low else []
             rows.append(
                 (
                     path,
@@ -91,12 +90,13 @@ def summary(tree: Any) -> Summary:
     leaves = f"{len(rows)} adapted lea{'f' if len(rows) == 1 else 'ves'}"
     head = ("path", "shape", "dtype", "adapted", "rank", "trainable")
     share = 100 * trainable / max(total, 1)
-    more = f", and {len(left) - _SHOWN} more" if len(left) > _SHOWN else ""
-    return Summary(
-        f"{table(head, rows)}\n"
-        f"{leaves}: {trainable:,} trainable of {total:,} parameters ({share:.3g} %)"
-        + (f"\nleft as they are: {', '.join(left[:_SHOWN])}{more}" if left else "")
-    )
+    lines = [
+        table(head, rows),
+        f"{leaves}: {trainable:,} trainable of {total:,} parameters ({share:.3g} %)",
+        *oversized(sizes),
+    ]
+    lines += [f"left as they are: {listed(left)}"] if left else []
+    return Summary("\n".join(lines))
 
 
 def _is_matrix(x: Any) -> bool:

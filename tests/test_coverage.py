@@ -142,7 +142,10 @@ def test_experts_of_words(words):
     params = {"w": STACK["w"], "table": normal(13, 5), "out": normal(7, 5)}
     plan = jlora.plan(fn, params, TOKEN_IDS)
     assert {path: spec.axes for path, spec in plan.items()} == {"w": "bio", "out": "io"}
-    assert plan.skipped == {"table": "an embedding: adapted when named"}
+    assert list(plan.skipped) == ["table"]
+    assert "rules=[jlora.Rule('table')]" in plan.skipped["table"]
+    plan = jlora.plan(fn, params, TOKEN_IDS, rules=[jlora.Rule("table")])
+    assert sorted(plan) == ["out", "table", "w"] and not plan.skipped
 
 
 def test_experts_of_data_that_is_closed_over():

@@ -581,3 +581,105 @@ def test_a_tree_in_the_place_of_the_rank_is_not_printed():
         jlora.wrap(params, params)
     says(error, "rank: expected a positive integer, found dict", "params come before")
     assert len(str(error.value)) < 200
+
+
+SWAPPED = {
+    "optimizer": (
+        lambda t: jlora.optimizer(t, optax.adam(1e-3)),
+        [
+            "optimizer",
+            "an optax transformation, then the adapted tree",
+            "found the tree",
+        ],
+    ),
+    "no transformation": (
+        lambda t: jlora.optimizer(1e-3, t),
+        ["jlora.optimizer(optax.adamw(1e-4), tree)", "found a float"],
+    ),
+    "plan": (
+        lambda t: jlora.plan(params(), fn, X),
+        ["plan", "jlora.plan(fn, params, *args)", "found a dict, then a function"],
+    ),
+    "plan of a module and a function": (
+        lambda t: jlora.plan(Callable(), fn, X),
+        ["then the params", "found a Callable, then a function"],
+    ),
+    "plan of no function": (
+        lambda t: jlora.plan(fn(params(), X), params(), X),
+        ["a function of the params", "then a dict"],
+    ),
+    "lift": (lambda t: jlora.lift(t), ["lift(fn)(tree, *args)", "found a dict"]),
+    "lift of an array": (lambda t: jlora.lift(X), ["as fn", "found a ArrayImpl"]),
+    "explain": (
+        lambda t: jlora.explain(t, fn, X),
+        ["explain(fn, tree, *args)", "as fn", "found a dict"],
+    ),
+}
+
+
+class Callable:
+    def __call__(self, x):
+        return x
+
+
+@pytest.mark.parametrize("case", SWAPPED)
+def test_arguments_in_another_order(case):
+    call, words = SWAPPED[case]
+    with pytest.raises(TypeError) as error:
+        call(jlora.wrap(params(), rank=2))
+    says(error, *words)
+
+
+def test_a_tree_captured_by_closure_is_told_to_be_an_argument():
+    tree = jlora.wrap(params(), rank=2)
+    for call in (lambda x: fn(tree, x), jlora.lift(lambda x: fn(tree, x))):
+        with pytest.raises(TypeError) as error:
+            call(X)
+        says(error, "jlora.lift(fn) with the tree as an argument")
+
+
+@pytest.mark.parametrize(
+    "pattern, hint",
+    [
+        ("**/{query,key}/kernel", "no braces: pass a list"),
+        ("encoder.layer_0.query", "Did you mean 'encoder/layer_0/query/**'?"),
+        ("query.kernel", "Did you mean '**/query/kernel'?"),
+        ("Query/kernel", "near paths: 'encoder/layer_1/query/kernel'"),
+        (re.compile("query"), "Did you mean re.compile('.*query.*')?"),
+    ],
+    ids=str,
+)
+def test_patterns_as_other_tools_have_them(pattern, hint):
+    for word in ("targets", "exclude"):
+        with pytest.raises(ValueError) as error:
+            jlora.wrap(params(), rank=2, **{word: pattern})
+        says(error, hint)
+
+
+@pytest.mark.parametrize("with_plan", [False, True], ids=["without", "plan"])
+def test_targets_that_take_in_stacked_biases_and_scales(with_plan):
+    """With a plan and without, what is no weight is left, and listed."""
+    p = {
+        "layers": {
+            "q": {"kernel": normal(3, 5, 5), "bias": normal(3, 5)},
+            "up": {"kernel": normal(3, 5, 5), "scale": normal(3, 5)},
+        },
+        "out": {"kernel": normal(5, 2)},
+    }
+
+    def scanned(p, x):
+        def layer(x, p):
+            x = x @ p["q"]["kernel"] + p["q"]["bias"]
+            return x @ p["up"]["kernel"] * p["up"]["scale"], None
+
+        return lax.scan(layer, x, p["layers"])[0] @ p["out"]["kernel"]
+
+    if with_plan:
+        plan = jlora.plan(scanned, p, X, rank=2, targets="layers/**")
+        assert sorted(plan.skipped) == ["layers/q/bias", "layers/up/scale"]
+        tree = jlora.wrap(p, plan=plan)
+    else:
+        tree = jlora.wrap(p, rank=2, targets="layers/**")
+    found = {path: leaf.axes for path, leaf in jlora.adapter(tree).items()}
+    assert found == dict.fromkeys(["layers/q/kernel", "layers/up/kernel"], "bio")
+    jlora.lift(scanned)(tree, X)

@@ -2,8 +2,11 @@
 
 import posixpath
 
+import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from helpers import close, normal, randomise, same
 from hypothesis import given, settings
@@ -80,3 +83,59 @@ def test_any_key(key, place, tmp_path):
     jlora.checkpoint.save(tmp_path / "adapter", tree, extra=extra)
     back = jlora.checkpoint.restore(tmp_path / "adapter", p, extra=extra)
     same(back, (tree, extra))
+
+
+class Attention(eqx.Module):
+    """Whose weights are arrays of its own, one of them called value."""
+
+    query: jax.Array
+    value: jax.Array
+    out: jax.Array
+
+    def __call__(self, x):
+        return (jax.nn.softmax(x @ self.query) @ self.value) @ self.out
+
+
+class Boxed(eqx.Module):
+    """An array with what is known of it, as several libraries have it."""
+
+    value: jax.Array
+    names: tuple = eqx.field(static=True)
+
+
+def test_value_is_a_key_where_it_is_one_of_several_attributes(tmp_path):
+    """Around a value alone, as Flax's boxes and NNX's variables are, it is none."""
+    weights = normal(5, 7), normal(7, 5), normal(5, 5)
+    attention = Attention(*weights)
+    boxed = Attention(*(Boxed(w, ("in", "out")) for w in weights))
+
+    def unboxed(m, x):
+        return Attention(*(w.value for w in (m.query, m.value, m.out)))(x)
+
+    for m, fn in ((attention, Attention.__call__), (boxed, unboxed)):
+        plan = jlora.plan(fn, m, X, rank=2)
+        assert list(plan) == ["query", "value", "out"]
+        tree = randomise(jlora.wrap(m, plan=plan, targets=None))
+        dense = fn(jlora.merge(tree), X)
+        close(jlora.lift(fn)(tree, X), dense)
+        only = jlora.wrap(m, rank=2, targets="value")
+        assert list(jlora.adapter(only)) == ["value"]
+        # An optimizer's state has the paths, also of halves in which others are None.
+        trainable, frozen = jlora.partition(tree)
+        assert jax.tree.structure(jlora.combine(trainable, frozen)) == (
+            jax.tree.structure(tree)
+        )
+        tx = jlora.optimizer(optax.sgd(1.0), tree)
+        updates, _ = tx.update(tree, tx.init(tree), tree)
+        same(jlora.adapter(updates)["value"].a, -jlora.adapter(tree)["value"].a)
+        where = tmp_path / type(m.query).__name__
+        jlora.checkpoint.save(where, tree)
+        same(jlora.merge(jlora.checkpoint.restore(where, m)), jlora.merge(tree))
+
+
+def test_specs_of_an_attribute_called_value():
+    m = Attention(normal(4, 4), normal(4, 4), normal(4, 4))
+    tree = jlora.wrap(m, plan=jlora.plan(Attention.__call__, m, X[:, :4], rank=2))
+    specs = Attention(*(jax.sharding.PartitionSpec(x) for x in ("q", "v", "o")))
+    found = jlora.shardings(tree, specs)
+    assert found.value.a == jax.sharding.PartitionSpec("v", None)

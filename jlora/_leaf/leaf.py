@@ -29,7 +29,8 @@ from jlora._leaf.node import register
 
 _ADVICE = (
     "is an adapted leaf, not an array: call the function that uses it through "
-    "jlora.lift(fn), or turn the tree into plain arrays with jlora.merge(tree)"
+    "jlora.lift(fn) with the tree as an argument, or turn the tree into plain arrays "
+    "with jlora.merge(tree)"
 )
 
 

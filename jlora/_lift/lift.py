@@ -198,6 +198,14 @@ def _check(args: Any, kwargs: Any) -> bool:
     return found
 
 
+def _check_function(fn: Any, call: str) -> None:
+    if not callable(fn):
+        raise TypeError(
+            f"{call}: expected a function of the params, such as model.apply, as fn, "
+            f"found a {type(fn).__name__}."
+        )
+
+
 def _lift(fn: Callable[..., Any], *, strict: bool = False, freeze: bool = True) -> Any:
     def hidden(args: Any, kwargs: Any) -> Any:
         return _lifted(fn, Evaluation(strict), args, kwargs, freeze=freeze)
@@ -258,6 +266,7 @@ def lift(fn: Callable[..., Any], *, strict: bool = False) -> Callable[..., Any]:
       as in the base's product.
 
     Raises:
+      TypeError: ``fn`` is no function.
       ValueError: when the result is called: the use of a weight contradicts its planned
         roles; a leaf has no base; none of the adapted leaves is used; or, with
         ``strict``, a weight would be materialised.
@@ -270,6 +279,7 @@ def lift(fn: Callable[..., Any], *, strict: bool = False) -> Callable[..., Any]:
       >>> jlora.lift(f)(lora, jnp.ones((5, 3))).shape
       (5, 4)
     """
+    _check_function(fn, "lift(fn)(tree, *args)")
     return _lift(fn, strict=strict)
 
 
@@ -291,6 +301,7 @@ def explain(fn: Callable[..., Any], tree: Any, *args: Any, **kwargs: Any) -> Rep
       kernel  factored      dot_general
       1 factored
     """
+    _check_function(fn, "explain(fn, tree, *args)")
     _check((tree, *args), kwargs)
     ev = Evaluation(strict=False)
     hidden_args, hidden_kwargs = hide(((tree, *args), kwargs))

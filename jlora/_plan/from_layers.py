@@ -11,10 +11,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import jax
-
 from jlora._plan.spec import einsum_axes
-from jlora._tree.paths import path_of
+from jlora._tree.paths import path_of, with_keys
 from jlora._tree.variables import is_model
 
 # (kind, roles of the last axes) of each weight of a layer, by attribute.
@@ -126,14 +124,13 @@ def _layers(tree: Any, kinds: tuple[type, ...]) -> list[tuple[Any, Any]]:
         return [((), x) for x in tree._flatten_layers() if known(x)]
     if not kinds:
         return []
-    pairs, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=known)
-    return [(keys, x) for keys, x in pairs if known(x)]
+    return [(keys, x) for keys, x in with_keys(tree, known) if known(x)]
 
 
 def _path(keys: Any, layer: Any, attribute: str) -> str | None:
     """The path of a layer's weight in the tree; None if the layer has none."""
     if is_model(layer):
         return getattr(getattr(layer, attribute, None), "path", None)
-    own = jax.tree_util.tree_flatten_with_path(layer)[0]
+    own = with_keys(layer)
     names = (path_of((*keys, *k)) for k, _ in own if path_of(k) == attribute)
     return next(names, None)

@@ -50,7 +50,8 @@ def from_tree(tree: Any, leaves: dict[str, Any], wanted: Wanted) -> Plan:
         if found is not None:
             return Spec.of(*found, bias=bias, told="name or shape")
         # It is said to be a weight, so its roles have to be known.
-        if names.is_weight(path, x.ndim) or (named and x.ndim > 1):
+        stated = named and x.ndim > 1 and not names.is_vector(path)
+        if stated or names.is_weight(path, x.ndim):
             return UNTOLD
         matrix = sum(n > 1 for n in x.shape) > 1 and not names.is_vector(path)
         return _LEFT if matrix and not names.is_table(path) else None

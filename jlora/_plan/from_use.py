@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import jax
+
 from jlora._leaf import base
 from jlora._plan.plan import Plan
 from jlora._plan.roles import merged
@@ -15,7 +17,7 @@ from jlora._plan.watch import watch
 from jlora._tree import by_path
 from jlora._tree.patterns import Pattern, are_patterns
 from jlora._tree.trace import hide, trace
-from jlora._tree.variables import opened
+from jlora._tree.variables import is_model, opened
 
 _IDLE = "not used as a weight (no product, convolution or lookup)"
 
@@ -59,7 +61,8 @@ def plan(
     Raises:
       ValueError: a bad rank; a pattern that matches no path (the error lists near
         paths); a target that is integer or complex; or nothing to adapt.
-      TypeError: patterns as train or bias, or a lora_bias: these are passed to `wrap`.
+      TypeError: no function first; patterns as train or bias, or a lora_bias, which
+        are passed to `wrap`.
 
     Example:
       >>> import jax.numpy as jnp, jlora
@@ -67,6 +70,7 @@ def plan(
       >>> jlora.plan(f, {"w": jnp.ones((2, 3, 4))}, jnp.ones((5, 3)))["w"].in_axes
       (-2,)
     """
+    _check_order(fn, params)
     _refuse_wraps(kwargs)
     wanted = Wanted.of(rank, alpha, targets, exclude, rules)
     params = opened(params)
@@ -88,6 +92,17 @@ def plan(
         return Spec.of(kind, axes, bias=_bias(path, seen, leaves))
 
     return select(leaves, candidate, _IDLE, by_path.others(params), wanted)
+
+
+def _check_order(fn: Any, params: Any) -> None:
+    """Raises if function and params were swapped; a module may be either."""
+    no_tree = jax.tree_util.all_leaves([params]) and not is_model(params)
+    if not callable(fn) or (callable(params) and no_tree):
+        raise TypeError(
+            "plan: expected a function of the params, such as model.apply, then the "
+            f"params: jlora.plan(fn, params, *args); found a {type(fn).__name__}, then "
+            f"a {type(params).__name__}."
+        )
 
 
 def _refuse_wraps(kwargs: Mapping[str, Any]) -> None:
@@ -119,11 +134,12 @@ def _doubt(uses: Sequence[Use]) -> str | None:
             others = " and ".join(use.mixed)
             return (
                 f"multiplied by {others}, number by number, before its product: either "
-                "may be the weight. Name the one to adapt as a target"
+                "may be the weight. Name the one to adapt, as by a jlora.Rule"
             )
         if use.through is not None:
             return (
                 f"goes through {use.through} before its product, which has no low-rank "
-                "form: adapted when named, and then W + scale·a·b is formed"
+                "form: adapted when named, as by a jlora.Rule, and then W + scale·a·b "
+                "is formed"
             )
     return None

@@ -58,17 +58,38 @@ class Plan(Printed, Mapping[str, Spec]):
             f"{adapters:,} adapter parameters, "
             f"{100 * adapters / max(base, 1):.3g} % of the base's {base:,}",
         ]
-        lines += [
-            f"{path}: the adapter has {s.size(self.shapes[path]):,} parameters, its "
-            f"weight {math.prod(self.shapes[path]):,}: lower the rank, exclude it, or "
-            "train it whole (train=)"
+        lines += oversized(
+            (path, s.size(self.shapes[path]), math.prod(self.shapes[path]))
             for path, s in self.items()
-            if s.size(self.shapes[path]) >= math.prod(self.shapes[path])
-        ]
+        )
         if self.skipped:
             lines.append("skipped:")
             lines += [f"  {path}: {why}" for path, why in self.skipped.items()]
         return "\n".join(lines)
+
+
+_SHOWN = 4  # of the paths in a line below a table
+
+
+def listed(items: Sequence[str]) -> str:
+    """The first of the items, and how many more there are."""
+    more = f", and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
+    return ", ".join(items[:_SHOWN]) + more
+
+
+def oversized(sizes: Iterable[tuple[str, int, int]]) -> list[str]:
+    """A line on the adapters with at least as many parameters as their weights.
+
+    Args:
+      sizes: path, parameters of the adapter, and parameters of the weight.
+    """
+    large = [f"{path} {n:,} of {of:,}" for path, n, of in sizes if n >= of]
+    if not large:
+        return []
+    return [
+        f"adapters with no fewer parameters than their weights: {listed(large)}: lower "
+        "the rank, exclude them, or train them whole (train=)"
+    ]
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

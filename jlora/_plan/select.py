@@ -156,7 +156,9 @@ def select(
             if named or found:
                 skipped[path] = found or idle
         elif found.kind == "embed" and not named:
-            skipped[path] = "an embedding: adapted when named"
+            skipped[path] = (
+                f"an embedding: adapted when named, as by rules=[jlora.Rule({path!r})]"
+            )
         else:
             try:
                 specs[path] = wanted.spec(path, x, found)

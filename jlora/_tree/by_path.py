@@ -23,11 +23,12 @@ def flatten(
 
     An adapted leaf is one leaf.
     """
-    pairs, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    treedef = jax.tree.structure(tree, is_leaf=is_leaf)
 
     def build(leaves: Iterable[Any]) -> Any:
         return boxes.fit(jax.tree.unflatten(treedef, leaves))
 
+    pairs = paths.with_keys(tree, is_leaf)
     return [(paths.path_of(keys), x) for keys, x in pairs], build
 
 
@@ -133,8 +134,7 @@ def others(tree: Any) -> dict[str, str]:
     found = {}
     if variables(tree):
         nnx = sys.modules["flax.nnx"]
-        pairs, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_variable)
-        for keys, x in pairs:
+        for keys, x in paths.with_keys(tree, is_variable):
             plain = isinstance(x, nnx.Param) and not isinstance(x, nnx.LoRAParam)
             if is_variable(x) and not plain:
                 found[paths.path_of(keys)] = f"a {type(x).__name__}"
@@ -145,9 +145,14 @@ def others(tree: Any) -> dict[str, str]:
     return found
 
 
+def has_adapted(tree: Any) -> bool:
+    """Whether the tree has adapted leaves."""
+    return any(is_adapted(x) for _, x in flatten(tree)[0])
+
+
 def require_adapted(tree: Any, what: str, advice: str = "") -> None:
     """Raises ValueError for a tree without adapted leaves."""
-    if not any(is_adapted(x) for _, x in flatten(tree)[0]):
+    if not has_adapted(tree):
         if not advice:
             refuse_layers(tree, what)
         raise ValueError(

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 
 
 def path_of(keys: tuple[Any, ...]) -> str:
-    """``"encoder/layer_0/query/kernel"`` from JAX's key path.
-
-    Flax's boxes and NNX's variables add a last attribute ``value``, which is left out.
-    """
+    """``"encoder/layer_0/query/kernel"`` from the keys of `with_keys`."""
     names = []
     for key in keys:
         for attribute in ("key", "name", "idx"):
@@ -22,10 +19,42 @@ def path_of(keys: tuple[Any, ...]) -> str:
                 break
         else:
             names.append(str(key))
-    last = keys[-1] if keys else None
-    if isinstance(last, jax.tree_util.GetAttrKey) and last.name == "value":
-        names.pop()
     return "/".join(names)
+
+
+def with_keys(
+    tree: Any, is_leaf: Callable[[Any], bool] = lambda x: False
+) -> list[tuple[tuple[Any, ...], Any]]:
+    """JAX's (keys, leaf) pairs, whose keys pass over what is around a value alone.
+
+    A box of Flax and a variable of NNX have one attribute, ``value``, which is no key
+    here.  Where an attribute of that name is one of several, it is a key.
+    """
+    pairs, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    if not any(keys and keys[-1] == _VALUE for keys, _ in pairs):
+        return pairs
+    outer, _ = jax.tree_util.tree_flatten_with_path(
+        tree, is_leaf=lambda x: is_leaf(x) or _is_around_value(x)
+    )
+    found = []
+    for keys, x in outer:
+        inner = [((), x)]
+        if not is_leaf(x) and _is_around_value(x):
+            inner = with_keys(_children(x)[0][1], is_leaf)
+        found += [((*keys, *more), y) for more, y in inner]
+    return found
+
+
+_VALUE = jax.tree_util.GetAttrKey("value")
+
+
+def _children(x: Any) -> Any:
+    found = jax.tree_util.default_registry.flatten_one_level_with_keys(x)
+    return found[0] if found else ()
+
+
+def _is_around_value(x: Any) -> bool:
+    return [key for key, _ in _children(x)] == [_VALUE]
 
 
 _SEP, _UP, _HERE = "/", "..", "."

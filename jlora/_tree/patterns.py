@@ -83,19 +83,35 @@ def check_matched(
             raise ValueError(_no_match(what, pattern, leaves))
 
 
+def _words(text: str, paths: Iterable[str]) -> str:
+    """The part of a pattern without its signs, with "/" for "." if paths have that."""
+    keys = re.sub(r"[^\w/]+", "", text.replace(".", "/")).strip("/")
+    if keys and any(f"/{keys}/" in f"/{p}/" for p in paths):
+        return keys
+    return re.sub(r"[^\w/]+", "", text).strip("/")
+
+
 def _no_match(what: str, pattern: Pattern, leaves: list[tuple[str, Any]]) -> str:
     regex = isinstance(pattern, re.Pattern)
     text = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
-    words = re.sub(r"[^\w/]+", "", text).strip("/") if isinstance(text, str) else ""
     paths = [p for p, _ in leaves]
-    close = near(words, [p for p in paths if words and words in p] or paths)
+    words = _words(text, paths) if isinstance(text, str) else ""
+    like = [p for p in paths if words and words.lower() in p.lower()]
+    close = near(words, like or paths)
     rule = (
         "A regular expression has to match the whole path."
         if regex
         else "A glob covers the whole path: '*' stands within one key, '**' for any "
         "number of keys."
     )
-    for guess in (f"**/{words}", f"{words}/**", f"**/{words}/**", f"**/*{words}*/**"):
+    guesses: list[Pattern] = [
+        *(f"**/{words}", f"{words}/**", f"**/{words}/**", f"**/*{words}*/**")
+    ]
+    if regex:
+        guesses = [re.compile(f".*{words}.*")]
+    elif isinstance(text, str) and "{" in text:
+        rule += " It has no braces: pass a list of patterns."
+    for guess in guesses:
         if words and any(matches(guess, p, None) for p in paths):
             rule += f" Did you mean {guess!r}?"
             break

@@ -94,8 +94,7 @@ def shardings(tree: Any, base: Any) -> Any:
     def given(x: Any) -> bool:
         return x is None or isinstance(x, (PartitionSpec, Sharding))
 
-    pairs, _ = jax.tree_util.tree_flatten_with_path(base, is_leaf=given)
-    given_at = {paths.path_of(keys): x for keys, x in pairs}
+    given_at = {paths.path_of(keys): x for keys, x in paths.with_keys(base, given)}
 
     def own(path: str) -> Any:
         at = path
