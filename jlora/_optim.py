@@ -56,13 +56,7 @@ def optimizer(
       >>> t = jlora.wrap({"kernel": jnp.ones((3, 4))}, rank=2)
       >>> state = jlora.optimizer(optax.adamw(1e-4), t).init(t)
     """
-    if not hasattr(tx, "init"):
-        raise TypeError(
-            "optimizer: expected an optax transformation, then the adapted tree: "
-            "jlora.optimizer(optax.adamw(1e-4), tree), found "
-            f"{'the tree' if by_path.has_adapted(tx) else f'a {type(tx).__name__}'} "
-            "first."
-        )
+    _check_transformation(tx)
     advice = ""
     if variables(tree):
         advice = (
@@ -112,6 +106,15 @@ def optimizer(
         return by_path.map_leaves(leaf, grads), state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check_transformation(tx: Any) -> None:
+    if not hasattr(tx, "init"):
+        found = "the tree" if by_path.has_adapted(tx) else f"a {type(tx).__name__}"
+        raise TypeError(
+            "optimizer: expected an optax transformation, then the adapted tree: "
+            f"jlora.optimizer(optax.adamw(1e-4), tree), found {found} first."
+        )
 
 
 def _no_gradients(grads: Any) -> str:
