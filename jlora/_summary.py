@@ -63,11 +63,12 @@ def summary(tree: Any) -> Summary:
 
     Example:
       >>> import jax.numpy as jnp, jlora
-      >>> print(jlora.summary(jlora.wrap({"kernel": jnp.ones((3, 4))}, rank=2)))
+      >>> params = {"kernel": jnp.ones((30, 40))}
+      >>> print(jlora.summary(jlora.wrap(params, rank=2)))
       path    shape  dtype    adapted  rank  trainable
       ------------------------------------------------
-      kernel  3×4    float32  io          2         14
-      1 adapted leaf: 14 trainable of 26 parameters (53.8 %)
+      kernel  30×40  float32  io          2        140
+      1 adapted leaf: 140 trainable of 1,340 parameters (10.4 %)
     """
     rows, left, sizes = [], [], []
     for path, x in by_path.flatten(tree)[0]:

@@ -6,7 +6,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import adapt, check_lift, integers, normal, quiet, says, silent
+from helpers import (
+    adapt,
+    check_lift,
+    close,
+    integers,
+    normal,
+    quiet,
+    randomise,
+    says,
+    silent,
+)
 
 import jlora
 
@@ -517,3 +527,35 @@ def test_what_is_left_out_is_said():
     assert "mystery" in str(jlora.summary(tree))
     quiet(jlora.wrap, params, rank=2, exclude="mystery")
     assert "mystery" in jlora.adapter(quiet(jlora.wrap, params, targets=["mystery"]))
+
+
+def test_a_vmap_over_scales_is_planned_when_named():
+    """Each of many multiples of a weight meets the data: it is formed, and said so."""
+
+    def over_scales(p, x, s):
+        return jax.vmap(lambda s: x @ (s * p["w"]))(s)
+
+    def over_parameters(p, x):
+        return over_scales(p, x, p["s"])
+
+    def over_rows(p, x):
+        return jax.vmap(lambda x: x @ (p["w"] * x[:, None]))(x)
+
+    w, s = {"w": normal(6, 4)}, normal(3)
+    cases = [(over_scales, w, (X, s)), (over_scales, w, (X, normal(3, 4)))]
+    cases += [(over_parameters, w | {"s": s}, (X,)), (over_rows, w, (X,))]
+    for fn, params, args in cases:
+        other = {**params, "out": normal(4, 2)}
+
+        def whole(p, *args, fn=fn):
+            return fn(p, *args) @ p["out"]
+
+        plan = jlora.plan(whole, other, *args)
+        assert list(plan) == ["out"] and "jlora.Rule" in plan.skipped["w"]
+        plan = jlora.plan(fn, params, *args, rank=2, targets="w")
+        assert plan["w"].axes == "io"
+        tree = randomise(jlora.wrap(params, plan=plan))
+        with pytest.warns(UserWarning, match="'w' is used by 'mul'"):
+            got = jlora.lift(fn)(tree, *args)
+        close(got, fn(jlora.merge(tree), *args))
+        assert jlora.explain(fn, tree, *args).entries[0].status == "materialised"

@@ -154,6 +154,13 @@ def _times(walk: Walk, eqn: Any, infos: list[Any]) -> list[Any] | None:
     weight, whole = infos[at], sum(n != 1 for n in shape)
     # The scale of data is broadcast to its shape.  Rows have their tokens' axes, too.
     least = 2 if weight.gathers else max(whole, 2)
+    if 1 < spans[at] < whole > max(spans[k] for k in (*weights, *data) if k != at):
+        # Many of the weight, as under a vmap over scales: a product shows which it is.
+        return [
+            dataclasses.replace(
+                weight, perhaps=True, through=weight.through or f"{name} under vmap"
+            )
+        ]
     if eqn.invars[at].aval.shape != shape or (data and spans[at] < least):
         return [DATA]
     if data and max(spans[k] for k in data) == whole:
