@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from helpers import close, normal, randomise, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -139,3 +140,23 @@ def test_specs_of_an_attribute_called_value():
     specs = Attention(*(jax.sharding.PartitionSpec(x) for x in ("q", "v", "o")))
     found = jlora.shardings(tree, specs)
     assert found.value.a == jax.sharding.PartitionSpec("v", None)
+
+
+def test_a_layer_called_value_is_a_key():
+    """Alone in its module, and in one that is NNX's, whose variables have a value."""
+
+    class Alone(eqx.Module):
+        value: eqx.nn.Linear
+
+    class Block(nnx.Module):
+        def __init__(self, rngs):
+            self.value = nnx.Linear(5, 4, rngs=rngs)
+            self.table = nnx.Param({"a": normal(5, 4)})
+
+    alone = Alone(eqx.nn.Linear(5, 4, key=jax.random.key(0)))
+    assert list(jlora.adapter(jlora.wrap(alone, rank=2))) == ["value/weight"]
+    block = jlora.wrap(Block(nnx.Rngs(0)), rank=2, targets="value/kernel")
+    assert list(jlora.adapter(block)) == ["value/kernel"]
+    assert "table/value/a" in jlora.plan(
+        lambda m, x: m.value(x) + x @ m.table["a"], Block(nnx.Rngs(0)), X
+    )

@@ -33,28 +33,24 @@ def with_keys(
     pairs, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     if not any(keys and keys[-1] == _VALUE for keys, _ in pairs):
         return pairs
+
+    def held(x: Any) -> list[Any]:
+        """The one value of a node that has no other attribute; else nothing."""
+        one = None if is_leaf(x) else _REGISTRY.flatten_one_level_with_keys(x)
+        children = list(one[0]) if one else []
+        if [key for key, _ in children] != [_VALUE]:
+            return []
+        value = children[0][1]
+        return [value] if is_leaf(value) or jax.tree_util.all_leaves([value]) else []
+
     outer, _ = jax.tree_util.tree_flatten_with_path(
-        tree, is_leaf=lambda x: is_leaf(x) or _is_around_value(x)
+        tree, is_leaf=lambda x: is_leaf(x) or bool(held(x))
     )
-    found = []
-    for keys, x in outer:
-        inner = [((), x)]
-        if not is_leaf(x) and _is_around_value(x):
-            inner = with_keys(_children(x)[0][1], is_leaf)
-        found += [((*keys, *more), y) for more, y in inner]
-    return found
+    return [(keys, *(held(x) or [x])) for keys, x in outer]
 
 
 _VALUE = jax.tree_util.GetAttrKey("value")
-
-
-def _children(x: Any) -> Any:
-    found = jax.tree_util.default_registry.flatten_one_level_with_keys(x)
-    return found[0] if found else ()
-
-
-def _is_around_value(x: Any) -> bool:
-    return [key for key, _ in _children(x)] == [_VALUE]
+_REGISTRY = jax.tree_util.default_registry
 
 
 _SEP, _UP, _HERE = "/", "..", "."
