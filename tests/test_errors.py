@@ -10,10 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from helpers import adapt, normal, randomise, says
 from jax import lax
 
 import jlora
+import jlora.checkpoint
 
 
 def params():
@@ -608,11 +610,27 @@ SWAPPED = {
         lambda t: jlora.plan(fn(params(), X), params(), X),
         ["a function of the params", "then a dict"],
     ),
-    "lift": (lambda t: jlora.lift(t), ["lift(fn)(tree, *args)", "found a dict"]),
+    "lift": (
+        lambda t: jlora.lift(t),
+        ["lift(fn)(tree, *args)", "found an adapted tree"],
+    ),
+    "lift of params": (lambda t: jlora.lift(params()), ["as fn", "found a dict"]),
+    "lift of a module": (
+        lambda t: jlora.lift(jlora.wrap(nnx.Linear(5, 4, rngs=nnx.Rngs(0)), rank=2)),
+        ["lambda module, x: module(x)", "found an adapted tree"],
+    ),
+    "checkpoint.save": (
+        lambda t: jlora.checkpoint.save(t, "run/100"),
+        ["expected the path of a directory first, then the tree", "found a dict"],
+    ),
+    "checkpoint.restore": (
+        lambda t: jlora.checkpoint.restore(params(), "run/100"),
+        ["expected the path of a directory first, then the tree", "found a dict"],
+    ),
     "lift of an array": (lambda t: jlora.lift(X), ["as fn", "found a ArrayImpl"]),
     "explain": (
         lambda t: jlora.explain(t, fn, X),
-        ["explain(fn, tree, *args)", "as fn", "found a dict"],
+        ["explain(fn, tree, *args)", "as fn", "found an adapted tree"],
     ),
 }
 
@@ -643,6 +661,9 @@ def test_a_tree_captured_by_closure_is_told_to_be_an_argument():
     [
         ("**/{query,key}/kernel", "no braces: pass a list"),
         ("encoder.layer_0.query", "Did you mean 'encoder/layer_0/query/**'?"),
+        (QUERY.replace("/", "."), f"Did you mean {QUERY!r}?"),
+        (f"/{QUERY}", f"Did you mean {QUERY!r}?"),
+        (".*query.*", "given as re.compile('.*query.*')"),
         ("query.kernel", "Did you mean '**/query/kernel'?"),
         ("Query/kernel", "near paths: 'encoder/layer_1/query/kernel'"),
         (re.compile("query"), "Did you mean re.compile('.*query.*')?"),

@@ -26,7 +26,7 @@ from jlora._lift.report import Report, report
 from jlora._plan.roles import differ, merged
 from jlora._plan.watch import watch
 from jlora._tree import output_bias
-from jlora._tree.by_path import flatten
+from jlora._tree.by_path import flatten, has_adapted
 from jlora._tree.trace import hide, show, trace
 from jlora._tree.variables import variables
 
@@ -199,10 +199,12 @@ def _check(args: Any, kwargs: Any) -> bool:
 
 
 def _check_function(fn: Any, call: str) -> None:
-    if not callable(fn):
+    adapted = has_adapted(fn)
+    if adapted or not callable(fn):
+        found = "an adapted tree" if adapted else f"a {type(fn).__name__}"
         raise TypeError(
-            f"{call}: expected a function of the params, such as model.apply, as fn, "
-            f"found a {type(fn).__name__}."
+            f"{call}: expected a function of the params as fn, such as model.apply or "
+            f"lambda module, x: module(x), found {found}."
         )
 
 

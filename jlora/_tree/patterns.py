@@ -105,12 +105,14 @@ def _no_match(what: str, pattern: Pattern, leaves: list[tuple[str, Any]]) -> str
         "number of keys."
     )
     guesses: list[Pattern] = [
-        *(f"**/{words}", f"{words}/**", f"**/{words}/**", f"**/*{words}*/**")
+        *(words, f"**/{words}", f"{words}/**", f"**/{words}/**", f"**/*{words}*/**")
     ]
     if regex:
         guesses = [re.compile(f".*{words}.*")]
     elif isinstance(text, str) and "{" in text:
         rule += " It has no braces: pass a list of patterns."
+    elif isinstance(text, str) and ".*" in text:
+        rule += f" A regular expression is given as re.compile({text!r})."
     for guess in guesses:
         if words and any(matches(guess, p, None) for p in paths):
             rule += f" Did you mean {guess!r}?"

@@ -96,6 +96,11 @@ threading._register_atexit(_finish_all)  # type: ignore[attr-defined]
 
 def path_of(directory: str | os.PathLike[str]) -> epath.Path:
     """The directory as an absolute path; a URL, such as of a bucket, is kept."""
+    if not isinstance(directory, (str, os.PathLike)):
+        raise TypeError(
+            "checkpoint: expected the path of a directory first, then the tree; found "
+            f"a {type(directory).__name__}."
+        )
     path = epath.Path(directory)
     return path if "://" in os.fspath(directory) else path.expanduser().absolute()
 
