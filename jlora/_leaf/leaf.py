@@ -191,9 +191,7 @@ class LoRA(_NotAnArray):
         names = ["w", *trained(self)]
         fields = ", ".join(f"{n}={_brief(getattr(self, n))}" for n in names)
         form = f", form={self.form}" if self.form else ""
-        known = base.shaped(self.w) or hasattr(self.a, "ndim")  # not so among labels
-        roles = self.axes if known else self.roles
-        return f"LoRA({fields}, roles={roles!r}{form})"
+        return f"LoRA({fields}, roles={self.roles!r}{form})"
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
