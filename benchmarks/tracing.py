@@ -133,7 +133,6 @@ def of_libraries():
 
         def trace(lift, tree, fn=fn, args=args):
             arrays, rest = eqx.partition((tree, args), eqx.is_array)
-
             own = lift(fresh(fn))
 
             def whole(arrays):

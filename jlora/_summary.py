@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jlora._leaf import Adapted, LoRA, base, is_adapted
 from jlora._leaf.fields import missing, trained
-from jlora._plan.names import is_vector
+from jlora._plan.names import is_called_vector
 from jlora._plan.plan import listed, oversized, table
 from jlora._printed import Printed
 from jlora._tree import by_path
@@ -73,7 +73,7 @@ def summary(tree: Any) -> Summary:
     """
     rows, left, sizes = [], [], []
     for path, x in by_path.flatten(tree)[0]:
-        if not is_adapted(x) and _is_matrix(x) and not is_vector(path):
+        if not is_adapted(x) and _is_matrix(x) and not is_called_vector(path):
             left.append(f"{path} {'×'.join(map(str, x.shape))}")
         if is_adapted(x):
             low = isinstance(x, LoRA)

@@ -247,6 +247,12 @@ TOLD = [
         {"a/kernel": "oi", "b/kernel": "oi"},
     ),
     ({"a": layer((5, 5), (5,))}, {"a/kernel": "io"}),
+    # A norm that is conditioned has a kernel; what else it has is a vector.
+    ({"ada_norm": layer((5, 7), (7,))}, {"ada_norm/kernel": "io"}),
+    (
+        {"l": {"ada_ln": layer((3, 5, 7), (3, 7)), "ln": {"weight": normal(3, 5)}}},
+        {"l/ada_ln/kernel": "bio"},
+    ),
     # Names.
     ({"attn": {"q_proj": layer((5, 2, 7))}}, {"attn/q_proj/kernel": "ioo"}),
     ({"attn": {"wo": normal(2, 7, 5)}}, {"attn/wo": "iio"}),
@@ -293,6 +299,20 @@ TOLD = [
 def test_biases_and_names(params, roles):
     tree = jlora.wrap(params, rank=2)
     assert {path: leaf.axes for path, leaf in jlora.adapter(tree).items()} == roles
+
+
+def test_the_summary_lists_every_matrix_that_was_left():
+    """A scale by its own name is none; what stands in a norm may be one."""
+    p = {
+        "up": layer((5, 7), (7,)),
+        "norm": {"mix": normal(5, 6), "scale": normal(3, 5), "bias": normal(3, 5)},
+    }
+    (line,) = [
+        x
+        for x in jlora.summary(jlora.wrap(p, rank=2)).splitlines()
+        if x.startswith("left as they are")
+    ]
+    assert line == "left as they are: norm/mix 5×6"
 
 
 UNTOLD = [

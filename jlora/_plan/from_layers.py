@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jlora._plan.spec import einsum_axes
-from jlora._tree.paths import path_of, with_keys
+from jlora._tree.paths import flatten_with_keys, path_of
 from jlora._tree.variables import is_model
 
 # (kind, roles of the last axes) of each weight of a layer, by attribute.
@@ -124,13 +124,14 @@ def _layers(tree: Any, kinds: tuple[type, ...]) -> list[tuple[Any, Any]]:
         return [((), x) for x in tree._flatten_layers() if known(x)]
     if not kinds:
         return []
-    return [(keys, x) for keys, x in with_keys(tree, known) if known(x)]
+    pairs, _ = flatten_with_keys(tree, known)
+    return [(keys, x) for keys, x in pairs if known(x)]
 
 
 def _path(keys: Any, layer: Any, attribute: str) -> str | None:
     """The path of a layer's weight in the tree; None if the layer has none."""
     if is_model(layer):
         return getattr(getattr(layer, attribute, None), "path", None)
-    own = with_keys(layer)
+    own, _ = flatten_with_keys(layer)
     names = (path_of((*keys, *k)) for k, _ in own if path_of(k) == attribute)
     return next(names, None)

@@ -45,10 +45,16 @@ _CONV = re.compile(r".*(conv|stem|patch|downsample|depthwise|pointwise).*", re.I
 _TRANSPOSED = re.compile(r"conv\d_?d_transpose.*", re.I)  # Haiku's and Keras's
 
 
+def is_called_vector(path: str) -> bool:
+    """Whether its own name is that of a bias, a scale or a statistic."""
+    return is_bias(path) or _VECTOR.fullmatch(_keys(path)[-1]) is not None
+
+
 def is_vector(path: str) -> bool:
-    """Whether the name is that of a bias, a scale or a statistic."""
+    """Whether its own name or its norm says that it is one; no kernel is."""
     *_, parent, name = _keys(path)
-    return is_bias(path) or bool(_VECTOR.fullmatch(name) or _NORM.fullmatch(parent))
+    of_norm = _NORM.fullmatch(parent) and not name.endswith("kernel")
+    return is_called_vector(path) or bool(of_norm)
 
 
 def _is_embedding(path: str) -> bool:

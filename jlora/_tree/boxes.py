@@ -15,7 +15,7 @@ import jax
 
 from jlora._leaf import is_adapted
 from jlora._leaf.fields import specs
-from jlora._tree.paths import with_keys
+from jlora._tree.paths import flatten_with_keys
 
 
 def is_box(x: Any) -> bool:
@@ -64,7 +64,9 @@ def _around(cls: Any) -> Any:
 
 def adapted(tree: Any) -> list[tuple[tuple[Any, ...], Any]]:
     """(keys, leaf) of the adapted leaves; a leaf from a box has its fields in boxes."""
-    pairs = with_keys(tree, lambda x: is_adapted(x) or isinstance(x, _Adapted))
+    pairs, _ = flatten_with_keys(
+        tree, lambda x: is_adapted(x) or isinstance(x, _Adapted)
+    )
     pairs = [(k, x.fields() if isinstance(x, _Adapted) else x) for k, x in pairs]
     return [(keys, x) for keys, x in pairs if is_adapted(x)]
 

@@ -23,12 +23,11 @@ def flatten(
 
     An adapted leaf is one leaf.
     """
-    treedef = jax.tree.structure(tree, is_leaf=is_leaf)
+    pairs, treedef = paths.flatten_with_keys(tree, is_leaf)
 
     def build(leaves: Iterable[Any]) -> Any:
         return boxes.fit(jax.tree.unflatten(treedef, leaves))
 
-    pairs = paths.with_keys(tree, is_leaf)
     return [(paths.path_of(keys), x) for keys, x in pairs], build
 
 
@@ -134,7 +133,7 @@ def others(tree: Any) -> dict[str, str]:
     found = {}
     if variables(tree):
         nnx = sys.modules["flax.nnx"]
-        for keys, x in paths.with_keys(tree, is_variable):
+        for keys, x in paths.flatten_with_keys(tree, is_variable)[0]:
             plain = isinstance(x, nnx.Param) and not isinstance(x, nnx.LoRAParam)
             if is_variable(x) and not plain:
                 found[paths.path_of(keys)] = f"a {type(x).__name__}"

@@ -10,7 +10,7 @@ import jax
 
 
 def path_of(keys: tuple[Any, ...]) -> str:
-    """``"encoder/layer_0/query/kernel"`` from the keys of `with_keys`."""
+    """``"encoder/layer_0/query/kernel"`` from the keys of `flatten_with_keys`."""
     names = []
     for key in keys:
         for attribute in ("key", "name", "idx"):
@@ -22,17 +22,17 @@ def path_of(keys: tuple[Any, ...]) -> str:
     return "/".join(names)
 
 
-def with_keys(
+def flatten_with_keys(
     tree: Any, is_leaf: Callable[[Any], bool] = lambda x: False
-) -> list[tuple[tuple[Any, ...], Any]]:
-    """JAX's (keys, leaf) pairs, whose keys pass over what is around a value alone.
+) -> tuple[list[tuple[tuple[Any, ...], Any]], Any]:
+    """JAX's (keys, leaf) pairs and treedef; keys pass over what holds a value alone.
 
     A box of Flax and a variable of NNX have one attribute, ``value``, which is no key
     here.  Where an attribute of that name is one of several, it is a key.
     """
-    pairs, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    pairs, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     if not any(keys and keys[-1] == _VALUE for keys, _ in pairs):
-        return pairs
+        return pairs, treedef
 
     def held(x: Any) -> list[Any]:
         """The one value of a node that has no other attribute; else nothing."""
@@ -46,7 +46,7 @@ def with_keys(
     outer, _ = jax.tree_util.tree_flatten_with_path(
         tree, is_leaf=lambda x: is_leaf(x) or bool(held(x))
     )
-    return [(keys, *(held(x) or [x])) for keys, x in outer]
+    return [(keys, *(held(x) or [x])) for keys, x in outer], treedef
 
 
 _VALUE = jax.tree_util.GetAttrKey("value")

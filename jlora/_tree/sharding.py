@@ -94,7 +94,8 @@ def shardings(tree: Any, base: Any) -> Any:
     def given(x: Any) -> bool:
         return x is None or isinstance(x, (PartitionSpec, Sharding))
 
-    given_at = {paths.path_of(keys): x for keys, x in paths.with_keys(base, given)}
+    pairs, _ = paths.flatten_with_keys(base, given)
+    given_at = {paths.path_of(keys): x for keys, x in pairs}
 
     def own(path: str) -> Any:
         at = path
