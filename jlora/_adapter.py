@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora._algebra.delta import dense
+from jlora._algebra.weight import dense
 from jlora._leaf import Adapted, Full, LoRA, base, fields, is_adapted
 from jlora._leaf.fields import missing
 from jlora._tree import by_path, output_bias, paths, sharding
@@ -208,11 +208,12 @@ def unmerge(params: Any, adapter: Adapter) -> Any:
 
     def leaf(path: str, x: Any) -> Any:
         found = adapter.get(path)
-        if isinstance(found, Full):
+        if isinstance(found, Full) or getattr(found, "m", None) is not None:
+            how = "was trained whole" if isinstance(found, Full) else "has a magnitude"
             raise ValueError(
-                f"unmerge: {path!r} was trained whole, so its base cannot be had back "
-                "by subtraction: expected low-rank leaves only. Keep the base params, "
-                "or use jlora.unwrap on the adapted tree."
+                f"unmerge: {path!r} {how}, so its base cannot be had back by "
+                "subtraction: expected low-rank leaves only. Keep the base params, or "
+                "use jlora.unwrap on the adapted tree."
             )
         if found is None:
             return x

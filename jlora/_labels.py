@@ -47,6 +47,12 @@ def order(x: jax.Array, labels: Sequence[int], wanted: Sequence[int]) -> jax.Arr
     return lax.transpose(x, [labels.index(k) for k in wanted])
 
 
+def aligned(x: jax.Array, labels: Sequence[int], out: Sequence[int]) -> jax.Array:
+    """x with an axis for each of ``out``, of size one where x has no such axis."""
+    x = order(x, labels, [k for k in out if k in labels])
+    return lax.expand_dims(x, [i for i, k in enumerate(out) if k not in labels])
+
+
 def spread(
     x: jax.Array, labels: Sequence[int], shape: Sequence[int], out: Sequence[int]
 ) -> jax.Array:

@@ -47,7 +47,7 @@ def _words(x: Adapted) -> str:
     words = [x.axes if isinstance(x, LoRA) else "full"]
     if isinstance(x, LoRA):
         words += [str(x.form)] if x.form else []
-        words += ["c"] if x.c is not None else []
+        words += [name for name in trained(x) if name not in ("a", "b")]
     words += [base.remark(x.w)] if base.remark(x.w) else []
     return ", ".join(words)
 

@@ -17,8 +17,8 @@ from jlora._tree.trace import hide, is_array, show
 def partition(tree: Any) -> tuple[Any, Any]:
     """(trainable, frozen): each has the tree's structure, and None for the other half.
 
-    a, b, c and `Full` values are trainable; everything else is frozen.  Differentiate
-    with respect to the trainable half, and `combine` the halves inside the loss.  Then
+    a, b, c, m and `Full` values are trainable; all else is frozen.  Differentiate with
+    respect to the trainable half, and `combine` the halves inside the loss.  Then
     the base is an input of the training step, but no output.  What is no array among
     arrays, as the functions and flags of a module of Equinox, is part of the structure
     of the frozen half.  So both are arguments that ``jax.jit`` takes.
@@ -75,7 +75,7 @@ def combine(trainable: Any, frozen: Any) -> Any:
 def labels(tree: Any) -> Any:
     """The tree with a label for each array: "lora", "full" or "frozen".
 
-    a, b and c have the label "lora", `Full` values "full", and all else "frozen".
+    a, b, c and m have the label "lora", `Full` values "full", and all else "frozen".
 
     Example:
       >>> import jax.numpy as jnp, jlora

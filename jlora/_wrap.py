@@ -34,6 +34,8 @@ def wrap(
     train: Pattern | Iterable[Pattern] = (),
     bias: str = "none",
     init: str | Initialiser = "kaiming",
+    rslora: bool = False,
+    dora: bool = False,
     lora_bias: bool = False,
     dtype: Any = jnp.float32,
     key: jax.Array | None = None,
@@ -64,10 +66,15 @@ def wrap(
         weights.
       init: "kaiming": a ~ U(±1/√fan_in) and b = 0; for embeddings a = 0, b ~ N(0, 1).
         Or one of `jlora.initializers`, or a function (key, w, spec) -> (w, a, b).
+      rslora: whether the delta is alpha / √rank * a·b (arXiv:2312.03732, theorem 3.2),
+        which does not grow weaker with the rank.
+      dora: whether every adapter gets a trainable magnitude m (arXiv:2402.09353): the
+        weight is then m * V / ‖V‖ for V = W + scale * a·b, with the norm over the in
+        axes, and m = ‖V‖ at the start.  The norm has no gradient (section 4.3).
       lora_bias: whether every adapter gets a trainable output bias c, zero at the
         start, as in peft.  The layer's bias gets scale * c added.  If the layer has no
         bias of that shape, the weight's products get it, and the tree cannot be merged.
-      dtype: the dtype of a, b, c and `Full` values.  They are small, and cast to the
+      dtype: the dtype of a, b, c, m and `Full` values.  They are small, and cast to the
         activation's dtype in each product, so float32 costs little.  In bfloat16 a step
         below 2^-8 of a number is lost.  In float16 the eps of Adam, 1e-8, is zero, so
         its first steps give NaN.
@@ -81,7 +88,7 @@ def wrap(
       ValueError: a bad rank; an adapted tree; a pattern that matches nothing; a kernel
         whose name does not give its roles; a plan made for another tree; a target or
         train leaf that is not floating-point; a ``bias`` for which there is none.
-      TypeError: a ``lora_bias`` that is no boolean; a key that is no PRNG key; an
+      TypeError: a flag that is no boolean; a key that is no PRNG key; an
         initialiser that does not give a tuple (w, a, b).
 
     Example:
@@ -92,8 +99,10 @@ def wrap(
     """
     said = check_rank(rank, "wrap")
     refuse_layers(params, "wrap")
-    if not isinstance(lora_bias, bool):
-        raise TypeError(f"wrap: lora_bias {lora_bias!r}: expected True or False.")
+    options = {"rslora": rslora, "dora": dora, "lora_bias": lora_bias}
+    for name, flag in options.items():
+        if not isinstance(flag, bool):
+            raise TypeError(f"wrap: {name} {flag!r}: expected True or False.")
     _check_dtype(dtype)
     if bias not in ("none", "all", "lora_only"):
         raise ValueError(f"bias {bias!r}: expected 'none', 'all' or 'lora_only'.")
@@ -114,10 +123,8 @@ def wrap(
             return _full(path, x, dtype)
         if path not in plan:
             return x
-        spec = plan[path]
-        if spec.lora_bias is None:
-            spec = dataclasses.replace(spec, lora_bias=lora_bias)
-        return make(x, path, spec, init=init, dtype=dtype, key=key)
+        spec = plan[path].with_options({"init": init, **options})
+        return make(x, path, spec, init=spec.init, dtype=dtype, key=key)
 
     return by_path.map_leaves(leaf, params)
 

@@ -31,6 +31,7 @@ from jlora._adapter import attach as attach_leaves
 from jlora._init.keys import path_key
 from jlora._init.make import make
 from jlora._leaf import Dropout, LoRA
+from jlora._leaf.fields import trained
 from jlora._leaf.forms import Blocks, Form
 from jlora._lift.lift import lift_layer
 from jlora._plan.spec import Spec, check_rank, einsum_axes, fitted
@@ -362,10 +363,11 @@ def attach(model: nnx.Module, adapter: Adapter) -> Any:
     attach_leaves(weights, adapter)  # verifies that it fits
     for path, leaf in adapter.items():
         layer = layers[path]
-        if not isinstance(leaf, LoRA) or leaf.c is not None or leaf.w is not None:
+        if {*trained(leaf)} != {"a", "b"} or leaf.w is not None:
             raise ValueError(
-                f"nnx.attach: {path!r} was trained whole, has an output bias or lost "
-                "its base: expected leaves of a and b only, which these layers have."
+                f"nnx.attach: {path!r} was trained whole, has an output bias or a "
+                "magnitude, or lost its base: expected leaves of a and b only, which "
+                "these layers have."
             )
         have, want = ((x.axes, x.form) for x in (layer._leaf(), leaf))
         if have != want:

@@ -77,8 +77,9 @@ def randomise(tree, seed=7, scale=True):
         if scale:
             draw = rng.uniform(0.5, 1.5, leaf.scale.shape)
             new["scale"] = jnp.asarray(np.asarray(draw, leaf.scale.dtype))
-        if leaf.c is not None:
-            new["c"] = normal(leaf.c, 1)
+        for name in ("c", "m"):
+            if getattr(leaf, name) is not None:
+                new[name] = normal(getattr(leaf, name), 1)
         return dataclasses.replace(leaf, **new)
 
     return jax.tree.map(one, tree, is_leaf=is_adapted)
@@ -132,21 +133,35 @@ def by_hand(tree, plan, xp=jnp):
             return leaf + extra[path].astype(leaf.dtype) if path in extra else leaf
         w = xp.asarray(leaf.w)
         if xp is np:
-            return w.astype(np.float64) + delta(leaf, specs[path], np)
+            v = w.astype(np.float64) + delta(leaf, specs[path], np)
+            return with_magnitude(leaf, specs[path], v, np)
         full = w.astype(jnp.promote_types(w.dtype, jnp.float32))
-        return (full + delta(leaf, specs[path], jnp)).astype(w.dtype)
+        v = full + delta(leaf, specs[path], jnp)
+        return with_magnitude(leaf, specs[path], v).astype(w.dtype)
 
     pairs, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_adapted)
     plain = jax.tree.structure(jlora.unwrap(tree))
     return jax.tree.unflatten(plain, [one(*pair) for pair in pairs])
 
 
-def adapt(
-    fn, params, *args, rank=3, targets=EVERYTHING, seed=7, lora_bias=False, **kwargs
-):
+def with_magnitude(leaf, spec, v, xp=jnp):
+    """DoRA: m * V / ‖V‖, with the norm over the in axes, and without its gradient."""
+    if leaf.m is None:
+        return v
+    _, inner, _ = axes_of(spec, v.ndim)
+    norm = xp.sqrt((v**2).sum(tuple(inner), keepdims=True))
+    norm = norm if xp is np else jax.lax.stop_gradient(norm)
+    batch, _, outer = axes_of(spec, v.ndim)
+    order = np.argsort([*batch, *outer])  # of m's axes, as the weight has them
+    m = xp.expand_dims(xp.transpose(xp.asarray(leaf.m), order), tuple(inner))
+    return m * v / norm
+
+
+def adapt(fn, params, *args, rank=3, targets=EVERYTHING, seed=7, **kwargs):
     """A tree planned from `fn` and wrapped, with random factors; and its plan."""
+    flags = {k: kwargs.pop(k, False) for k in ("rslora", "dora", "lora_bias")}
     plan = jlora.plan(fn, params, *args, rank=rank, targets=list(targets), **kwargs)
-    return wrap_random(params, plan, seed=seed, lora_bias=lora_bias), plan
+    return wrap_random(params, plan, seed=seed, **flags), plan
 
 
 def wrap_random(params, plan, *, seed=7, **options):

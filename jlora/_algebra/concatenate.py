@@ -89,10 +89,9 @@ def _stacked(leaves: Sequence[LoRA], axis: int) -> LoRA:
         xs = [_padded(getattr(p, name), own, 0, top - p.rank) for p in leaves]
         return lax.concatenate(xs, own.index(axis))
 
-    c = _output_biases([p.c for p in leaves], leaves)
-    at = labels("c", axes).index(axis)
-    new = {name: join(name) for name in _FACTORS}
-    new["c"] = None if c is None else lax.concatenate(c, at)
+    new: dict[str, Any] = {name: join(name) for name in _FACTORS}
+    new["c"] = _outputs("c", [p.c for p in leaves], leaves, axis)
+    new["gain"] = _outputs("gain", [p.gain for p in leaves], leaves, axis)
     dropouts = [p.dropout for p in leaves if p.dropout is not None]
     if 0 < len(dropouts) < len(leaves):
         raise NotFactored
@@ -121,17 +120,13 @@ def _side_by_side(leaves: Sequence[LoRA], axis: int) -> LoRA:
     a = join("a", [p.a for p in leaves])
     b = join("b", [scaled(p, "b") for p in leaves])
     cs = [None if p.c is None else scaled(p, "c") for p in leaves]
-    c, biases = None, _output_biases(cs, leaves)
-    if biases is not None:  # along an in axis the parts' products are summed
-        own = labels("c", axes)
-        c = (
-            lax.concatenate(biases, own.index(axis))
-            if axis in own
-            else sum(biases[1:], biases[0])
-        )
+    c = _outputs("c", cs, leaves, axis)
+    gain = _outputs("gain", [p.gain for p in leaves], leaves, axis)
     one = jnp.ones_like(leaves[0].scale)
     dropout = next((p.dropout for p in leaves if p.dropout is not None), None)
-    return dataclasses.replace(leaves[0], a=a, b=b, scale=one, c=c, dropout=dropout)
+    new: dict[str, Any] = {"a": a, "b": b, "scale": one, "c": c, "gain": gain}
+    new["dropout"] = dropout
+    return dataclasses.replace(leaves[0], **new)
 
 
 def _padded(x: jax.Array, own: list[int], before: int, after: int) -> jax.Array:
@@ -142,19 +137,28 @@ def _padded(x: jax.Array, own: list[int], before: int, after: int) -> jax.Array:
     return lax.pad(x, jnp.zeros((), x.dtype), pads)
 
 
-def _output_biases(
-    cs: Sequence[jax.Array | None], leaves: Sequence[LoRA]
-) -> list[jax.Array] | None:
-    """The output bias of every part, zero if it has none; None if no part has one."""
-    found = [c for c in cs if c is not None]
+def _outputs(
+    name: str, xs: Sequence[jax.Array | None], leaves: Sequence[LoRA], axis: int
+) -> jax.Array | None:
+    """The field of the joined weight from those of its parts, or what stands for none.
+
+    A part without an output bias has zeros, and one without a gain ones.  None if no
+    part has the field.
+
+    Raises:
+      NotFactored: the parts are joined along an in axis, and have gains.
+    """
+    found = [x for x in xs if x is not None]
     if not found:
         return None
-    dtype = wider(*found)
-
-    def shape(p: LoRA) -> list[int]:
-        return [p.shape[k] for k in labels("c", p.axes)]
-
-    return [
-        jnp.zeros(shape(p), dtype) if c is None else c.astype(dtype)
-        for c, p in zip(cs, leaves, strict=True)
+    dtype, fill = wider(*found), {"c": 0, "gain": 1}[name]
+    own = labels(name, leaves[0].axes)
+    parts = [
+        jnp.full([p.shape[k] for k in own], fill, dtype) if x is None else x
+        for x, p in zip(xs, leaves, strict=True)
     ]
+    if axis in own:
+        return lax.concatenate([x.astype(dtype) for x in parts], own.index(axis))
+    if name == "gain":
+        raise NotFactored
+    return sum(parts[1:], parts[0])  # their products are summed

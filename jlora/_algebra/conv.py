@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jlora._algebra.delta import delta, dense, low_rank, scaled
+from jlora._algebra.delta import delta, low_rank, scaled
 from jlora._algebra.structure import with_units
 from jlora._algebra.use import (
     Params,
     RolesError,
     compute_dtype,
     drop,
+    finished,
     inlined,
     with_output_bias,
 )
-from jlora._labels import GROUP, IN, OUT, RANK, dot, order, spread
+from jlora._algebra.weight import dense, gained
+from jlora._labels import GROUP, IN, OUT, RANK, dot, order
 from jlora._leaf import LoRA, base, forms
 from jlora._leaf.fields import labels
 from jlora._leaf.forms import NotFactored
@@ -66,14 +69,29 @@ def conv(
     run: Run = functools.partial(cast(Any, lax.conv_general_dilated), **rest)
     if forms.of(leaf.form).formed:
         return _formed(leaf, x, aside, nth, run, rest["dimension_numbers"])
-    leaf, transposed = _oriented(low_rank(leaf), rest["dimension_numbers"])
-    if transposed and groups != 1:
-        raise NotFactored
+    numbers = rest["dimension_numbers"]
+    leaf, transposed = _oriented(low_rank(leaf), numbers)
+    if transposed:
+        if groups != 1:
+            raise NotFactored
+        xl = _features(numbers.lhs_spec, numbers.rhs_spec[1])
+        x, aside = gained(leaf, x, xl), gained(leaf, aside, xl)
     dtype = compute_dtype(x, leaf)
     y = base.use(leaf.base, lambda w, x: run(x, w), x)
     x = drop(leaf, aside, nth).astype(dtype)
     branch = _from_outputs if transposed else _from_inputs
-    return base.plus(y, branch(leaf, x, run, rest, y.shape))
+    y = base.plus(y, branch(leaf, x, run, rest, y.shape))
+    if transposed:
+        return y
+    return finished(leaf, y, _features(numbers.out_spec, numbers.rhs_spec[0]))
+
+
+def _features(spec: Sequence[int], axis: int) -> list[int]:
+    """The labels of an image whose features meet this axis of the kernel.
+
+    The other axes get labels that no kernel has.
+    """
+    return [axis if k == spec[1] else len(spec) + k for k in range(len(spec))]
 
 
 def _formed(
@@ -84,19 +102,15 @@ def _formed(
     With dropout there are two, since base and delta then read different activations.
     """
     dtype = compute_dtype(x, leaf)
-    if leaf.dropout is None:
+    if leaf.dropout is None and leaf.gain is None:
         y = run(x, dense(leaf))
     else:
         y = base.use(leaf.base, lambda w, x: run(x, w), x)
         x = drop(leaf, aside, nth).astype(dtype)
         y = base.plus(y, run(x, delta(leaf).astype(dtype)))
-    if leaf.c is None:
-        return y
-    out = spec.rhs_spec[0]
-    # c lies along y's axis of features; -1 marks the other axes.
-    places = [out if k == spec.out_spec[1] else -1 for k in range(y.ndim)]
-    c = scaled(leaf, "c").astype(dtype)
-    return y + spread(c, [out], y.shape, places).astype(y.dtype)
+    if leaf.gain is None and leaf.c is not None:
+        leaf = dataclasses.replace(leaf, gain=jnp.ones_like(leaf.c))
+    return finished(leaf, y, _features(spec.out_spec, spec.rhs_spec[0]))
 
 
 def _oriented(leaf: LoRA, spec: Any) -> tuple[LoRA, bool]:

@@ -1,4 +1,4 @@
-"""The delta of a leaf, and the merged weight."""
+"""The delta of a leaf, and its factors in the plain form."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import jax
 from jax import lax
 
 from jlora._labels import wider
-from jlora._leaf import Full, LoRA, base, forms
+from jlora._leaf import LoRA, base, forms
 
 
 def scaled(leaf: LoRA, name: str, to: Any = None) -> jax.Array:
@@ -41,16 +41,6 @@ def delta(leaf: LoRA) -> jax.Array:
     d = forms.of(leaf.form).delta(a.astype(wide), b.astype(wide), leaf.axes)
     chex.assert_equal(tuple(d.shape), leaf.shape)
     return d
-
-
-def dense(leaf: LoRA | Full) -> jax.Array:
-    """The merged weight, computed in float32 (or wider) and rounded once."""
-    if isinstance(leaf, Full):
-        return leaf.value.astype(leaf.dtype)
-    d = delta(leaf)
-    wide = wider(leaf, d)
-    w = base.use(leaf.base, lambda w: w.astype(wide))
-    return base.plus(w, d).astype(leaf.dtype)
 
 
 def low_rank(leaf: LoRA) -> LoRA:

@@ -15,9 +15,11 @@ from jlora._algebra.use import (
     RolesError,
     compute_dtype,
     drop,
+    finished,
     inlined,
     with_output_bias_of,
 )
+from jlora._algebra.weight import gained
 from jlora._labels import BLOCK, RANK, dot
 from jlora._leaf import LoRA, base, forms
 from jlora._leaf.forms import NotFactored
@@ -109,6 +111,9 @@ def contract(
         left, right = (w, x) if weight_first else (x, w)
         return lax.dot_general(left, right, numbers, out_sharding=out_sharding, **rest)
 
+    if p.transposed:
+        x = gained(leaf, x, p.xl)
+        aside = aside if aside is None else gained(leaf, aside, p.xl)
     y = base.use(leaf.base, own, x)
     if p.transposed or leaf.c is not None:
         leaf = low_rank(leaf)
@@ -139,4 +144,5 @@ def contract(
         leaf, p.contracted, h.astype(dtype), hl, factor.astype(dtype), fl
     )
     d, dl = times(h, hl, factor, fl, {*p.out, BLOCK})
-    return base.plus(y, form.assemble(d, dl, p.out, leaf.axes))
+    y = base.plus(y, form.assemble(d, dl, p.out, leaf.axes))
+    return y if p.transposed else finished(leaf, y, p.out)

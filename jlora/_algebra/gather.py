@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 
 from jlora._algebra.delta import in_low_rank, scaled
-from jlora._algebra.use import Params, inlined, with_output_bias_of
+from jlora._algebra.use import Params, finished, inlined, with_output_bias_of
 from jlora._labels import RANK, by_role, dot, order
 from jlora._leaf import LoRA, base
 from jlora._leaf.fields import labels, mapped
@@ -152,7 +152,9 @@ def lookup(leaf: LoRA, indices: jax.Array, params: Params) -> jax.Array:
     h, factor = with_output_bias_of(leaf, gather.indexed, h, hl, *second)
     factor, fl = gather.drop(factor, second[1])
     d, dl = dot(h.astype(y.dtype), hl, factor.astype(y.dtype), fl, {*gather.out})
-    return base.plus(y, order(d, dl, gather.out))
+    y = base.plus(y, order(d, dl, gather.out))
+    each = [gather] if gather.roles == {"o"} else []
+    return finished(leaf, y, gather.out, *each)
 
 
 @in_low_rank

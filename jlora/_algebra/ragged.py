@@ -7,6 +7,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from jlora._algebra.delta import in_low_rank, scaled
@@ -16,10 +17,12 @@ from jlora._algebra.use import (
     RolesError,
     compute_dtype,
     drop,
+    finished,
     inlined,
     with_output_bias_of,
 )
-from jlora._labels import dot, order
+from jlora._algebra.weight import times as weighted
+from jlora._labels import RANK, dot, order
 from jlora._leaf import LoRA, base
 from jlora._leaf.fields import labels
 from jlora._leaf.forms import NotFactored
@@ -73,6 +76,34 @@ class _Product:
         axes = "".join("b" if k in stacked else c for k, c in enumerate(axes))
         return cls(tuple(wc), tuple(groups), axes, xl, row, out, "o" in roles)
 
+    def times(
+        self,
+        h: jax.Array,
+        hl: list[int],
+        factor: jax.Array,
+        fl: list[int],
+        keep: set[int],
+        *,
+        sizes: jax.Array,
+        params: dict[str, Any],
+    ) -> tuple[jax.Array, list[int]]:
+        """The product of the rows of h with their expert's part of the factor."""
+        if not {*self.groups} & {*fl}:
+            return dot(h, hl, factor, fl, keep, **params)
+        batch = [k for k in hl if k in fl and k in keep]
+        summed = [k for k in hl if k in fl and k not in keep]
+        dims = (
+            ([hl.index(k) for k in summed], [fl.index(k) for k in summed]),
+            ([hl.index(k) for k in batch], [fl.index(k) for k in batch]),
+        )
+        numbers = lax.RaggedDotDimensionNumbers(
+            dims, [hl.index(self.row)], [fl.index(k) for k in self.groups]
+        )
+        left = [k for k in hl if k not in batch and k not in summed]
+        right = [k for k in fl if k not in (*batch, *summed, *self.groups)]
+        product = lax.ragged_dot_general(h, factor, sizes, numbers, **params)
+        return product, [*batch, *left, *right]
+
 
 @functools.partial(inlined, static_argnames=("params", "nth"))
 @in_low_rank
@@ -112,35 +143,33 @@ def ragged(
     def own(w: Any, x: Any, sizes: Any) -> Any:
         return lax.ragged_dot_general(x, w, sizes, numbers, **rest)
 
-    y = base.use(leaf.base, own, x, sizes)
     dtype = compute_dtype(x, leaf)
 
-    def times(h: jax.Array, hl: Any, factor: Any, fl: Any, keep: set[int]) -> Any:
-        """The product of the rows of h with their expert's part of the factor."""
-        h, factor = h.astype(dtype), factor.astype(dtype)
-        if not {*p.groups} & {*fl}:
-            return dot(h, hl, factor, fl, keep, **rest)
-        batch = [k for k in hl if k in fl and k in keep]
-        summed = [k for k in hl if k in fl and k not in keep]
-        dims = (
-            ([hl.index(k) for k in summed], [fl.index(k) for k in summed]),
-            ([hl.index(k) for k in batch], [fl.index(k) for k in batch]),
-        )
-        own = lax.RaggedDotDimensionNumbers(
-            dims, [hl.index(p.row)], [fl.index(k) for k in p.groups]
-        )
-        left = [k for k in hl if k not in batch and k not in summed]
-        right = [k for k in fl if k not in (*batch, *summed, *p.groups)]
-        product = lax.ragged_dot_general(h, factor, sizes, own, **rest)
-        return product, [*batch, *left, *right]
+    times = functools.partial(p.times, sizes=sizes, params=rest)
 
+    def each(field: Any, _: Any) -> Any:
+        """What each row's expert has of a field: the product of ones with the field."""
+        fl = labels("b", leaf.axes)
+        rows = [k for k in p.xl if k == p.row or (k < leaf.ndim and k in p.out)]
+        ones = jnp.ones([*(x.shape[p.xl.index(k)] for k in rows), 1], field.dtype)
+        field = lax.expand_dims(field, [fl.index(RANK)])
+        exact = rest | {"precision": "highest", "preferred_element_type": None}
+        keep = {*p.out, *p.xl}
+        return times(ones, [*rows, RANK], field, fl, keep, params=exact)
+
+    if p.transposed and leaf.gain is not None:
+        gain, gl = each(leaf.gain, [])
+        x, aside = (weighted(v, p.xl, gain, gl) for v in (x, aside))
+    y = base.use(leaf.base, own, x, sizes)
     first = leaf.a, labels("a", leaf.axes)
     second = scaled(leaf, "b"), labels("b", leaf.axes)
     if p.transposed:
         first, second = second, first
     (factor, fl), keep = first, {*p.out, *second[1]}
-    h, hl = times(drop(leaf, aside.astype(dtype), nth), p.xl, factor, fl, keep)
+    h = drop(leaf, aside.astype(dtype), nth)
+    h, hl = times(h, p.xl, factor.astype(dtype), fl, keep)
     factor, fl = second
     h, factor = with_output_bias_of(leaf, p.contracted, h, hl, factor, fl)
-    d, dl = times(h, hl, factor, fl, {*p.out})
-    return base.plus(y, order(d, dl, p.out))
+    d, dl = times(h.astype(dtype), hl, factor.astype(dtype), fl, {*p.out})
+    y = base.plus(y, order(d, dl, p.out))
+    return y if p.transposed else finished(leaf, y, p.out, each)

@@ -1,9 +1,9 @@
-"""What the uses of a weight share: dtypes, dropout, and the output bias."""
+"""What the uses of a weight share: dtypes, dropout, output bias and gain."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,8 +11,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora._algebra.delta import scaled
-from jlora._labels import RANK, wider
+from jlora._algebra.weight import times
+from jlora._labels import RANK, aligned, wider
 from jlora._leaf import LoRA
+from jlora._leaf.fields import labels
 from jlora._leaf.forms import NotFactored
 
 # JAX traces such a function and its derivatives once for each set of shapes, and
@@ -58,7 +60,7 @@ def with_output_bias(
       factor: scale * b.
       fl: the labels of the factor.
     """
-    if leaf.c is None:
+    if leaf.c is None or leaf.gain is not None:  # `finished` adds it after the gain
         return h, factor
     at = hl.index(RANK)
     one = jnp.ones_like(lax.slice_in_dim(h, 0, 1, axis=at))
@@ -97,3 +99,28 @@ def with_output_bias_of(
     if any(leaf.shape[k] != 1 for k in ins - {*used}):
         raise NotFactored
     return with_output_bias(leaf, h, hl, factor, fl)
+
+
+# A field and its labels as what meets the axes of a product, and the labels of that.
+Each = Callable[[Any, list[int]], tuple[Any, list[int]]]
+
+
+def finished(
+    leaf: LoRA, y: jax.Array, yl: Sequence[int], each: Each = lambda x, xl: (x, xl)
+) -> jax.Array:
+    """The product of a leaf with the gain, and then the output bias, which has none.
+
+    Args:
+      leaf: the leaf; without a gain nothing is left to do.
+      y: the product with V.
+      yl: the labels of y.
+      each: what of the gain and of the output bias meets y, if not all of it does.
+    """
+    if leaf.gain is None:
+        return y
+    own = labels("gain", leaf.axes)
+    y = times(y, yl, *each(leaf.gain, own))
+    if leaf.c is None:
+        return y
+    c, cl = each(scaled(leaf, "c"), own)
+    return y + aligned(c, cl, yl).astype(y.dtype)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jlora._algebra.weight import magnitude
 from jlora._init.kaiming import kaiming
 from jlora._init.keys import path_key, typed
 from jlora._labels import wider
@@ -76,6 +77,10 @@ def _maker(init: Initialiser, spec: Spec, dtype: Any) -> _Maker:
                 fields[name] = jnp.full(shape, spec.scale, wide)
             elif name not in fields:
                 fields[name] = jnp.zeros(shape, dtype)
+        if "m" in fields:
+            own = {name: fields[name] for name in ("a", "b", "scale")}
+            leaf = LoRA(new, **own, roles=spec.axes.lstrip("b"), form=spec.form)
+            fields["m"] = magnitude(leaf).astype(dtype)
         return fields if new is w else fields | {"w": new}
 
     return _Maker(make_fields, jax.jit(make_fields).eval_shape)
@@ -99,7 +104,7 @@ def make(
       path: the weight's path, which is folded into the key.
       spec: how the weight is adapted.
       init: an initialiser, or the name of one.
-      dtype: the dtype of a, b and c.
+      dtype: the dtype of a, b, c and m.
       key: a PRNG key; None for ``jax.random.key(0)``.
 
     Raises:
@@ -108,7 +113,7 @@ def make(
     """
     init, key = initialiser(init), typed(key)
     # Leaves that differ only in the path of their bias share one trace.
-    alike = dataclasses.replace(spec.resolved(), bias=None, told="")
+    alike = dataclasses.replace(spec.resolved(), bias=None, told="", init=None)
     maker = _maker(init, alike, jnp.dtype(dtype))
     shapes = maker.shapes(jax.ShapeDtypeStruct((), key.dtype), base.abstract(w))
     _check(path, init, shapes, w, spec)

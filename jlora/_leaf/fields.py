@@ -8,7 +8,7 @@ what is checked.  A new field is one line here, and one in the leaf's class.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -41,6 +41,8 @@ LORA = {
     "b": Field(forms.B, trains=True),
     "scale": Field("b"),
     "c": Field("bo", trains=True, optional=True),
+    "m": Field("bo", trains=True, optional=True),
+    "gain": Field("bo", optional=True, kept=False),
     "dropout": Field("b", optional=True, kept=False),
 }
 FULL = {"value": Field("*", trains=True)}
@@ -147,7 +149,6 @@ def check(leaf: Any) -> None:
             )
 
 
-def made(output_bias: bool) -> tuple[str, ...]:
-    """The fields that a new leaf starts with; the output bias only if wanted."""
-    optional = {"c"} if output_bias else set()
-    return tuple(n for n, field in LORA.items() if not field.optional or n in optional)
+def made(wanted: Container[str]) -> tuple[str, ...]:
+    """The fields that a new leaf starts with; an optional one only if wanted."""
+    return tuple(n for n, field in LORA.items() if not field.optional or n in wanted)

@@ -124,6 +124,10 @@ class LoRA(_NotAnArray):
         data, so that changing it does not recompile; zero turns the adapter off.
       c: (*batch, *out) output bias of the low-rank branch, or None.  scale * c is added
         to a product of x with the weight.
+      m: (*batch, *out) magnitude of DoRA, or None.  The weight is then
+        m * V / ‖V‖ for V = W + scale * a·b, with the norm over the in axes.
+      gain: (*batch, *out) m / ‖V‖, in the place of m where it is known: inside of a
+        lifted call, which computes it once for each leaf.  Else None.
       dropout: a `Dropout` on the activation, or None.
       roles: static; the roles of the weight's last axes, one letter for each.
       form: static; None for a and b as above, else how they make the delta.
@@ -144,6 +148,8 @@ class LoRA(_NotAnArray):
     b: Any
     scale: Any
     c: Any = None
+    m: Any = None
+    gain: Any = None
     dropout: Any = None
     roles: str = "io"
     form: forms.Form | None = None

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora import _compat
-from jlora._algebra.delta import dense
+from jlora._algebra.weight import dense
 from jlora._leaf import Full, LoRA
 from jlora._leaf.forms import NotFactored
 from jlora._lift.shared import Products
@@ -28,7 +28,7 @@ from jlora._lift.shared import Products
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["leaf"],
-    meta_fields=["paths", "taken", "whole"],
+    meta_fields=["paths", "taken", "at"],
 )
 @dataclasses.dataclass(frozen=True)
 class Tracked:
@@ -38,13 +38,13 @@ class Tracked:
       leaf: the leaf after the operations so far.
       paths: static; the paths of the weights from which it was made.
       taken: static; whether it holds a matrix for each token, taken from a stack.
-      whole: static; whether it is the weight as it was passed.
+      at: static; which input of the function it is; None once it was changed.
     """
 
     leaf: Any
     paths: tuple[str, ...]
     taken: bool = False
-    whole: bool = True
+    at: int | None = None
 
     @property
     def name(self) -> str:
@@ -53,7 +53,7 @@ class Tracked:
 
     def now(self, leaf: Any) -> Tracked:
         """The result of an operation on this leaf, with the same paths."""
-        return dataclasses.replace(self, leaf=leaf, whole=False)
+        return dataclasses.replace(self, leaf=leaf, at=None)
 
 
 # The rules by the names of primitives.  fn(evaluation, equation, *operands) returns the

@@ -17,7 +17,7 @@ import jax
 from jax import lax
 
 from jlora import _compat
-from jlora._algebra.delta import dense
+from jlora._algebra.weight import dense, settled, unsettled
 from jlora._leaf import LoRA, base, is_adapted, is_leaf
 from jlora._leaf.fields import missing, stored
 from jlora._lift import control as control  # importing it registers the rules
@@ -63,9 +63,9 @@ def _settled(leaves: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
     return [(path, settle(path, x)) for path, x in leaves]
 
 
-def _value(path: str, x: Any) -> Any:
+def _value(path: str, x: Any, at: int) -> Any:
     """The value of a leaf in the evaluation; a base without an adapter is its array."""
-    return Tracked(x, (path,)) if is_adapted(x) else base.array(x)
+    return Tracked(settled(x), (path,), at=at) if is_adapted(x) else base.array(x)
 
 
 def _lifted(
@@ -79,6 +79,7 @@ def _lifted(
 ) -> Any:
     """The hidden output of `trace`, evaluated with the low-rank rules."""
     values: list[Any] = []
+    passed: list[Any] = []
     params: list[bool] = []
 
     def swap(tree: Any) -> Any:
@@ -87,7 +88,10 @@ def _lifted(
         if freeze and any(is_adapted(x) for _, x in leaves):
             leaves = _frozen(leaves)
         leaves = _settled(leaves)
-        values.extend(_value(path, x) for path, x in leaves)
+        values.extend(
+            _value(path, x, k) for k, (path, x) in enumerate(leaves, len(values))
+        )
+        passed.extend(x for _, x in leaves)
         # The function is traced on the bases, or on their shapes.
         return build(base.traced(x.base if is_adapted(x) else x) for _, x in leaves)
 
@@ -110,18 +114,20 @@ def _lifted(
     # A layer returns arrays.  Any other function may return an adapted leaf as it is.
     # What it writes into a variable is an adapted leaf only if nothing was changed.
     return (
-        _leaves(returned, lambda x: freeze),
-        _leaves(written, lambda x: freeze and x.whole),
+        _leaves(returned, passed, lambda x: freeze),
+        _leaves(written, passed, lambda x: freeze and x.at is not None),
     )
 
 
-def _leaves(tree: Any, keep: Callable[[Tracked], bool]) -> Any:
+def _leaves(tree: Any, passed: list[Any], keep: Callable[[Tracked], bool]) -> Any:
     """The tree with its `Tracked` leaves as adapted leaves, or as arrays."""
 
     def own(x: Any) -> Any:
         if not isinstance(x, Tracked):
             return x
-        return x.leaf if keep(x) else dense(x.leaf)
+        if not keep(x):
+            return dense(x.leaf)
+        return x.leaf if x.at is None else unsettled(x.leaf, passed[x.at])
 
     return jax.tree.map(own, tree, is_leaf=lambda x: isinstance(x, Tracked))
 

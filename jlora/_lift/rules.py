@@ -17,11 +17,12 @@ from jlora import _compat
 from jlora._algebra import structure
 from jlora._algebra.concatenate import concatenate
 from jlora._algebra.conv import conv
-from jlora._algebra.delta import dense, scaled
+from jlora._algebra.delta import scaled
 from jlora._algebra.dot import contract
 from jlora._algebra.gather import indexed_axes, lookup, take
 from jlora._algebra.ragged import ragged
 from jlora._algebra.use import RolesError
+from jlora._algebra.weight import dense
 from jlora._labels import RANK, spread
 from jlora._leaf import LoRA, base, fields, forms
 from jlora._leaf.forms import NotFactored
@@ -154,8 +155,8 @@ def with_factors(leaf: Any, wanted: Any, place: Callable[[Any, Any], Any]) -> An
         return leaf
     own = sharding.of_fields(leaf, wanted)
     placed = {
-        name: place(getattr(leaf, name), getattr(own, name))
-        for name in fields.stored(leaf)
+        name: jax.tree.map(place, getattr(leaf, name), getattr(own, name))
+        for name in leaf.fields
     }
     return dataclasses.replace(leaf, **placed)
 
@@ -321,7 +322,7 @@ def _joined(parts: Sequence[Any], axis: int) -> Tracked:
         path for p in parts if isinstance(p, Tracked) for path in p.paths
     )
     leaves = [p.leaf if isinstance(p, Tracked) else p for p in parts]
-    return Tracked(concatenate(leaves, axis), tuple(paths), whole=False)
+    return Tracked(concatenate(leaves, axis), tuple(paths))
 
 
 _TIMES: dict[str, Callable[..., jax.Array]] = {

@@ -41,7 +41,7 @@ class Plan(Printed, Mapping[str, Spec]):
             (
                 path,
                 "×".join(map(str, self.shapes[path])),
-                s.kind if s.form is None else f"{s.kind}, {s.form}",
+                ", ".join(filter(None, [s.kind, str(s.form or ""), s.variant])),
                 s.axes,
                 str(s.rank),
                 f"{s.alpha:g}",

@@ -102,7 +102,7 @@ class Wanted:
         if alpha is None and rule.rank is None:
             alpha = self.alpha
         form = fitted(rule.form, path, tuple(x.shape), found.axes, found.kind)
-        found = dataclasses.replace(found, form=form, lora_bias=rule.lora_bias)
+        found = dataclasses.replace(found, form=form).with_options(rule)
         return found.with_scale(rank, alpha)
 
 

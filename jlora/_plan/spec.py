@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jlora._leaf import fields, forms
@@ -18,6 +18,11 @@ class Default(int):
 
 RANK = Default(8)
 
+# What a rule may decide besides rank and alpha, else `wrap` for all weights.
+OPTIONS = "init", "rslora", "dora", "lora_bias"
+# Those that are flags, each with the field of the leaf that it adds.
+_FLAGS = {"rslora": "", "dora": "m", "lora_bias": "c"}
+
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
@@ -30,9 +35,11 @@ class Rule:
       rank: r of these leaves; None for the default.
       alpha: alpha of these leaves.  None for the default; or for alpha = rank, if the
         rule gives a rank.
+      init: how these leaves start, as in `wrap`; None for the ``init`` of `wrap`.
+      rslora: whether their scale is alpha / √rank; None for the ``rslora`` of `wrap`.
+      dora: whether they have a magnitude; None for the ``dora`` of `wrap`.
+      lora_bias: whether they have an output bias; None for the ``lora_bias`` of `wrap`.
       form: form of these leaves, one of `jlora.loralib`'s; None for a·b.
-      lora_bias: whether these leaves have an output bias; None for the ``lora_bias`` of
-        `wrap`.
       axes: the roles of these leaves' axes, one letter for each: b for a batch axis, i
         for one that is contracted, o for one that comes out; such as ``"bio"`` for
         experts.  None if a plan, or the tree, tells them.  They are checked against the
@@ -47,8 +54,11 @@ class Rule:
     pattern: Pattern
     rank: int | None = None
     alpha: float | None = None
-    form: Form | None = None
+    init: Any = None
+    rslora: bool | None = None
+    dora: bool | None = None
     lora_bias: bool | None = None
+    form: Form | None = None
     axes: str | None = None
 
     def __post_init__(self) -> None:
@@ -61,11 +71,7 @@ class Rule:
             )
         if self.rank is not None:
             check_rank(self.rank, f"Rule({self.pattern!r})")
-        if self.lora_bias not in (None, True, False):
-            raise TypeError(
-                f"Rule({self.pattern!r}): lora_bias {self.lora_bias!r}: expected True, "
-                "False or None."
-            )
+        check_flags(self, f"Rule({self.pattern!r})")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +89,9 @@ class Spec:
         the watched function adds to the weight's product.  If no such array was seen,
         or nothing was watched, it is the ``bias`` or ``b`` beside the weight.
       form: as in `Rule`.
+      init: as in `Rule`.
+      rslora: as in `Rule`.
+      dora: as in `Rule`.
       lora_bias: as in `Rule`.
       told: what told the roles, if no use of the weight was seen: "class", "name or
         shape", or "rule"; else empty.
@@ -98,6 +107,9 @@ class Spec:
     form: Form | None = None
     lora_bias: bool | None = None
     told: str = ""
+    init: Any = None
+    rslora: bool | None = None
+    dora: bool | None = None
 
     @classmethod
     def of(
@@ -129,6 +141,12 @@ class Spec:
             alpha=None if alpha is None else float(alpha),
         )
 
+    def with_options(self, source: Any) -> Spec:
+        """This spec with the `OPTIONS` of a `Rule`, or of a mapping, that it lacks."""
+        said = source if isinstance(source, Mapping) else vars(source)
+        own = {name: said[name] for name in OPTIONS if getattr(self, name) is None}
+        return dataclasses.replace(self, **own)
+
     def resolved(self) -> Spec:
         """This spec with the defaults for a rank or alpha of None."""
         rank = int(RANK) if self.rank is None else self.rank
@@ -136,10 +154,18 @@ class Spec:
 
     @property
     def scale(self) -> float:
-        """alpha / rank, which multiplies a·b."""
+        """alpha / rank, which multiplies a·b; alpha / √rank with rslora."""
         spec = self.resolved()
         assert spec.alpha is not None and spec.rank is not None
-        return spec.alpha / spec.rank
+        return spec.alpha / (math.sqrt(spec.rank) if self.rslora else spec.rank)
+
+    @property
+    def variant(self) -> str:
+        """What it has besides rank and alpha, such as ``"rslora, dora"``."""
+        words = [name for name in _FLAGS if getattr(self, name)]
+        if self.init is not None:
+            words.append(getattr(self.init, "__name__", str(self.init)))
+        return ", ".join(words)
 
     @property
     def axes(self) -> str:
@@ -149,11 +175,12 @@ class Spec:
         return "".join(role[k] for k in range(-len(role), 0))
 
     def shapes(self, shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
-        """The shapes of a, b, scale and c for a weight of this shape, by field."""
+        """The shapes of a, b, scale, c and m for a weight of this shape, by field."""
         rank = self.resolved().rank
         assert rank is not None
         found = fields.shapes(shape, self.axes, rank, self.form)
-        return {name: found[name] for name in fields.made(bool(self.lora_bias))}
+        wanted = {field for name, field in _FLAGS.items() if getattr(self, name)}
+        return {name: found[name] for name in fields.made(wanted)}
 
     def fan_in(self, shape: Sequence[int]) -> int:
         """How many inputs the factor a sums over, for a weight of this shape."""
@@ -183,6 +210,13 @@ def check_rank(rank: Any, where: str) -> int | None:
             "weight as it is, exclude its path."
         )
     return None if isinstance(rank, Default) else int(rank)
+
+
+def check_flags(said: Any, where: str) -> None:
+    """Raises unless every flag is a boolean, or None in a rule."""
+    for name in _FLAGS:
+        if (flag := getattr(said, name)) not in (None, True, False):
+            raise TypeError(f"{where}: {name} {flag!r}: expected True, False or None.")
 
 
 def fitted(

@@ -1,0 +1,154 @@
+"""The weight that a leaf stands for: its magnitude, its gain, and the merged array.
+
+With DoRA (arXiv:2402.09353, eq. 5) a leaf stands for m * V / ‖V‖, where V is
+W + scale * a·b.  This is V times a gain for each output, m / ‖V‖.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jlora import _compat
+from jlora._algebra.delta import delta, low_rank, scaled
+from jlora._labels import BLOCK, RANK, aligned, dot, order, wider
+from jlora._leaf import Full, LoRA, base, forms
+from jlora._leaf.fields import labels
+
+
+def settled(leaf: Any) -> Any:
+    """The leaf as its uses need it: with its gain in the place of its magnitude."""
+    if not isinstance(leaf, LoRA) or leaf.m is None:
+        return leaf
+    norm = lax.stop_gradient(magnitude(leaf))
+    # An output of zeros stays one, whatever its gain is.
+    gain = jnp.where(norm > 0, leaf.m / jnp.where(norm > 0, norm, 1), 1)
+    return dataclasses.replace(leaf, m=None, gain=gain)
+
+
+def unsettled(leaf: Any, passed: Any) -> Any:
+    """What was passed to `settled`, from its result; placed as that is."""
+    if not isinstance(leaf, LoRA) or leaf.gain is None:
+        return leaf
+    return dataclasses.replace(leaf, m=passed.m, gain=passed.gain)
+
+
+def magnitude(leaf: LoRA) -> jax.Array:
+    """‖V‖ over the in axes, for V = W + scale * a·b; (*batch, *out).
+
+    It is computed in float32 or wider.  From ‖W‖² + 2⟨W, a·b⟩ + ‖a·b‖², so that no
+    array of the weight's size is formed: the second term is (Wᵀa)·b, and the third one
+    bᵀ(aᵀa)b.  On the shards of a mesh it is the norm of the whole weight.
+    """
+    axes = leaf.axes
+    ins = [k for k, c in enumerate(axes) if c == "i"]
+    own, rest = labels("m", axes), [k for k, c in enumerate(axes) if c != "i"]
+    wide = wider(leaf, leaf.a, leaf.b, jax.ShapeDtypeStruct((), jnp.float32))
+    if forms.of(leaf.form).formed:
+        v = base.plus(base.use(leaf.base, lambda w: w.astype(wide)), delta(leaf))
+        return jnp.sqrt(order(jnp.sum(v * v, ins), rest, own))
+    leaf = low_rank(leaf)
+    (la, lb), keep = (labels("a", axes), labels("b", axes)), {*own}
+    a, b = leaf.a.astype(wide), scaled(leaf, "b").astype(wide)
+
+    def ranks(labels: list[int], other: int) -> list[int]:
+        return [other if k == RANK else k for k in labels]
+
+    def against_b(x: jax.Array) -> jax.Array:
+        return jnp.sum(x * b, lb.index(RANK))
+
+    gram, lg = dot(a, la, a, ranks(la, BLOCK), keep, precision="highest")
+    ab, l_ab = dot(gram, lg, b, lb, keep, precision="highest")
+    total = against_b(order(ab, l_ab, ranks(lb, BLOCK)))
+    if not base.is_zero(leaf.w):
+
+        def squares(w: jax.Array) -> jax.Array:
+            return order(_squares(w, tuple(ins), wide), rest, own)
+
+        def products(w: jax.Array, a: jax.Array) -> jax.Array:
+            wa, lw = _exact(w, [*range(len(axes))], a, la, keep)
+            return order(wa, lw, lb)
+
+        cross = against_b(base.use(leaf.base, products, a))
+        total = base.use(leaf.base, squares) + 2 * cross + total
+    # On shards that split in axes, each device has a part of the sum; b is not split.
+    split = _compat.varying(total) - _compat.varying(leaf.b)
+    total = lax.psum(total, tuple(split)) if split else total
+    return jnp.sqrt(jnp.maximum(total, 0))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _squares(w: jax.Array, axes: tuple[int, ...], dtype: Any) -> jax.Array:
+    """The sum of squares over some axes; one kernel, also where nothing else is."""
+    return jnp.sum(lax.square(w.astype(dtype)), axes)
+
+
+def _exact(
+    w: jax.Array, wl: list[int], a: jax.Array, la: list[int], keep: set[int]
+) -> tuple[jax.Array, list[int]]:
+    """The product of a weight with a, to a's precision, without a copy of the weight.
+
+    A weight of half precision is multiplied with two parts of a in its own dtype: a
+    rounded, and what the rounding lost.  The products are accumulated in a's dtype.
+    """
+    wide = a.dtype
+    if w.dtype == wide:
+        return dot(w, wl, a, la, keep, precision="highest")
+    high = a.astype(w.dtype)
+    low = (a - high.astype(wide)).astype(w.dtype)
+    both = lax.concatenate([high, low], la.index(RANK))
+    y, yl = dot(w, wl, both, la, keep, preferred_element_type=wide)
+    high, low = jnp.split(y, 2, yl.index(RANK))
+    return high + low, yl
+
+
+def gained(leaf: LoRA, y: Any, yl: Sequence[int]) -> Any:
+    """y times the gain of the leaf, if it has one.
+
+    Args:
+      leaf: the leaf.
+      y: a product with the weight, the weight itself, or what meets its out axes.
+      yl: the labels of y.
+
+    Raises:
+      NotFactored: y lacks an out axis or a batch axis of the weight.
+    """
+    if leaf.gain is None:
+        return y
+    return times(y, yl, leaf.gain, labels("gain", leaf.axes))
+
+
+def times(y: Any, yl: Sequence[int], gain: jax.Array, gl: Sequence[int]) -> Any:
+    """y times a gain with the labels ``gl``, rounded once.
+
+    Only y and the gain are kept for the backward pass, and no wider copy of y.
+    """
+    gone = [i for i, k in enumerate(gl) if k not in yl]
+    if any(gain.shape[i] != 1 for i in gone):
+        raise forms.NotFactored
+    gain = aligned(lax.squeeze(gain, gone), [k for k in gl if k in yl], yl)
+    if y.dtype == gain.dtype:
+        return y * gain
+
+    def product(y: jax.Array, gain: jax.Array) -> jax.Array:
+        wide = wider(y, gain)
+        return (y.astype(wide) * gain.astype(wide)).astype(y.dtype)
+
+    return jax.checkpoint(product, prevent_cse=False)(y, gain)
+
+
+def dense(leaf: LoRA | Full) -> jax.Array:
+    """The merged weight, computed in float32 (or wider) and rounded once."""
+    if isinstance(leaf, Full):
+        return leaf.value.astype(leaf.dtype)
+    leaf = settled(leaf)
+    d = delta(leaf)
+    wide = wider(leaf, d)
+    w = base.plus(base.use(leaf.base, lambda w: w.astype(wide)), d)
+    return gained(leaf, w, [*range(leaf.ndim)]).astype(leaf.dtype)
