@@ -72,8 +72,11 @@ def magnitude(leaf: LoRA) -> jax.Array:
             return order(_squares(w, tuple(ins), wide), rest, own)
 
         def products(w: jax.Array, a: jax.Array) -> jax.Array:
-            wa, lw = _exact(w, [*range(len(axes))], a, la, keep)
-            return order(wa, lw, lb)
+            # a is rounded to w's dtype, and not w widened, which would be a copy.  The
+            # errors of its numbers are independent, and far below one of w's own.
+            own = {"precision": "highest", "preferred_element_type": wide}
+            aw, lw = dot(a.astype(w.dtype), la, w, [*range(len(axes))], keep, **own)
+            return order(aw, lw, lb)
 
         cross = against_b(base.use(leaf.base, products, a))
         total = base.use(leaf.base, squares) + 2 * cross + total
@@ -87,25 +90,6 @@ def magnitude(leaf: LoRA) -> jax.Array:
 def _squares(w: jax.Array, axes: tuple[int, ...], dtype: Any) -> jax.Array:
     """The sum of squares over some axes; one kernel, also where nothing else is."""
     return jnp.sum(lax.square(w.astype(dtype)), axes)
-
-
-def _exact(
-    w: jax.Array, wl: list[int], a: jax.Array, la: list[int], keep: set[int]
-) -> tuple[jax.Array, list[int]]:
-    """The product of a weight with a, to a's precision, without a copy of the weight.
-
-    A weight of half precision is multiplied with two parts of a in its own dtype: a
-    rounded, and what the rounding lost.  The products are accumulated in a's dtype.
-    """
-    wide = a.dtype
-    if w.dtype == wide:
-        return dot(w, wl, a, la, keep, precision="highest")
-    high = a.astype(w.dtype)
-    low = (a - high.astype(wide)).astype(w.dtype)
-    both = lax.concatenate([high, low], la.index(RANK))
-    y, yl = dot(w, wl, both, la, keep, preferred_element_type=wide)
-    high, low = jnp.split(y, 2, yl.index(RANK))
-    return high + low, yl
 
 
 def gained(leaf: LoRA, y: Any, yl: Sequence[int]) -> Any:
