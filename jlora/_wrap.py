@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from jlora._init.keys import typed
 from jlora._init.make import Initialiser, initialiser, make
+from jlora._init.rows import chosen, make_rows
 from jlora._leaf import Full, base
 from jlora._plan.from_tree import from_tree
 from jlora._plan.plan import Plan
@@ -32,6 +33,7 @@ def wrap(
     rules: Iterable[Rule] = (),
     plan: Plan | None = None,
     train: Pattern | Iterable[Pattern] = (),
+    train_rows: Mapping[Pattern, Sequence[int]] | None = None,
     bias: str = "none",
     init: str | Initialiser = "kaiming",
     rslora: bool = False,
@@ -61,6 +63,9 @@ def wrap(
         rank or alpha may be given with it: it then replaces the plan's, which must be
         the same for all leaves.
       train: patterns of leaves that train whole (`Full`), such as a new head.
+      train_rows: the rows of embeddings that train as replacements, by pattern: the
+        indices along the table's first axis, as of new tokens.  Lookups and tied heads
+        use the new rows, and the table is not copied.
       bias: "none"; "all" to train every bias: of adapted weights, and what is named as
         one (bias, b, fc1.bias, attn_b, ...); "lora_only" to train those of adapted
         weights.
@@ -87,7 +92,8 @@ def wrap(
     Raises:
       ValueError: a bad rank; an adapted tree; a pattern that matches nothing; a kernel
         whose name does not give its roles; a plan made for another tree; a target or
-        train leaf that is not floating-point; a ``bias`` for which there is none.
+        train leaf that is not floating-point; a ``bias`` for which there is none; an
+        index of a row that is negative, too large or there twice.
       TypeError: a flag that is no boolean; a key that is no PRNG key; an
         initialiser that does not give a tuple (w, a, b).
 
@@ -111,14 +117,18 @@ def wrap(
     leaves = by_path.arrays(params)
     if plan is not None:
         plan = _checked_plan(plan, leaves, said, alpha, targets, exclude, rules)
-    elif _only_full(targets):
+    elif _adapts_none(targets):
         plan = Plan({}, {})
     else:
         asked = Wanted.of(rank, alpha, targets, exclude, rules)
         plan = from_tree(module, leaves, asked)
     trains = _training(params, plan, train, bias)
+    rows = chosen(train_rows, leaves)
 
     def leaf(path: str, x: Any) -> Any:
+        if path in rows:
+            _check_only_rows(path, plan, trains(path, x))
+            return make_rows(x, rows[path], dtype)
         if trains(path, x):
             return _full(path, x, dtype)
         if path not in plan:
@@ -127,6 +137,16 @@ def wrap(
         return make(x, path, spec, init=spec.init, dtype=dtype, key=key)
 
     return by_path.map_leaves(leaf, params)
+
+
+def _check_only_rows(path: str, plan: Plan, trains: bool) -> None:
+    """Raises if a table whose rows train is to be adapted otherwise as well."""
+    if path in plan or trains:
+        how = "trains whole" if trains else "is adapted, by a target, a rule or a plan"
+        raise ValueError(
+            f"wrap: {path!r} {how}, and rows of it are to train: expected one of the "
+            f"two. Exclude {path!r}, or leave it out of train_rows."
+        )
 
 
 def _check_dtype(dtype: Any) -> None:
@@ -192,8 +212,8 @@ def _no_bias(leaves: Mapping[str, Any], bias: str) -> str:
     )
 
 
-def _only_full(targets: Any) -> bool:
-    """Whether targets is empty: nothing is adapted, and only train and bias count."""
+def _adapts_none(targets: Any) -> bool:
+    """Whether targets is empty: only train, train_rows and bias count."""
     return isinstance(targets, (list, tuple)) and not targets
 
 

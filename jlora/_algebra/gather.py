@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jlora._algebra.delta import in_low_rank, scaled
+from jlora._algebra.delta import in_low_rank, low_rank, scaled
 from jlora._algebra.use import Params, finished, inlined, with_output_bias_of
-from jlora._labels import RANK, by_role, dot, order
-from jlora._leaf import LoRA, base
+from jlora._labels import RANK, aligned, by_role, dot, order
+from jlora._leaf import LoRA, base, forms
 from jlora._leaf.fields import labels, mapped
 from jlora._leaf.forms import NotFactored
 
@@ -126,7 +126,6 @@ class _Gather:
 
 
 @functools.partial(inlined, static_argnames=("params",))
-@in_low_rank
 def lookup(leaf: LoRA, indices: jax.Array, params: Params) -> jax.Array:
     """gather of whole rows of the weight: rows of one factor times the other one.
 
@@ -140,6 +139,9 @@ def lookup(leaf: LoRA, indices: jax.Array, params: Params) -> jax.Array:
     """
     gather = _Gather(leaf, indices, params)
     y = base.use(leaf.base, _Primitive(params), indices)
+    if forms.of(leaf.form).replaces and "b" not in leaf.axes and gather.roles == {"i"}:
+        return _replaced(leaf, gather, y)
+    leaf = low_rank(leaf)
     la, lb = labels("a", leaf.axes), labels("b", leaf.axes)
     first, second = (leaf.a, la), (scaled(leaf, "b"), lb)
     if gather.roles == {"o"}:
@@ -155,6 +157,22 @@ def lookup(leaf: LoRA, indices: jax.Array, params: Params) -> jax.Array:
     y = base.plus(y, order(d, dl, gather.out))
     each = [gather] if gather.roles == {"o"} else []
     return finished(leaf, y, gather.out, *each)
+
+
+def _replaced(leaf: LoRA, gather: _Gather, y: Any) -> jax.Array:
+    """A lookup in a table some of whose rows are replaced."""
+    form: Any = leaf.form
+    ids = gather.indices[..., 0]
+    if gather.rest["mode"] != lax.GatherScatterMode.FILL_OR_DROP:
+        ids = jnp.clip(ids, 0, form.size - 1)  # as the primitive does
+    at, hit = form.find(ids)
+    lb = labels("b", leaf.axes)
+    new, nl = gather.drop(
+        jnp.take(leaf.b, at, lb.index(RANK), mode="clip"), [*gather.index, *lb[1:]]
+    )
+    y = jnp.zeros(y.shape, y.dtype) if base.is_zero(leaf.w) else y
+    new = aligned(new, nl, gather.out).astype(y.dtype)
+    return jnp.where(aligned(hit, gather.index, gather.out), new, y)
 
 
 @in_low_rank

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jlora._algebra.delta import in_low_rank
+from jlora._algebra.delta import in_low_rank, low_rank
 from jlora._labels import RANK, by_role, order, runs
-from jlora._leaf import Dropout, LoRA, base
+from jlora._leaf import Dropout, LoRA, base, forms
 from jlora._leaf.fields import mapped
 from jlora._leaf.forms import NotFactored
 
@@ -56,9 +56,9 @@ def with_units(leaf: LoRA, wanted: str) -> LoRA:
     return leaf if axes == leaf.axes else refit(leaf, leaf.shape, axes)
 
 
-@in_low_rank
 def transpose(leaf: LoRA, permutation: Sequence[int]) -> LoRA:
     """lax.transpose."""
+    leaf = leaf if forms.of(leaf.form).turns else low_rank(leaf)
     axes = "".join(leaf.axes[k] for k in permutation)
     place = {k: at for at, k in enumerate(permutation)} | {RANK: RANK}
 

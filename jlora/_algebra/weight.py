@@ -16,15 +16,25 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora import _compat
-from jlora._algebra.delta import delta, low_rank, scaled
+from jlora._algebra.delta import delta, low_rank, rows, scaled
 from jlora._labels import BLOCK, RANK, aligned, dot, order, wider
 from jlora._leaf import Full, LoRA, base, forms
 from jlora._leaf.fields import labels
 
 
 def settled(leaf: Any) -> Any:
-    """The leaf as its uses need it: with its gain in the place of its magnitude."""
-    if not isinstance(leaf, LoRA) or leaf.m is None:
+    """The leaf as its uses need it.
+
+    It has its gain in the place of its magnitude; and the rows that it replaces as they
+    are used, with a scale of one.
+    """
+    if not isinstance(leaf, LoRA):
+        return leaf
+    if forms.of(leaf.form).replaces:
+        return dataclasses.replace(
+            leaf, b=rows(leaf)[0], scale=jnp.ones_like(leaf.scale)
+        )
+    if leaf.m is None:
         return leaf
     norm = lax.stop_gradient(magnitude(leaf))
     # An output of zeros stays one, whatever its gain is.
@@ -34,9 +44,14 @@ def settled(leaf: Any) -> Any:
 
 def unsettled(leaf: Any, passed: Any) -> Any:
     """What was passed to `settled`, from its result; placed as that is."""
-    if not isinstance(leaf, LoRA) or leaf.gain is None:
+    if not isinstance(leaf, LoRA):
         return leaf
-    return dataclasses.replace(leaf, m=passed.m, gain=passed.gain)
+    changed = "b", "scale", "m", "gain"
+    if leaf.gain is None and not forms.of(leaf.form).replaces:
+        return leaf
+    return dataclasses.replace(
+        leaf, **{name: getattr(passed, name) for name in changed}
+    )
 
 
 def magnitude(leaf: LoRA) -> jax.Array:
@@ -131,7 +146,14 @@ def dense(leaf: LoRA | Full) -> jax.Array:
     """The merged weight, computed in float32 (or wider) and rounded once."""
     if isinstance(leaf, Full):
         return leaf.value.astype(leaf.dtype)
+    form: Any = forms.of(leaf.form)
     leaf = settled(leaf)
+    if form.replaces:
+        at, own = leaf.axes.index("i"), [*range(leaf.ndim)]
+        new = order(
+            leaf.b, labels("b", leaf.axes), [RANK if k == at else k for k in own]
+        )
+        return form.put(base.array(leaf.base), new.astype(leaf.dtype), at)
     d = delta(leaf)
     wide = wider(leaf, d)
     w = base.plus(base.use(leaf.base, lambda w: w.astype(wide)), d)

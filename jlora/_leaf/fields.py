@@ -114,18 +114,22 @@ def stored(leaf: Any) -> tuple[str, ...]:
 
 
 def _present(leaf: Any, wanted: Callable[[Field], bool]) -> tuple[str, ...]:
-    """The wanted fields, without optional ones that are None."""
+    """The wanted fields, without those that are None because they may be."""
     return tuple(
         name
         for name, field in leaf.fields.items()
-        if wanted(field) and not (field.optional and getattr(leaf, name) is None)
+        if wanted(field) and not (_optional(leaf, name) and getattr(leaf, name) is None)
     )
+
+
+def _optional(leaf: Any, name: str) -> bool:
+    """Whether a field of this leaf may be None."""
+    return leaf.fields[name].optional or name in forms.of(leaf.form).implicit
 
 
 def missing(leaf: Any) -> list[str]:
     """The required fields that are None, as in an adapter or half of a partition."""
-    table: Mapping[str, Field] = leaf.fields
-    names = ["w", *(name for name, field in table.items() if not field.optional)]
+    names = ["w", *(name for name in leaf.fields if not _optional(leaf, name))]
     absent = {name: getattr(leaf, name) is None for name in names}
     absent["w"] = base.is_missing(leaf.w)
     return [name for name in names if absent[name]]

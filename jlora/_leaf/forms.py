@@ -18,9 +18,10 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from jlora._labels import BLOCK, by_role, dot, order
+from jlora._labels import BLOCK, RANK, by_role, dot, order
 
 Shape = tuple[int, ...]
 Labels = list[int]
@@ -45,11 +46,17 @@ class Form(abc.ABC):
       aligned: whether each axis of a and b is an axis of the weight, or the rank.  Only
         then are factors sharded and sliced as the weight is.
       formed: whether every use forms the delta, because the form has no low-rank use.
+      turns: whether a transposed weight has the same form.
+      replaces: whether b replaces rows of the weight, and is not added to it.
+      implicit: the factors that follow from the form, and are None in a leaf.
       groups: the groups of the convolution that it is for; None for any number.
     """
 
     aligned: ClassVar[bool] = False
     formed: ClassVar[bool] = False
+    turns: ClassVar[bool] = False
+    replaces: ClassVar[bool] = False
+    implicit: ClassVar[frozenset[str]] = frozenset()
     groups: int | None = None
 
     @abc.abstractmethod
@@ -57,12 +64,12 @@ class Form(abc.ABC):
         """The shapes of a and b for a weight of this shape."""
 
     @abc.abstractmethod
-    def weight_shape(self, a: Shape, b: Shape, axes: str) -> Shape:
-        """The shape of the weight whose factors have these shapes."""
+    def weight_shape(self, a: Any, b: Any, axes: str) -> Shape:
+        """The shape of the weight with these factors."""
 
     @abc.abstractmethod
-    def ndim(self, a: Any, roles: str) -> int:
-        """The number of axes of the weight, from a and the leaf's roles."""
+    def ndim(self, a: Any, b: Any, roles: str) -> int:
+        """The number of axes of the weight, from its factors and the leaf's roles."""
 
     @abc.abstractmethod
     def labels(self, axes: str) -> tuple[Labels, Labels]:
@@ -81,11 +88,11 @@ class Form(abc.ABC):
         """
 
     @abc.abstractmethod
-    def delta(self, a: jax.Array, b: jax.Array, axes: str) -> jax.Array:
+    def delta(self, a: Any, b: jax.Array, axes: str) -> jax.Array:
         """The delta in the weight's shape, at full precision."""
 
-    def rank(self, a: Any) -> int:
-        """r, from the factor a."""
+    def rank(self, a: Any, b: Any) -> int:
+        """r, from the factors."""
         return a.shape[-1]
 
     def assemble(
@@ -142,6 +149,7 @@ class Pair(Form):
     """One pair: a is (*batch, *in, r), b is (*batch, r, *out)."""
 
     aligned = True
+    turns = True
 
     def shapes(self, shape: Shape, axes: str, rank: int) -> tuple[Shape, Shape]:
         """(*batch, *in, r) and (*batch, r, *out)."""
@@ -149,13 +157,16 @@ class Pair(Form):
         batch, in_, out = (size[role] for role in "bio")
         return (*batch, *in_, rank), (*batch, rank, *out)
 
-    def weight_shape(self, a: Shape, b: Shape, axes: str) -> Shape:
+    def weight_shape(self, a: Any, b: Any, axes: str) -> Shape:
         """Batch and in axes come from a, out axes from b."""
+        return self._weight_shape(tuple(a.shape), tuple(b.shape), axes)
+
+    def _weight_shape(self, a: Shape, b: Shape, axes: str) -> Shape:
         n = axes.count("b")
         sizes = {"b": iter(a[:n]), "i": iter(a[n:-1]), "o": iter(b[n + 1 :])}
         return tuple(next(sizes[role]) for role in axes)
 
-    def ndim(self, a: Any, roles: str) -> int:
+    def ndim(self, a: Any, b: Any, roles: str) -> int:
         """All axes of a except the rank, and the out axes."""
         return a.ndim - 1 + roles.count("o")
 
@@ -167,7 +178,7 @@ class Pair(Form):
         """a and b unchanged."""
         return a, b
 
-    def delta(self, a: jax.Array, b: jax.Array, axes: str) -> jax.Array:
+    def delta(self, a: Any, b: jax.Array, axes: str) -> jax.Array:
         """a·b."""
         la, lb = self.labels(axes)
         weight = range(len(axes))
@@ -191,6 +202,7 @@ class Blocks(Pair):
     enabled: tuple[bool, ...]
 
     aligned = False
+    turns = False
 
     def shapes(self, shape: Shape, axes: str, rank: int) -> tuple[Shape, Shape]:
         """(*batch, k, *in, r) and (*batch, k, r, out / n, ...)."""
@@ -199,16 +211,16 @@ class Blocks(Pair):
         stack = *batch, sum(self.enabled)
         return (*stack, *in_, rank), (*stack, rank, first // len(self.enabled), *out)
 
-    def weight_shape(self, a: Shape, b: Shape, axes: str) -> Shape:
+    def weight_shape(self, a: Any, b: Any, axes: str) -> Shape:
         """The shape for one pair, with n slices in the first out axis."""
         n = axes.count("b")
-        left, right = [*a[:n], *a[n + 1 :]], [*b[:n], *b[n + 1 :]]
+        left, right = ([*x.shape[:n], *x.shape[n + 1 :]] for x in (a, b))
         right[n + 1] *= len(self.enabled)
-        return super().weight_shape(tuple(left), tuple(right), axes)
+        return self._weight_shape(tuple(left), tuple(right), axes)
 
-    def ndim(self, a: Any, roles: str) -> int:
+    def ndim(self, a: Any, b: Any, roles: str) -> int:
         """As for one pair, without a's axis for the slices."""
-        return super().ndim(a, roles) - 1
+        return super().ndim(a, b, roles) - 1
 
     def labels(self, axes: str) -> tuple[Labels, Labels]:
         """As for one pair, with BLOCK after the batch axes."""
@@ -288,15 +300,15 @@ class Kernel(Form):
         b = (*batch, shared, features // self.groups * k)
         return (*batch, channels * self.groups * k, shared), b
 
-    def weight_shape(self, a: Shape, b: Shape, axes: str) -> Shape:
+    def weight_shape(self, a: Any, b: Any, axes: str) -> Shape:
         """The kernel's shape, after the batch axes of a."""
-        return (*a[: axes.count("b")], *(self.shape or ()))
+        return (*a.shape[: axes.count("b")], *(self.shape or ()))
 
-    def ndim(self, a: Any, roles: str) -> int:
+    def ndim(self, a: Any, b: Any, roles: str) -> int:
         """a has two axes where the kernel has four."""
         return a.ndim + 2
 
-    def rank(self, a: Any) -> int:
+    def rank(self, a: Any, b: Any) -> int:
         """r; a and b share an axis of size r·k."""
         return a.shape[-1] // self.shape[0] if self.shape else a.shape[-1]
 
@@ -308,7 +320,7 @@ class Kernel(Form):
         """Raises: the reshape mixes the rank with the axes of the kernel."""
         raise NotFactored
 
-    def delta(self, a: jax.Array, b: jax.Array, axes: str) -> jax.Array:
+    def delta(self, a: Any, b: jax.Array, axes: str) -> jax.Array:
         """The product of the matrices, reshaped as torch's (out, in, k, k)."""
         n = axes.count("b")
         k, _, channels, features = self.shape or ()
@@ -332,8 +344,85 @@ class Kernel(Form):
         return channels * self.groups * k
 
 
+@dataclasses.dataclass(frozen=True)
+class Rows(Form):
+    """Some rows of a table are replaced: those of the tokens that train.
+
+    b is (*batch, n, *out), the new rows.  a says where they go, which ``indices`` does
+    already: it is one at (indices[k], k), else zero, and never an array.
+
+    Attributes:
+      indices: the indices of the rows along the table's only in axis.
+      size: the number of rows that the table has.
+    """
+
+    indices: tuple[int, ...]
+    size: int
+
+    turns = True
+    replaces = True
+    implicit = frozenset("a")
+
+    def shapes(self, shape: Shape, axes: str, rank: int) -> tuple[Shape, Shape]:
+        """No a; and (*batch, n, *out)."""
+        size = _sizes(shape, axes)
+        return (), (*size["b"], len(self.indices), *size["o"])
+
+    def weight_shape(self, a: Any, b: Any, axes: str) -> Shape:
+        """That of b, with all rows along the in axis."""
+        n = axes.count("b")
+        rest = {"b": iter(b.shape[:n]), "o": iter(b.shape[n + 1 :])}
+        return tuple(self.size if c == "i" else next(rest[c]) for c in axes)
+
+    def ndim(self, a: Any, b: Any, roles: str) -> int:
+        """b has an axis of rows, too."""
+        return b.ndim
+
+    def rank(self, a: Any, b: Any) -> int:
+        """The number of rows that train."""
+        return len(self.indices)
+
+    def labels(self, axes: str) -> tuple[Labels, Labels]:
+        """As for a plain pair."""
+        return by_role(A, axes), by_role(B, axes)
+
+    def low_rank(self, a: jax.Array | None, b: jax.Array, axes: str) -> Any:
+        """a as an array of ones and zeros; b has to be the change of the rows."""
+        n = axes.count("b")
+        hot = jnp.arange(self.size)[:, None] == jnp.array(self.indices)
+        return jnp.broadcast_to(hot.astype(b.dtype), (*b.shape[:n], *hot.shape)), b
+
+    def delta(self, a: Any, b: jax.Array, axes: str) -> jax.Array:
+        """The changes of the rows in their places."""
+        at = axes.index("i")
+        own = order(
+            b, by_role(B, axes), [RANK if c == "i" else k for k, c in enumerate(axes)]
+        )
+        shape = (*own.shape[:at], self.size, *own.shape[at + 1 :])
+        return self.put(jnp.zeros(shape, b.dtype), own, at)
+
+    def take(self, x: jax.Array, axis: int) -> jax.Array:
+        """The rows of an array that has all of them along this axis."""
+        return jnp.take(
+            x, np.array(self.indices), axis, unique_indices=True, mode="clip"
+        )
+
+    def put(self, x: jax.Array, rows: Any, axis: int) -> jax.Array:
+        """The array with these rows in place of its own along this axis."""
+        at = (slice(None),) * axis + (np.array(self.indices),)
+        return x.at[at].set(rows, unique_indices=True, mode="promise_in_bounds")
+
+    def find(self, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """For each index into the table which row of b it is, and whether it is one."""
+        indices = np.array(self.indices)
+        places = np.argsort(indices)
+        at = jnp.searchsorted(indices[places], ids.astype(jnp.int32))
+        at = jnp.array(places)[jnp.minimum(at, len(places) - 1)]
+        return at, jnp.array(indices)[at] == ids
+
+
 _PAIR = Pair()
-_FORMS: dict[str, Any] = {cls.__name__: cls for cls in (Blocks, Kernel)}
+_FORMS: dict[str, Any] = {cls.__name__: cls for cls in (Blocks, Kernel, Rows)}
 
 
 def of(form: Form | None) -> Form:

@@ -163,7 +163,7 @@ class LoRA(_NotAnArray):
         """The number of axes of the weight, from the base or from the factors."""
         if base.shaped(self.w):
             return len(self.w.shape)
-        return forms.of(self.form).ndim(self.a, self.roles)
+        return forms.of(self.form).ndim(self.a, self.b, self.roles)
 
     @property
     def axes(self) -> str:
@@ -175,8 +175,7 @@ class LoRA(_NotAnArray):
         """The weight's shape, with or without the base."""
         if base.shaped(self.w):
             return tuple(self.w.shape)
-        a, b = tuple(self.a.shape), tuple(self.b.shape)
-        return forms.of(self.form).weight_shape(a, b, self.axes)
+        return forms.of(self.form).weight_shape(self.a, self.b, self.axes)
 
     @property
     def dtype(self) -> Any:
@@ -186,7 +185,7 @@ class LoRA(_NotAnArray):
     @property
     def rank(self) -> int:
         """r, the size of the axis that ``a`` and ``b`` share."""
-        return forms.of(self.form).rank(self.a)
+        return forms.of(self.form).rank(self.a, self.b)
 
     @property
     def base(self) -> Any:

@@ -256,6 +256,8 @@ def _dynamic_slice(ev: Evaluation, eqn: Any, x: Any, *starts: Any) -> Any:
         # would wrap them again; the primitive only clamps.
         return eqn.primitive.bind(x, *at, slice_sizes=tuple(size))
 
+    if forms.of(leaf.form).replaces:
+        return _rows(ev, eqn, x, starts)
     full = list(zip(leaf.axes, sizes, leaf.shape, strict=True))
     roles = {role for role, size, n in full if role != "b" and size < n}
     if len(roles) != 1 or any(size != 1 for role, size, _ in full if role in roles):
@@ -270,6 +272,24 @@ def _dynamic_slice(ev: Evaluation, eqn: Any, x: Any, *starts: Any) -> Any:
     labels = fields.labels("c", leaf.axes)
     c = cut(scaled(leaf, "c"), labels, *starts)
     return row + spread(c, labels, sizes, range(leaf.ndim)).astype(row.dtype)
+
+
+def _rows(ev: Evaluation, eqn: Any, x: Tracked, starts: Sequence[Any]) -> Any:
+    """A slice of one row of a table, as a lookup."""
+    sizes, shape, at = eqn.params["slice_sizes"], x.leaf.shape, x.leaf.axes.index("i")
+    if any(n != (1 if k == at else shape[k]) for k, n in enumerate(sizes)):
+        raise NotFactored
+    numbers = lax.GatherDimensionNumbers(tuple(range(len(shape))), (), (at,))
+    params = {
+        "dimension_numbers": numbers,
+        "slice_sizes": sizes,
+        "indices_are_sorted": True,
+        "unique_indices": True,
+        "mode": lax.GatherScatterMode.CLIP,
+        "fill_value": None,
+    }
+    ev.note(x, "dynamic_slice")
+    return lookup(x.leaf, jnp.reshape(starts[at], 1), tuple(params.items()))
 
 
 @rule(*_compat.ALL_GATHER)

@@ -17,7 +17,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from jlora._leaf import Adapted, Full, LoRA, base, is_adapted
+from jlora._leaf import Adapted, Full, LoRA, base, forms, is_adapted
 from jlora._leaf.leaf import STATIC
 from jlora._leaf.leaf import document as static_document
 from jlora._leaf.leaf import from_document as from_static_document
@@ -79,7 +79,9 @@ def leaf_of(said: dict[str, Any], shape: Any, arrays: dict[str, Any]) -> Adapted
     w = base.from_document(said, shape)
     if said["kind"] == "full":
         return Full(w, **arrays)
-    return LoRA(w, **arrays, **from_static_document(said))
+    static = from_static_document(said)
+    implicit = dict.fromkeys(forms.of(static["form"]).implicit)
+    return LoRA(w, **implicit, **arrays, **static)
 
 
 def crc(document: dict[str, Any]) -> int:
