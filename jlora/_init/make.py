@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,8 +14,11 @@ import jax.numpy as jnp
 from jlora._algebra.weight import magnitude
 from jlora._init.kaiming import kaiming
 from jlora._init.keys import path_key, typed
+from jlora._init.principal import olora, pissa
+from jlora._init.random import gaussian, orthogonal
 from jlora._labels import wider
 from jlora._leaf import LoRA, Told, base
+from jlora._leaf.forms import Misfit
 from jlora._plan.spec import Spec
 from jlora._tree import paths, sharding
 
@@ -22,12 +26,20 @@ from jlora._tree import paths, sharding
 # and factors of the spec's shapes.  w may be any base; `base.array` gives its array.
 Initialiser = Callable[[jax.Array, Any, Spec], tuple[Any, Any, Any]]
 
-NAMED: dict[str, Initialiser] = {"kaiming": kaiming}
+NAMED: dict[str, Initialiser] = {
+    "kaiming": kaiming,
+    "gaussian": gaussian,
+    "orthogonal": orthogonal,
+    "pissa": pissa(),
+    "olora": olora,
+}
 
 
 def initialiser(init: str | Initialiser) -> Initialiser:
     """The initialiser of this name; a function is returned as it is."""
     if callable(init):
+        if init is _FACTORY:  # which makes an initialiser, and is none
+            return pissa()
         try:
             hash(init)  # what it makes is kept, so that it is traced once
         except TypeError:
@@ -36,12 +48,21 @@ def initialiser(init: str | Initialiser) -> Initialiser:
                 "that compares by itself."
             ) from None
         return init
+    if isinstance(init, str) and (n := _NITER.fullmatch(init)):
+        return pissa(int(n[1]))
     if not isinstance(init, str) or init not in NAMED:
+        near = (
+            f"; near names: {paths.near(init, NAMED)}" if isinstance(init, str) else ""
+        )
         raise ValueError(
-            f"init {init!r}: expected one of {', '.join(NAMED)}, or a function such as "
-            "jlora.initializers.kaiming."
+            f"init {init!r}: expected one of {', '.join(NAMED)}, pissa_niter_4, or a "
+            f"function such as jlora.initializers.kaiming{near}."
         )
     return NAMED[init]
+
+
+_FACTORY: Any = pissa
+_NITER = re.compile(r"pissa_niter_(\d+)")
 
 
 class _Maker(NamedTuple):
@@ -108,15 +129,23 @@ def make(
       key: a PRNG key; None for ``jax.random.key(0)``.
 
     Raises:
-      ValueError: no initialiser has this name, or its factors have wrong shapes.
+      ValueError: no initialiser has this name; the weight cannot start so; or its
+        factors have wrong shapes.
       TypeError: the initialiser does not give a tuple (w, a, b).
     """
-    init, key = initialiser(init), typed(key)
+    start, key, place = initialiser(init), typed(key), sharding.of_array(w)
+    if sharding.is_split(place) and hasattr(start, "on_mesh"):
+        start = start.on_mesh()
     # Leaves that differ only in the path of their bias share one trace.
     alike = dataclasses.replace(spec.resolved(), bias=None, told="", init=None)
-    maker = _maker(init, alike, jnp.dtype(dtype))
-    shapes = maker.shapes(jax.ShapeDtypeStruct((), key.dtype), base.abstract(w))
-    _check(path, init, shapes, w, spec)
+    maker = _maker(start, alike, jnp.dtype(dtype))
+    try:
+        shapes = maker.shapes(jax.ShapeDtypeStruct((), key.dtype), base.abstract(w))
+    except Misfit as e:
+        raise ValueError(
+            f"{path!r} of shape {tuple(w.shape)} and roles {spec.axes!r}: expected {e}."
+        ) from None
+    _check(path, start, shapes, w, spec)
     leaf = LoRA(
         **{"w": w} | shapes,
         roles=spec.axes.lstrip("b"),  # so that slices of a stack have the same roles
@@ -124,7 +153,6 @@ def make(
         bias_path=None if spec.bias is None else paths.relative(spec.bias, path),
         told=Told("embedding" if spec.told and spec.kind == "embed" else spec.told),
     )
-    place = sharding.of_array(w)
     placed = sharding.of_fields(leaf, place)
     own = {name: getattr(placed, name) for name in shapes}
     if base.is_abstract(w):

@@ -31,6 +31,11 @@ def of_array(w: Any) -> Sharding | None:
     return getattr(w, "sharding", None) if getattr(w, "committed", True) else None
 
 
+def is_split(place: Sharding | None) -> bool:
+    """Whether several devices have different parts of an array."""
+    return place is not None and not place.is_fully_replicated
+
+
 def of_fields(leaf: Adapted, base: Any) -> Any:
     """The leaf with the sharding of each field in its place, from that of the base.
 

@@ -80,7 +80,7 @@ def leaf_of(said: dict[str, Any], shape: Any, arrays: dict[str, Any]) -> Adapted
     if said["kind"] == "full":
         return Full(w, **arrays)
     static = from_static_document(said)
-    implicit = dict.fromkeys(forms.of(static["form"]).implicit)
+    implicit: dict[str, Any] = dict.fromkeys(forms.of(static["form"]).implicit)
     return LoRA(w, **implicit, **arrays, **static)
 
 
