@@ -28,8 +28,9 @@ The house.  Each part imports only from the parts above it in this list:
   `_init`: how factors start.  `_lift`: the evaluation of a function.
 * One file for each group of public functions: `_adapter` (merge, unwrap, adapter,
   attach), `_wrap` (wrap: a plan, then a leaf for each planned path), `_training`
-  (partition, labels, scaled, dropout), `_summary` (count, summary), `_optim`
-  (optimizer), `_fade` (fade, drop_base: the base goes away while the adapter trains).
+  (partition, labels, scaled, dropout), `_summary` (count, summary), `_pairs`
+  (riemannian, lora_fa: gradients of both factors), `_optim` (optimizer), `_fade` (fade,
+  drop_base: the base goes away while the adapter trains).
 * `checkpoint`; `linen`, `nnx`; `loralib`, with `_torch_file`, its reader of torch's
   files.
 
@@ -71,6 +72,8 @@ from jlora._lift.lift import lift as lift
 from jlora._lift.report import Entry as Entry
 from jlora._lift.report import Report as Report
 from jlora._optim import optimizer as optimizer
+from jlora._pairs import lora_fa as lora_fa
+from jlora._pairs import riemannian as riemannian
 from jlora._plan.from_use import plan as plan
 from jlora._plan.plan import Plan as Plan
 from jlora._plan.spec import Rule as Rule

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,6 +13,7 @@ import optax
 from jlora._adapter import adapter
 from jlora._leaf import is_adapted
 from jlora._leaf.fields import trained
+from jlora._pairs import is_fixed
 from jlora._tree import boxes, by_path, paths
 from jlora._tree.variables import variables
 
@@ -23,6 +23,7 @@ def optimizer(
     tree: Any,
     *,
     full: optax.GradientTransformation | None = None,
+    b_lr_ratio: float | None = None,
 ) -> optax.GradientTransformation:
     """``tx`` for what trains, and zero updates for what is frozen.
 
@@ -45,9 +46,12 @@ def optimizer(
       tree: the adapted tree; only its structure and dtypes are read.  With NNX, a
         wrapped module or its state, for ``nnx.Optimizer(model, tx, wrt=nnx.Param)``.
       full: another transformation for `Full` values.
+      b_lr_ratio: the learning rate of b, c and m, divided by that of a: LoRA+
+        (arXiv:2402.12354), which takes 16.  Their updates are multiplied by it after
+        ``tx``, and so is the weight decay in ``tx``.
 
     Raises:
-      TypeError: ``tx`` is no transformation of optax.
+      TypeError: ``tx`` is no transformation of optax, or the ratio no number.
       ValueError: a tree without adapted leaves, or one with leaves that are not
         floating-point, which ``jax.grad`` refuses.
 
@@ -57,6 +61,7 @@ def optimizer(
       >>> state = jlora.optimizer(optax.adamw(1e-4), t).init(t)
     """
     _check_transformation(tx)
+    times = _ratios(b_lr_ratio)
     advice = ""
     if variables(tree):
         advice = (
@@ -66,15 +71,6 @@ def optimizer(
     by_path.require_adapted(tree, "optimizer", advice)
     if not advice:  # in NNX, `wrt` selects the variables that are optimised
         _require_floating(tree)
-
-    # What trains, as a flat dict by path.  So the state keeps nothing of the base, and
-    # the paths are the same after NNX has taken its variables off.  Linen's boxes stay,
-    # since they name the mesh axes of the moments.
-    def flat(tree: Any) -> dict[str, dict[str, Any]]:
-        return {
-            paths.path_of(keys): {name: getattr(x, name) for name in trained(x)}
-            for keys, x in boxes.adapted(tree)
-        }
 
     def label(params: dict[str, dict[str, Any]]) -> dict[str, str]:
         whole = "lora" if full is None else "full"
@@ -87,25 +83,58 @@ def optimizer(
         by_path.require_adapted(params, "optimizer", advice)
         adapter(params)  # raises if two leaves have one path
         _require_floating(params)
-        return inner.init(flat(params))
+        return inner.init(_flat(params))
 
     def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> Any:
-        if not (own := flat(grads)):
+        if not (own := _flat(grads)):
             raise ValueError(_no_gradients(grads))
-        values = None if params is None else flat(params)
-        given = {name: _given(x, grads, params, flat) for name, x in extra.items()}
+        values = None if params is None else _flat(params)
+        given = {name: _given(x, grads, params) for name, x in extra.items()}
         updates, state = inner.update(own, state, values, **given)
+        factors = times | ({"a": 0} if is_fixed(state) else {})
 
         def leaf(path: str, x: Any) -> Any:
             zeros = jax.tree.map(jnp.zeros_like, x)
             if not is_adapted(x):
                 return zeros
             new = {name: boxes.held(y) for name, y in updates[path].items()}
+            new |= {
+                k: (new[k] * by).astype(new[k].dtype)
+                for k, by in factors.items()
+                if k in new
+            }
             return dataclasses.replace(zeros, **new)
 
         return by_path.map_leaves(leaf, grads), state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _flat(tree: Any) -> dict[str, dict[str, Any]]:
+    """What trains, as a flat dict by path.
+
+    So the state keeps nothing of the base, and the paths are the same after NNX has
+    taken its variables off.  Linen's boxes stay, since they name the mesh axes of the
+    moments.
+    """
+    return {
+        paths.path_of(keys): {name: getattr(x, name) for name in trained(x)}
+        for keys, x in boxes.adapted(tree)
+    }
+
+
+def _ratios(ratio: Any) -> dict[str, Any]:
+    """By which number the update of each field is multiplied."""
+    if ratio is None:
+        return {}
+    traced = isinstance(ratio, jax.Array) and ratio.ndim == 0
+    number = isinstance(ratio, (int, float)) and not isinstance(ratio, bool)
+    if not traced and not (number and ratio > 0):
+        raise TypeError(
+            f"optimizer: b_lr_ratio {ratio!r}: expected a positive number, such as 16: "
+            "the learning rate of b over that of a."
+        )
+    return dict.fromkeys(("b", "c", "m"), ratio)
 
 
 def _check_transformation(tx: Any) -> None:
@@ -126,7 +155,7 @@ def _no_gradients(grads: Any) -> str:
     )
 
 
-def _given(x: Any, grads: Any, params: Any, flat: Callable[[Any], Any]) -> Any:
+def _given(x: Any, grads: Any, params: Any) -> Any:
     """An extra argument of a transformation, as the one inside expects it.
 
     A tree like that of the gradients becomes flat, as they do.  A function of the
@@ -134,10 +163,10 @@ def _given(x: Any, grads: Any, params: Any, flat: Callable[[Any], Any]) -> Any:
     """
     like: Any = jax.tree.structure(grads)
     if not callable(x):
-        return flat(x) if jax.tree.structure(x) == like else x
+        return _flat(x) if jax.tree.structure(x) == like else x
     if params is None:
         return x
-    known = flat(params).keys()
+    known = _flat(params).keys()
 
     @functools.wraps(x)  # some transformations read the names of its arguments
     def call(values: Any, *args: Any, **kwargs: Any) -> Any:
@@ -153,7 +182,7 @@ def _given(x: Any, grads: Any, params: Any, flat: Callable[[Any], Any]) -> Any:
 
         def out(y: Any) -> Any:
             if jax.tree.structure(y) == like:
-                return flat(y) | others
+                return _flat(y) | others
             return tuple(map(out, y)) if type(y) is tuple else y
 
         return out(x(by_path.map_leaves(leaf, params), *args, **kwargs))

@@ -72,10 +72,18 @@ def combine(trainable: Any, frozen: Any) -> Any:
         ) from None
 
 
-def labels(tree: Any) -> Any:
+def labels(tree: Any, by: str = "kind") -> Any:
     """The tree with a label for each array: "lora", "full" or "frozen".
 
     a, b, c and m have the label "lora", `Full` values "full", and all else "frozen".
+    By field, they have the labels "a", "b", "c" and "m" instead.
+
+    Args:
+      tree: an adapted tree.
+      by: "kind" or "field".
+
+    Raises:
+      ValueError: ``by`` is neither.
 
     Example:
       >>> import jax.numpy as jnp, jlora
@@ -83,13 +91,18 @@ def labels(tree: Any) -> Any:
       >>> (x := jlora.labels(t)["kernel"]).w, x.a, x.scale
       ('frozen', 'lora', 'frozen')
     """
+    if by not in ("kind", "field"):
+        raise ValueError(f"labels: by={by!r}: expected 'kind' or 'field'.")
 
     def leaf(_: str, x: Any) -> Any:
         all_frozen = jax.tree.map(lambda _: "frozen", x)
         if not is_adapted(x):
             return all_frozen
         label = "lora" if isinstance(x, LoRA) else "full"
-        return dataclasses.replace(all_frozen, **dict.fromkeys(trained(x), label))
+        own = dict.fromkeys(trained(x), label)
+        if by == "field" and isinstance(x, LoRA):
+            own = {name: name for name in own}
+        return dataclasses.replace(all_frozen, **own)
 
     return by_path.map_leaves(leaf, tree)
 

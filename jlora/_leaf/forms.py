@@ -95,6 +95,10 @@ class Form(abc.ABC):
         """r, from the factors."""
         return a.shape[-1]
 
+    def stacked(self, axes: str) -> int:
+        """How many axes of a and b come before those of their matrices."""
+        return axes.count("b")
+
     def assemble(
         self, d: jax.Array, labels: Labels, out: Sequence[int], axes: str
     ) -> jax.Array:
@@ -227,6 +231,10 @@ class Blocks(Pair):
         n = axes.count("b")
         la, lb = super().labels(axes)
         return [*la[:n], BLOCK, *la[n:]], [*lb[:n], BLOCK, *lb[n:]]
+
+    def stacked(self, axes: str) -> int:
+        """The batch axes, and the slices."""
+        return axes.count("b") + 1
 
     def assemble(
         self, d: jax.Array, labels: Labels, out: Sequence[int], axes: str
