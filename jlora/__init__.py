@@ -31,6 +31,7 @@ The house.  Each part imports only from the parts above it in this list:
   (partition, labels, scaled, dropout), `_summary` (count, summary), `_pairs`
   (riemannian, lora_fa: gradients of both factors), `_optim` (optimizer), `_fade` (fade,
   drop_base: the base goes away while the adapter trains).
+* `_arithmetic`: adapters as values: mix, truncate, extract, and their spectra.
 * `checkpoint`; `linen`, `nnx`; `loralib`, with `_torch_file`, its reader of torch's
   files.
 
@@ -61,6 +62,11 @@ from jlora._adapter import attach as attach
 from jlora._adapter import merge as merge
 from jlora._adapter import unmerge as unmerge
 from jlora._adapter import unwrap as unwrap
+from jlora._arithmetic.extract import extract as extract
+from jlora._arithmetic.mix import mix as mix
+from jlora._arithmetic.spectrum import Spectrum as Spectrum
+from jlora._arithmetic.spectrum import spectrum as spectrum
+from jlora._arithmetic.truncate import truncate as truncate
 from jlora._fade import drop_base as drop_base
 from jlora._fade import fade as fade
 from jlora._leaf import Full as Full

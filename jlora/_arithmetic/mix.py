@@ -1,0 +1,337 @@
+"""mix: several adapters as one."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jlora._adapter import Adapter
+from jlora._algebra.delta import delta, low_rank
+from jlora._arithmetic.factors import matrices, svd, with_matrices
+from jlora._arithmetic.merging import MERGINGS
+from jlora._init.keys import path_key, typed
+from jlora._init.matrices import Matrices
+from jlora._leaf import Full, LoRA, base, forms, is_adapted
+from jlora._leaf.forms import NotFactored
+from jlora._tree import paths
+
+METHODS = ("cat", "svd", *MERGINGS, *(f"{m}_svd" for m in MERGINGS if m != "linear"))
+
+
+def mix(
+    adapters: Sequence[Adapter],
+    weights: Sequence[Any],
+    method: str = "cat",
+    *,
+    rank: int | None = None,
+    density: float | None = None,
+    majority: str = "total",
+    key: jax.Array | None = None,
+) -> Adapter:
+    """One adapter from several, as a weighted sum of their deltas or of their factors.
+
+    With "cat" the delta is exactly the sum of weight * delta, and the ranks add up; so
+    ``mix([x, y], [1, 1])`` is x + y.  Use `jlora.scaled` to multiply an adapter by a
+    number, and -1 to negate it.  "svd" is the closest adapter of a rank to that sum,
+    from the factors alone.
+
+    The other methods are peft's ``add_weighted_adapter``: they merge the factors a, and
+    the factors b, number by number, each weighted by √|weight * scale|, a with its
+    sign.  This is no sum of deltas.  Those called ``_svd`` merge the deltas instead,
+    which are formed for it, and give the closest adapter of a rank.
+
+    ==================  =========================================================
+    linear              the sum of the factors
+    ties                the largest by magnitude; the mean of those that have the
+                        sign of the majority (arXiv:2306.01708)
+    dare_linear         a random part, divided by the density (arXiv:2311.03099);
+                        their sum
+    dare_ties           a random part, divided by the density; the mean as in ties
+    magnitude_prune     the largest by magnitude; their sum
+    ==================  =========================================================
+
+    An adapter of `pissa` or `olora` fits the base that they left.  With the adapter
+    before training, ``mix([adapter, start], [1, -1])`` is one for the original base,
+    with twice the rank.
+
+    Args:
+      adapters: adapters of the same paths, as `jlora.adapter` gives them.
+      weights: a number for each, which may be traced, and negative.
+      method: "cat", "svd", or one of the table; the last four also with ``_svd``.
+      rank: the rank of the result, for "svd" and ``_svd``; None for the largest rank.
+      density: the part of the numbers that is kept, in (0, 1], for all but "cat",
+        "svd" and "linear".
+      majority: "total", by the sum of the numbers, or "frequency", by the number of
+        signs; for ties.
+      key: a PRNG key for "dare"; each path is folded into it.
+
+    Returns:
+      An adapter with a scale of one.
+
+    Raises:
+      ValueError: no adapters, or another number of weights; adapters of different
+        plans, forms or ranks, of which one lost its base, or which have magnitudes
+        (the error says which paths and why); an unknown method; a wrong density.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> x = jlora.adapter(jlora.wrap({"kernel": jnp.ones((3, 4))}, rank=2))
+      >>> jlora.mix([x, x], [0.5, 0.5])["kernel"].rank
+      4
+    """
+    _check(adapters, weights, method, rank, density, majority)
+    key = typed(key)
+
+    def leaf(path: str) -> Any:
+        leaves: list[Any] = [adapter[path] for adapter in adapters]
+        if isinstance(leaves[0], Full) or forms.of(leaves[0].form).replaces:
+            return _replaced(path, leaves, weights)
+        leaves, ws = _alike(leaves), [jnp.asarray(w, jnp.float32) for w in weights]
+        if method == "cat":
+            new = _cat(leaves, ws)
+        elif method == "svd":
+            new = _svd(leaves, ws, rank)
+        else:
+            name = method.removesuffix("_svd")
+            merge = functools.partial(
+                MERGINGS[name],
+                density=density,
+                majority=majority,
+            )
+            call = _merged_deltas if method.endswith("_svd") else _merged_factors
+            new = call(leaves, ws, merge, path_key(key, path), rank)
+        return dataclasses.replace(new, c=_output_bias(leaves, ws), dropout=None)
+
+    return {path: leaf(path) for path in adapters[0]}
+
+
+# ------------------------------------------------------------------------- the methods
+
+
+def _weighted(leaf: LoRA, weight: jax.Array) -> LoRA:
+    return dataclasses.replace(leaf, scale=leaf.scale * weight.astype(leaf.scale.dtype))
+
+
+def _cat(leaves: Sequence[LoRA], weights: Sequence[jax.Array]) -> LoRA:
+    """Ranks side by side; the scales and weights go into b."""
+    pairs = [matrices(_weighted(x, w)) for x, w in zip(leaves, weights, strict=True)]
+    a = jnp.concatenate([a for a, _ in pairs], -1)
+    b = jnp.concatenate([b for _, b in pairs], -2)
+    return with_matrices(leaves[0], a, b)
+
+
+def _svd(
+    leaves: Sequence[LoRA], weights: Sequence[jax.Array], rank: int | None
+) -> LoRA:
+    """The largest singular vectors of the sum; a's columns are orthonormal."""
+    u, s, vt = svd(*matrices(_cat(leaves, weights)))
+    k = max(x.rank for x in leaves) if rank is None else rank
+    k = min(k * (leaves[0].a.shape[-1] // leaves[0].rank), s.shape[-1])
+    return with_matrices(leaves[0], u[..., :k], s[..., :k, None] * vt[..., :k, :])
+
+
+def _count(x: jax.Array, n: int) -> int:
+    """How many matrices a stack has, along its first n axes."""
+    return math.prod(x.shape[:n])
+
+
+def _merged_factors(
+    leaves: Sequence[LoRA],
+    weights: Sequence[jax.Array],
+    merge: Any,
+    key: jax.Array,
+    rank: int | None,
+) -> LoRA:
+    """The factors, number by number; the weights are √|weight * scale|."""
+    n = forms.of(leaves[0].form).stacked(leaves[0].axes)
+    blocks = _count(leaves[0].a, n)
+    own = [
+        jnp.broadcast_to(
+            (w * x.scale).reshape(x.scale.shape + (1,) * (n - x.scale.ndim)),
+            x.a.shape[:n],
+        ).reshape(blocks)
+        for x, w in zip(leaves, weights, strict=True)
+    ]
+    ws = jnp.stack(own)
+    root = jnp.sqrt(jnp.abs(ws))
+    found = []
+    for k, name in enumerate("ab"):
+        xs = jnp.stack([getattr(x, name).astype(jnp.float32) for x in leaves])
+        flat = xs.reshape(len(leaves), blocks, -1)
+        signed = root * jnp.where(ws >= 0, 1, -1) if name == "a" else root
+        new = merge(flat, signed, key=jax.random.fold_in(key, k))
+        found.append(new.reshape(xs.shape[1:]))
+    a, b = found
+    one = jnp.ones_like(leaves[0].scale)
+    a, b = a.astype(leaves[0].a.dtype), b.astype(leaves[0].b.dtype)
+    return dataclasses.replace(leaves[0], a=a, b=b, scale=one)
+
+
+def _merged_deltas(
+    leaves: Sequence[LoRA],
+    weights: Sequence[jax.Array],
+    merge: Any,
+    key: jax.Array,
+    rank: int | None,
+) -> LoRA:
+    """The deltas, number by number, and their largest singular vectors."""
+    first, axes = leaves[0], leaves[0].axes
+    m = Matrices(first.shape, axes)
+    deltas = jnp.stack([m.take(delta(x)) for x in leaves])
+    flat = deltas.reshape(*deltas.shape[:2], -1)
+    ws = jnp.broadcast_to(jnp.stack(weights)[:, None], flat.shape[:2])
+    mixed = merge(flat, ws, key=key).reshape(deltas.shape[1:])
+    u, s, vt = jnp.linalg.svd(mixed, full_matrices=False)
+    k = min(max(x.rank for x in leaves) if rank is None else rank, s.shape[-1])
+    a, b = m.factors(u[..., :k], s[..., :k, None] * vt[..., :k, :])
+    new: dict[str, Any] = {"a": a.astype(first.a.dtype), "b": b.astype(first.b.dtype)}
+    new["scale"] = jnp.ones_like(first.scale)
+    return dataclasses.replace(first, form=None, **new)
+
+
+def _output_bias(leaves: Sequence[LoRA], weights: Sequence[jax.Array]) -> Any:
+    """The sum of weight * scale * c; None if no adapter has an output bias."""
+    total = None
+    for x, w in zip(leaves, weights, strict=True):
+        if x.c is None:
+            continue
+        s = w * x.scale
+        own = s.reshape(s.shape + (1,) * (x.c.ndim - s.ndim)) * x.c
+        total = own if total is None else total + own
+    found = next((x.c for x in leaves if x.c is not None), None)
+    return total if total is None or found is None else total.astype(found.dtype)
+
+
+def _alike(leaves: Sequence[LoRA]) -> list[LoRA]:
+    """The leaves in one form: their own if it is the same, else the plain one."""
+    if len({x.form for x in leaves}) == 1:
+        return list(leaves)
+    return [low_rank(x) for x in leaves]
+
+
+def _replaced(path: str, leaves: Sequence[Any], weights: Sequence[Any]) -> Any:
+    """The sum of weight * value of leaves that replace what the base has."""
+    if any(isinstance(w, jax.core.Tracer) for w in weights) or (
+        abs(float(sum(map(float, weights))) - 1) > 1e-6
+    ):
+        kind = "trained whole" if isinstance(leaves[0], Full) else "replaces rows"
+        raise ValueError(
+            f"mix: {path!r} {kind}, so its values are a sum only with weights that sum "
+            "up to 1, found another sum. Mix the low-rank leaves alone, {p: x for p, x "
+            "in adapter.items() if isinstance(x, jlora.LoRA)}, and put one of its "
+            "values back."
+        )
+    name = "value" if isinstance(leaves[0], Full) else "b"
+    pairs = zip(weights, leaves, strict=True)
+    total: Any = sum(w * getattr(x, name) for w, x in pairs)
+    return dataclasses.replace(
+        leaves[0], **{name: total.astype(getattr(leaves[0], name).dtype)}
+    )
+
+
+# ------------------------------------------------------------------------ what is wrong
+
+
+def _check(
+    adapters: Any, weights: Any, method: Any, rank: Any, density: Any, majority: Any
+) -> None:
+    if method not in METHODS:
+        near = paths.near(method, METHODS) if isinstance(method, str) else ""
+        raise ValueError(
+            f"mix: method {method!r}: expected one of {', '.join(METHODS)}"
+            + (f"; near names: {near}." if near else ".")
+        )
+    if isinstance(adapters, Mapping) or not adapters:
+        raise ValueError(
+            "mix: expected a list of adapters, as jlora.adapter gives them, found "
+            f"{'one' if adapters else 'none'}."
+        )
+    for x in adapters:
+        if not isinstance(x, Mapping) or not all(map(is_adapted, x.values())):
+            raise ValueError(
+                "mix: expected adapters, flat dicts from path to leaf, found a "
+                f"{type(x).__name__}: jlora.adapter(tree) gives one."
+            )
+    if len(weights) != len(adapters):
+        raise ValueError(
+            f"mix: {len(weights)} weights for {len(adapters)} adapters: expected as "
+            "many."
+        )
+    sized = method == "svd" or method.endswith("_svd")
+    if rank is not None and (not sized or rank < 1):
+        raise ValueError(
+            f"mix: rank {rank!r} with {method!r}: expected a positive rank, and only "
+            "for a method that ends in svd."
+        )
+    prunes = method in METHODS[3:] and method != "linear"
+    if prunes and not (isinstance(density, (int, float)) and 0 < density <= 1):
+        raise ValueError(
+            f"mix: density {density!r} with {method!r}: expected a number in (0, 1], "
+            "the part that is kept."
+        )
+    if not prunes and density is not None:
+        raise ValueError(
+            f"mix: density with {method!r}, which keeps all: leave it out."
+        )
+    if majority not in ("total", "frequency"):
+        raise ValueError(
+            f"mix: majority {majority!r}: expected 'total' or 'frequency'."
+        )
+    _check_alike(adapters, method)
+
+
+def _check_alike(adapters: Sequence[Adapter], method: str) -> None:
+    """Raises unless the adapters have the same paths, and leaves that can be mixed."""
+    first = adapters[0]
+    wrong: list[str] = []
+    for k, other in enumerate(adapters[1:], 1):
+        for path in [*first, *(p for p in other if p not in first)]:
+            if path not in other or path not in first:
+                has, lacks = (0, k) if path in first else (k, 0)
+                wrong.append(f"{path!r} is in adapter {has}, not in adapter {lacks}")
+            elif why := _differ(first[path], other[path], method):
+                wrong.append(f"{path!r} {why} (adapters 0 and {k})")
+    for k, x in enumerate(adapters):
+        wrong += [
+            f"{path!r} of adapter {k} has a magnitude (dora), so its delta depends on "
+            "the base: extract a plain adapter from its merged weights, jlora.extract"
+            for path, leaf in x.items()
+            if getattr(leaf, "m", None) is not None
+        ]
+    if wrong:
+        more = f"; and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        raise ValueError(
+            "mix: expected adapters of the same plan, found that "
+            + "; ".join(wrong[:4])
+            + f"{more}."
+        )
+
+
+def _differ(x: Any, y: Any, method: str) -> str | None:
+    """Why two leaves cannot be mixed; else None."""
+    if type(x) is not type(y):
+        return "is trained whole in one, and low-rank in the other"
+    if x.shape != y.shape:
+        return f"is for weights of shape {x.shape} and {y.shape}"
+    if base.is_zero(x.w) != base.is_zero(y.w):
+        return "lost its base in one, and not in the other"
+    if isinstance(x, Full):
+        return None
+    if x.axes != y.axes:
+        return f"has the roles {x.axes!r} and {y.axes!r}"
+    if x.form != y.form:
+        try:
+            low_rank(x), low_rank(y)
+        except NotFactored:
+            return f"has the forms {x.form} and {y.form}, of which one is no plain a·b"
+        if forms.of(x.form).replaces or forms.of(y.form).replaces:
+            return f"has the forms {x.form} and {y.form}"
+    if method in MERGINGS and x.rank != y.rank:
+        return f"has ranks {x.rank} and {y.rank}, which {method!r} cannot mix"
+    return None
