@@ -2,7 +2,7 @@
 # own environment in .venv/, one per Python version, from the pins in requirements/.
 #
 #   make test                          all tests             ARGS="-k lift -n 0" some
-#   make interop                       against PyTorch's loralib
+#   make interop                       against PyTorch's loralib and peft
 #   make faults                        kill training 50 times, and see it go on
 #   make demo                          fine-tune MiniLM      ARGS=--help lists the options
 #   make docs                          build the documentation, with every cell run
@@ -38,10 +38,13 @@ export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 test: $(READY)
 	@$(PY) -m pytest -n logical --maxprocesses 4 --dist worksteal $(ARGS)
 
-# Against PyTorch: 200 MB to 3 GB more, by the index that pip finds it on.
+# Against PyTorch: 200 MB to 3 GB more, by the index that pip finds it on.  The pins of
+# the environment hold.
 interop: $(READY)
-	@$(PY) -m pip install --quiet --timeout 60 torch==2.13.0 loralib==0.1.2
-	@$(PY) -m pytest tests/test_loralib.py $(ARGS)
+	@sed -n 's/^\([A-Za-z0-9_.-]*==[^ ]*\).*/\1/p' $(LOCK) > $(VENV)/pins.txt
+	@$(PY) -m pip install --quiet --timeout 60 --constraint $(VENV)/pins.txt \
+		torch==2.13.0 loralib==0.1.2 peft==0.21.2
+	@$(PY) -m pytest tests/test_loralib.py tests/test_peft.py $(ARGS)
 
 # Many more kills of training runs than `make test` has.
 faults: $(READY)
