@@ -31,6 +31,7 @@ The house.  Each part imports only from the parts above it in this list:
   (partition, labels, scaled, dropout), `_summary` (count, summary), `_pairs`
   (riemannian, lora_fa: gradients of both factors), `_optim` (optimizer), `_fade` (fade,
   drop_base: the base goes away while the adapter trains).
+* `_observe` (observe, redistribute: what enters each weight).
 * `_arithmetic`: adapters as values: mix, truncate, extract, and their spectra.
 * `checkpoint`; `linen`, `nnx`; `loralib`, with `_torch_file`, its reader of torch's
   files.
@@ -77,6 +78,9 @@ from jlora._lift.lift import explain as explain
 from jlora._lift.lift import lift as lift
 from jlora._lift.report import Entry as Entry
 from jlora._lift.report import Report as Report
+from jlora._observe import Moments as Moments
+from jlora._observe import observe as observe
+from jlora._observe import redistribute as redistribute
 from jlora._optim import optimizer as optimizer
 from jlora._pairs import lora_fa as lora_fa
 from jlora._pairs import riemannian as riemannian

@@ -12,6 +12,7 @@ the base into the factors returns another base.
     jlora.wrap(params, init=my_own)
 """
 
+from jlora._init.eva import eva as eva
 from jlora._init.kaiming import kaiming as kaiming
 from jlora._init.principal import olora as olora
 from jlora._init.principal import pissa as pissa

@@ -16,6 +16,7 @@ from jlora._algebra.structure import with_units
 from jlora._algebra.use import (
     Params,
     RolesError,
+    branch,
     compute_dtype,
     drop,
     finished,
@@ -79,8 +80,10 @@ def conv(
     dtype = compute_dtype(x, leaf)
     y = base.use(leaf.base, lambda w, x: run(x, w), x)
     x = drop(leaf, aside, nth).astype(dtype)
-    branch = _from_outputs if transposed else _from_inputs
-    y = base.plus(y, branch(leaf, x, run, rest, y.shape))
+    rest = branch(leaf, rest)
+    run = functools.partial(cast(Any, lax.conv_general_dilated), **rest)
+    low_rank_run = _from_outputs if transposed else _from_inputs
+    y = base.plus(y, low_rank_run(leaf, x, run, rest, y.shape))
     if transposed:
         return y
     return finished(leaf, y, _features(numbers.out_spec, numbers.rhs_spec[0]))
@@ -166,6 +169,7 @@ def _from_inputs(leaf: LoRA, x: jax.Array, run: Run, rest: Any, shape: Any) -> A
     free = list(range(x.ndim))
     k = free.pop(rest["dimension_numbers"].out_spec[1])
     h = run(x, jnp.concatenate([a] * groups, axis=at)).astype(x.dtype)
+    h = forms.of(leaf.form).entered(h)
     h = lax.reshape(h, (*h.shape[:k], groups, leaf.rank, *h.shape[k + 1 :]))
     hl = [*free[:k], GROUP, RANK, *free[k:]]
     h, b = with_output_bias(leaf, h, hl, b, [RANK, at])

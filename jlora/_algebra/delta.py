@@ -85,7 +85,7 @@ def low_rank(leaf: LoRA) -> LoRA:
     Raises:
       NotFactored: its form cannot be written as the plain one.
     """
-    if leaf.form is None:
+    if forms.of(leaf.form).plain:
         return leaf
     if forms.of(leaf.form).replaces:
         leaf = dataclasses.replace(

@@ -14,6 +14,7 @@ from jlora._algebra.delta import low_rank, scaled
 from jlora._algebra.use import (
     Params,
     RolesError,
+    branch,
     compute_dtype,
     drop,
     finished,
@@ -130,7 +131,7 @@ def contract(
     if p.transposed:
         first, second = second, first
     # Not in `rest`, which a backward pass reads later.
-    options = rest | {"sharding": (out_sharding, p.out)}
+    options = branch(leaf, rest) | {"sharding": (out_sharding, p.out)}
 
     def times(h: jax.Array, hl: Any, factor: Any, fl: Any, keep: set[int]) -> Any:
         h, factor = h.astype(dtype), factor.astype(dtype)
@@ -145,6 +146,7 @@ def contract(
         factor, fl = first
         h = drop(leaf, aside.astype(dtype), nth)
         h, hl = times(h, p.xl, factor, fl, {*p.out, *second[1]})
+        h = h if p.transposed else form.entered(h)
     factor, fl = second
     h, factor = with_output_bias_of(
         leaf, p.contracted, h.astype(dtype), hl, factor.astype(dtype), fl

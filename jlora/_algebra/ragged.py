@@ -15,6 +15,7 @@ from jlora._algebra.structure import with_units
 from jlora._algebra.use import (
     Params,
     RolesError,
+    branch,
     compute_dtype,
     drop,
     finished,
@@ -23,7 +24,7 @@ from jlora._algebra.use import (
 )
 from jlora._algebra.weight import times as weighted
 from jlora._labels import RANK, dot, order
-from jlora._leaf import LoRA, base
+from jlora._leaf import LoRA, base, forms
 from jlora._leaf.fields import labels
 from jlora._leaf.forms import NotFactored
 
@@ -145,7 +146,7 @@ def ragged(
 
     dtype = compute_dtype(x, leaf)
 
-    times = functools.partial(p.times, sizes=sizes, params=rest)
+    times = functools.partial(p.times, sizes=sizes, params=branch(leaf, rest))
 
     def each(field: Any, _: Any) -> Any:
         """What each row's expert has of a field: the product of ones with the field."""
@@ -168,6 +169,7 @@ def ragged(
     (factor, fl), keep = first, {*p.out, *second[1]}
     h = drop(leaf, aside.astype(dtype), nth)
     h, hl = times(h, p.xl, factor.astype(dtype), fl, keep)
+    h = h if p.transposed else forms.of(leaf.form).entered(h)
     factor, fl = second
     h, factor = with_output_bias_of(leaf, p.contracted, h, hl, factor, fl)
     d, dl = times(h.astype(dtype), hl, factor.astype(dtype), fl, {*p.out})

@@ -13,7 +13,7 @@ from jax import lax
 from jlora._algebra.delta import scaled
 from jlora._algebra.weight import times
 from jlora._labels import RANK, aligned, wider
-from jlora._leaf import LoRA
+from jlora._leaf import LoRA, forms
 from jlora._leaf.fields import labels
 from jlora._leaf.forms import NotFactored
 
@@ -32,7 +32,15 @@ def compute_dtype(x: jax.Array, w: Any) -> Any:
 
     An activation of integers does not count.
     """
-    return wider(x, w) if jnp.issubdtype(x.dtype, jnp.inexact) else w.dtype
+    dtype = wider(x, w) if jnp.issubdtype(x.dtype, jnp.inexact) else w.dtype
+    exact = isinstance(w, LoRA) and forms.of(w.form).exact
+    return jnp.promote_types(dtype, jnp.float32) if exact else dtype
+
+
+def branch(leaf: LoRA, params: dict[str, Any]) -> dict[str, Any]:
+    """A product's parameters, as its low-rank branch has them."""
+    exact = forms.of(leaf.form).exact
+    return params | {"preferred_element_type": None} if exact else params
 
 
 def drop(leaf: LoRA, x: jax.Array, nth: int) -> jax.Array:

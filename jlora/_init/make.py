@@ -136,9 +136,12 @@ def make(
     start, key, place = initialiser(init), typed(key), sharding.of_array(w)
     if sharding.is_split(place) and hasattr(start, "on_mesh"):
         start = start.on_mesh()
+    # One that knows the path holds arrays of its own, which no cache should keep.
+    own = hasattr(start, "at")
+    start = getattr(start, "at")(path) if own else start  # noqa: B009
     # Leaves that differ only in the path of their bias share one trace.
     alike = dataclasses.replace(spec.resolved(), bias=None, told="", init=None)
-    maker = _maker(start, alike, jnp.dtype(dtype))
+    maker = (_maker.__wrapped__ if own else _maker)(start, alike, jnp.dtype(dtype))
     try:
         shapes = maker.shapes(jax.ShapeDtypeStruct((), key.dtype), base.abstract(w))
     except Misfit as e:

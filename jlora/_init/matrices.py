@@ -55,18 +55,23 @@ class Matrices:
         """The size of each matrix, (in, out)."""
         return math.prod(self.sizes("i")), math.prod(self.sizes("o"))
 
-    def check(self, rank: int, what: str) -> None:
+    def check(self, rank: int, what: str, *, outs: bool = True) -> None:
         """Raises unless each matrix has this rank, and the delta is a plain a·b.
+
+        Args:
+          rank: the wanted rank.
+          what: the initialiser's name.
+          outs: whether the number of outputs limits the rank, too.
 
         Raises:
           Misfit: the rank is too large, or the weight has a form of its own.
         """
         if self.form:
             raise Misfit(f"a weight whose delta is a plain a·b for {what}")
-        if rank > min(self.size):
-            i, o = self.size
+        i, o = self.size
+        if rank > (most := min(i, o) if outs else i):
             raise Misfit(
-                f"a rank of at most {min(i, o)}, since as a matrix the weight is "
+                f"a rank of at most {most}, since as a matrix the weight is "
                 f"{i} × {o}, found {rank}"
             )
 

@@ -49,9 +49,13 @@ class Form(abc.ABC):
       turns: whether a transposed weight has the same form.
       replaces: whether b replaces rows of the weight, and is not added to it.
       implicit: the factors that follow from the form, and are None in a leaf.
+      plain: whether it is a pair of factors, for which the algebra is written.
+      exact: whether products with a are computed in float32 at least.
       groups: the groups of the convolution that it is for; None for any number.
     """
 
+    plain: ClassVar[bool] = False
+    exact: ClassVar[bool] = False
     aligned: ClassVar[bool] = False
     formed: ClassVar[bool] = False
     turns: ClassVar[bool] = False
@@ -94,6 +98,10 @@ class Form(abc.ABC):
     def rank(self, a: Any, b: Any) -> int:
         """r, from the factors."""
         return a.shape[-1]
+
+    def entered(self, h: jax.Array) -> jax.Array:
+        """What becomes of x·a, before it meets b."""
+        return h
 
     def stacked(self, axes: str) -> int:
         """How many axes of a and b come before those of their matrices."""
@@ -152,6 +160,7 @@ A, B = "bir", "bro"
 class Pair(Form):
     """One pair: a is (*batch, *in, r), b is (*batch, r, *out)."""
 
+    plain = True
     aligned = True
     turns = True
 
@@ -190,6 +199,29 @@ class Pair(Form):
         return self.assemble(d, labels, weight, axes)
 
 
+@jax.custom_vjp
+def _tap(h: jax.Array) -> jax.Array:
+    return h
+
+
+_tap.defvjp(lambda h: (h, h), lambda h, _: (h,))
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe(Pair):
+    """A pair whose a is the identity, to see what enters a weight.
+
+    The gradient of x·a is x·a itself, whatever comes after it.  So the gradient of a is
+    the sum of xᵀ·x, in any loop and any layout.
+    """
+
+    exact = True
+
+    def entered(self, h: jax.Array) -> jax.Array:
+        """h, with the gradient h."""
+        return _tap(h)
+
+
 @dataclasses.dataclass(frozen=True)
 class Blocks(Pair):
     """The form of loralib's ``MergedLinear``: factors for each enabled slice.
@@ -205,6 +237,7 @@ class Blocks(Pair):
 
     enabled: tuple[bool, ...]
 
+    plain = False
     aligned = False
     turns = False
 

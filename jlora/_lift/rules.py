@@ -376,7 +376,7 @@ def _times(ev: Evaluation, eqn: Any, *args: Any) -> Tracked:
     found = [ev.unbroadcast(v) for i, v in enumerate(eqn.invars) if i not in leaves]
     varying = [k for _, axes in found for k in axes]
     roles = {leaf.axes[k] for k in varying}
-    if {"i", "o"} <= roles or (varying and leaf.form is not None):
+    if {"i", "o"} <= roles or (varying and not forms.of(leaf.form).plain):
         raise NotFactored
     name = "a" if "i" in roles else "b"
     own = fields.labels(name, leaf.axes)

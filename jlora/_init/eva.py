@@ -1,0 +1,90 @@
+"""eva: factors a that span what enters a weight."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jlora._init.matrices import Matrices, rank_of
+from jlora._plan.spec import Spec
+from jlora._tree import paths
+
+
+def eva(moments: Mapping[str, Any]) -> Any:
+    """a has the directions in which the weight's inputs have most energy; b is zero.
+
+    EVA (arXiv:2410.07170, section 3.2): the first r right singular vectors of the
+    inputs, which are eigenvectors of their second moments.  The mean of the inputs is
+    not subtracted (peft does).  The delta is zero, and the base does not change.  The
+    paper's ranks come from `jlora.redistribute`.
+
+    Args:
+      moments: the second moments by path, as `jlora.observe` gives them.
+
+    Returns:
+      An initialiser, for ``init`` of `wrap`.
+
+    Raises:
+      ValueError: when it is used: a weight without moments; a rank above the number of
+        its inputs.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> f = lambda p, x: x @ p["kernel"]
+      >>> params, x = {"kernel": jnp.ones((3, 4))}, jnp.array([[0.0, 2.0, 0.0]])
+      >>> plan = jlora.plan(f, params, x, rank=1)
+      >>> moments = jlora.observe(f, params, x, plan=plan)
+      >>> tree = jlora.wrap(params, plan=plan, init=jlora.initializers.eva(moments))
+      >>> abs(tree["kernel"].a[:, 0]).tolist()
+      [0.0, 1.0, 0.0]
+    """
+    if not isinstance(moments, Mapping):
+        raise TypeError(
+            f"eva: expected moments by path, as jlora.observe gives them, found a "
+            f"{type(moments).__name__}."
+        )
+    return _Eva(moments)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Eva:
+    """The initialiser that `eva` gives; it needs to know the path."""
+
+    moments: Mapping[str, Any]
+
+    def at(self, path: str) -> Any:
+        """The initialiser for the weight of this path."""
+        if path not in self.moments:
+            raise ValueError(
+                f"eva: no moments of {path!r}; near paths: "
+                f"{paths.near(path, self.moments)}. Observe with the plan that is "
+                "wrapped; an embedding has none: give it another init by a jlora.Rule."
+            )
+        return _EvaOf(self.moments[path])
+
+    def __call__(self, key: jax.Array, w: Any, spec: Spec) -> Any:
+        raise TypeError("eva needs the weight's path: expected wrap to call it.")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _EvaOf:
+    """The initialiser for one weight.
+
+    Attributes:
+      moment: (*batch, in, in).
+    """
+
+    moment: Any
+
+    def __call__(self, key: jax.Array, w: Any, spec: Spec) -> Any:
+        """(w, a, b), as every initialiser gives them."""
+        m, rank = Matrices.of(w, spec), rank_of(spec)
+        m.check(rank, "'eva'", outs=False)
+        moment = jnp.asarray(self.moment, jnp.float32)
+        _, vectors = jnp.linalg.eigh(moment.reshape(-1, *moment.shape[-2:]))
+        a = vectors[..., ::-1][..., :rank]
+        return w, *m.factors(a, jnp.zeros((len(a), rank, m.size[1])))
