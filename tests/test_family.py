@@ -82,8 +82,6 @@ def models():
 
 # What `wrap` gets, and what the optimizer does.
 VARIANTS = {
-    "rslora": dict(rslora=True),
-    "dora": dict(dora=True),
     "dora, rslora, lora_bias": dict(dora=True, rslora=True, lora_bias=True),
     "rows": dict(train_rows={"**/embed*": [7, 3]}),
     "pissa, dora": dict(init="pissa", dora=True),
@@ -107,7 +105,6 @@ def trained(fn, params, options):
         options["init"] = jlora.initializers.eva(moments)
     tree = jlora.wrap(params, plan=plan, **options)
     lifted = jlora.lift(fn)
-    close(lifted(tree, IDS), fn(params, IDS), 2e-6)
     tx = optax.adamw(1e-2)
     tx = optax.chain(first(tree), tx) if first else tx
     tx = jlora.optimizer(tx, tree, b_lr_ratio=ratio)
@@ -133,7 +130,11 @@ def trained(fn, params, options):
 
 
 def outputs(fn, tree):
-    return {"lifted": jlora.lift(fn)(tree, IDS), "merged": fn(jlora.merge(tree), IDS)}
+    lifted = jlora.lift(fn)
+    call = jax.jit(
+        lambda t: {"lifted": lifted(t, IDS), "merged": fn(jlora.merge(t), IDS)}
+    )
+    return call(tree)
 
 
 def restored(folder):
