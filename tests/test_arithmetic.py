@@ -88,7 +88,7 @@ def test_an_adapter_minus_itself_is_nothing():
     )
 
 
-@hypothesis.settings(max_examples=6, deadline=None)
+@hypothesis.settings(max_examples=4, deadline=None)
 @hypothesis.given(x=NUMBERS, y=NUMBERS)
 def test_cat_is_the_sum_of_deltas(x, y):
     mixed = jlora.mix([A, B], [x, y])
@@ -106,7 +106,7 @@ def test_addition_commutes_and_associates():
     near(deltas(one), deltas(other), 4e-6)
 
 
-@pytest.mark.parametrize("rank", [1, 2, 3, 5, 9])
+@pytest.mark.parametrize("rank", [1, 3, 9])
 def test_truncate_is_the_closest(rank):
     both = jlora.mix([A, B], [1, 1])
     got, want = deltas(jlora.truncate(both, rank)), deltas(both)
@@ -125,7 +125,7 @@ def matrix(path, m):
     return {"heads": (6, 10), "conv": (36, 6)}.get(path, m.shape[-2:])
 
 
-@hypothesis.settings(max_examples=8, deadline=None)
+@hypothesis.settings(max_examples=5, deadline=None)
 @hypothesis.given(energy=st.floats(0.05, 1.0))
 def test_truncate_to_an_energy(energy):
     both = jlora.mix([A, B], [1, 1])

@@ -83,14 +83,11 @@ def models():
 # What `wrap` gets, and what the optimizer does.
 VARIANTS = {
     "dora, rslora, lora_bias": dict(dora=True, rslora=True, lora_bias=True),
-    "rows": dict(train_rows={"**/embed*": [7, 3]}),
+    "rows, riemannian": dict(train_rows={"**/embed*": [7, 3]}, first=jlora.riemannian),
     "pissa, dora": dict(init="pissa", dora=True),
-    "olora": dict(init="olora"),
-    "orthogonal": dict(init="orthogonal"),
+    "olora, lora_fa": dict(init="olora", first=jlora.lora_fa),
+    "orthogonal, lora+": dict(init="orthogonal", b_lr_ratio=8),
     "eva": dict(init="eva"),
-    "lora+": dict(b_lr_ratio=8),
-    "riemannian": dict(first=jlora.riemannian),
-    "lora_fa": dict(first=jlora.lora_fa),
 }
 
 

@@ -442,6 +442,11 @@ class Rows(Form):
         shape = (*own.shape[:at], self.size, *own.shape[at + 1 :])
         return self.put(jnp.zeros(shape, b.dtype), own, at)
 
+    def __repr__(self) -> str:
+        some = ", ".join(map(str, self.indices[:3]))
+        more = f", … {len(self.indices):,} rows" if len(self.indices) > 3 else ""
+        return f"Rows({some}{more} of {self.size:,})"
+
     def take(self, x: jax.Array, axis: int) -> jax.Array:
         """The rows of an array that has all of them along this axis."""
         return jnp.take(
