@@ -56,9 +56,9 @@ def mix(
     magnitude_prune     the largest by magnitude; their sum
     ==================  =========================================================
 
-    An adapter of `pissa` or `olora` fits the base that they left.  With the adapter
-    before training, ``mix([adapter, start], [1, -1])`` is one for the original base,
-    with twice the rank.
+    An adapter of `initializers.pissa` or `initializers.olora` fits the base that is
+    left.  With the adapter before training, ``mix([adapter, start], [1, -1])`` is one
+    for the original base, with twice the rank.
 
     Args:
       adapters: adapters of the same paths, as `jlora.adapter` gives them.

@@ -142,7 +142,7 @@ class Spec:
         )
 
     def with_options(self, source: Any) -> Spec:
-        """This spec with the `OPTIONS` of a `Rule`, or of a mapping, that it lacks."""
+        """This spec with the options of a `Rule`, or of a mapping, that it lacks."""
         said = source if isinstance(source, Mapping) else vars(source)
         own = {name: said[name] for name in OPTIONS if getattr(self, name) is None}
         return dataclasses.replace(self, **own)
