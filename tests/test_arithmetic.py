@@ -240,8 +240,15 @@ def by_hand(method, xs, ws, density, majority):
     return (weighted * same).sum(0) / np.maximum(same.sum(0), 1)
 
 
-@pytest.mark.parametrize("majority", ["total", "frequency"])
-@pytest.mark.parametrize("method", ["linear", "ties", "magnitude_prune"])
+@pytest.mark.parametrize(
+    "method, majority",
+    [
+        ("linear", "total"),
+        ("magnitude_prune", "total"),
+        ("ties", "total"),
+        ("ties", "frequency"),
+    ],
+)
 def test_methods_on_factors(method, majority):
     xs, ws = [A, adapter(3), adapter(4)], [1.0, 0.5, -0.25]
     options = {"density": 0.5, "majority": majority} if method != "linear" else {}

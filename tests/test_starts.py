@@ -48,7 +48,7 @@ KINDS = {
     ),
     "stack": (
         lambda p, x: lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["w"])[0],
-        normal(3, 12, 12),
+        normal(3, 12, 12, scale=0.3),  # so that no layer amplifies the rounding
         normal(3, 12),
         "bio",
     ),
