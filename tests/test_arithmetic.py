@@ -4,6 +4,7 @@ Against deltas formed here in float64, and the identities that arithmetic has.
 """
 
 import dataclasses
+import functools
 
 import hypothesis
 import hypothesis.strategies as st
@@ -57,10 +58,11 @@ def fn(p, x):
     )
 
 
-def adapter(seed, rank=2, base=BASE, **options):
+@functools.cache
+def adapter(seed, rank=2, dora=False):
     rules = [dataclasses.replace(r, rank=rank) for r in RULES.values()]
     plan = jlora.plan(fn, BASE, X, rules=rules)
-    tree = jlora.wrap(base, plan=plan, **options)
+    tree = jlora.wrap(BASE, plan=plan, dora=dora)
     return jlora.adapter(randomise(tree, seed))
 
 
