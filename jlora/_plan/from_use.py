@@ -12,14 +12,13 @@ from jlora._plan.plan import Plan
 from jlora._plan.roles import merged
 from jlora._plan.seen import Seen, Use
 from jlora._plan.select import Candidate, Wanted, select
-from jlora._plan.spec import RANK, Rule, Spec
+from jlora._plan.spec import FLAGS, RANK, Rule, Spec
 from jlora._plan.watch import watch
 from jlora._tree import by_path
 from jlora._tree.patterns import Pattern, are_patterns
 from jlora._tree.trace import hide, trace
 from jlora._tree.variables import is_model, opened
 
-_FLAGS = "rslora", "dora", "lora_bias"
 _IDLE = "not used as a weight (no product, convolution or lookup)"
 
 
@@ -108,9 +107,9 @@ def _check_order(fn: Any, params: Any) -> None:
 
 def _refuse_wraps(kwargs: Mapping[str, Any]) -> None:
     """Raises for arguments that are meant for `wrap`; here they would go to ``fn``."""
-    for name in ("train", "bias", *_FLAGS):
+    for name in ("train", "bias", *FLAGS):
         said = kwargs.get(name)
-        if are_patterns(said) or (name in _FLAGS and said is not None):
+        if are_patterns(said) or (name in FLAGS and said is not None):
             raise TypeError(
                 f"plan: {name}={kwargs[name]!r} would go to the function as an "
                 f"argument: expected it in jlora.wrap(params, plan=plan, {name}=...)."

@@ -21,7 +21,7 @@ RANK = Default(8)
 # What a rule may decide besides rank and alpha, else `wrap` for all weights.
 OPTIONS = "init", "rslora", "dora", "lora_bias"
 # Those that are flags, each with the field of the leaf that it adds.
-_FLAGS = {"rslora": "", "dora": "m", "lora_bias": "c"}
+FLAGS = {"rslora": "", "dora": "m", "lora_bias": "c"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +162,7 @@ class Spec:
     @property
     def variant(self) -> str:
         """What it has besides rank and alpha, such as ``"rslora, dora"``."""
-        words = [name for name in _FLAGS if getattr(self, name)]
+        words = [name for name in FLAGS if getattr(self, name)]
         if self.init is not None:
             words.append(getattr(self.init, "__name__", str(self.init)))
         return ", ".join(words)
@@ -179,7 +179,7 @@ class Spec:
         rank = self.resolved().rank
         assert rank is not None
         found = fields.shapes(shape, self.axes, rank, self.form)
-        wanted = {field for name, field in _FLAGS.items() if getattr(self, name)}
+        wanted = {field for name, field in FLAGS.items() if getattr(self, name)}
         return {name: found[name] for name in fields.made(wanted)}
 
     def fan_in(self, shape: Sequence[int]) -> int:
@@ -214,7 +214,7 @@ def check_rank(rank: Any, where: str) -> int | None:
 
 def check_flags(said: Any, where: str) -> None:
     """Raises unless every flag is a boolean, or None in a rule."""
-    for name in _FLAGS:
+    for name in FLAGS:
         if (flag := getattr(said, name)) not in (None, True, False):
             raise TypeError(f"{where}: {name} {flag!r}: expected True, False or None.")
 
