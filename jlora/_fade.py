@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora._init.keys import path_key, typed
-from jlora._leaf import LoRA, base, is_adapted
+from jlora._leaf import LoRA, base, forms, is_adapted
 from jlora._leaf.fields import missing
 from jlora._leaf.node import register
 from jlora._tree import by_path, paths
@@ -127,7 +127,7 @@ def fade(
     own = None if key is None else typed(key)
     biases = set()
     for path, x in by_path.flatten(tree)[0]:
-        if not isinstance(x, LoRA):
+        if not _fades(x):
             continue
         if base.is_zero(x.w):
             raise ValueError(
@@ -147,7 +147,7 @@ def fade(
             biases.add(paths.resolve(x.bias_path, path))
 
     def leaf(path: str, x: Any) -> Any:
-        if not isinstance(x, LoRA):
+        if not _fades(x):
             return _scaled(x, d) if path in biases and not is_adapted(x) else x
         if silent:
             w = x.base if still else base.then(x.base, _scaled, d)
@@ -159,6 +159,16 @@ def fade(
         return dataclasses.replace(x, w=w)
 
     return by_path.map_leaves(leaf, tree, share=True)
+
+
+def _replaces(x: Any) -> bool:
+    """Whether a leaf replaces some rows: the others are the base's, and stay."""
+    return forms.of(x.form).replaces
+
+
+def _fades(x: Any) -> bool:
+    """Whether the base of a leaf fades."""
+    return isinstance(x, LoRA) and not _replaces(x)
 
 
 def _number(name: str, x: Any, most: float) -> Any:
@@ -245,7 +255,7 @@ def drop_base(tree: Any, *, force: bool = False) -> Any:
     leaves = dict(by_path.flatten(tree)[0])
     biases = set()
     for path, x in leaves.items():
-        if not is_adapted(x) or base.is_zero(x.w):
+        if not is_adapted(x) or base.is_zero(x.w) or _replaces(x):
             continue
         if lacks := missing(x):
             raise ValueError(
@@ -268,7 +278,7 @@ def drop_base(tree: Any, *, force: bool = False) -> Any:
     def leaf(path: str, x: Any) -> Any:
         if path in biases:
             return jnp.zeros_like(x)
-        if not is_adapted(x) or base.is_zero(x.w):
+        if not is_adapted(x) or base.is_zero(x.w) or _replaces(x):
             return x
         return dataclasses.replace(x, w=base.Dropped(x.shape, x.dtype))
 

@@ -104,6 +104,14 @@ def test_dropout_drops_what_enters_the_factors_alone():
     assert np.abs(want - FN(jlora.merge(tree), X)).max() > 0.1
 
 
+def test_a_scale_of_zero_turns_the_magnitude_off_as_well():
+    for name in ("dense", "layers"):
+        fn, base, x = CASES[name]
+        tree = jlora.scaled(adapt(fn, base, x, dora=True)[0], 0.0)
+        same(jlora.lift(fn)(tree, x), fn(base, x))
+        same(jlora.merge(tree), base)
+
+
 def test_fade_and_drop_base():
     tree = tree_of()
     for d in (0.7, 0.0):

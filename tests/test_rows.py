@@ -177,6 +177,18 @@ def test_it_trains_counts_is_saved_and_restored(tmp_path):
     assert "Rows" in str(jlora.summary(tree)) and "3" in str(jlora.summary(tree))
 
 
+def test_a_table_does_not_fade():
+    """Its other rows are the base's, and nothing trains in their place."""
+    params = {"e": normal(V, D), "w": normal(D, D)}
+    tree = jlora.wrap(params, 2, targets="w", train_rows={"e": ROWS})
+    faded = jlora.fade(tree, 0.0)
+    same(jlora.unwrap(faded)["e"], params["e"])
+    assert not jlora.unwrap(faded)["w"].any()
+    small = jlora.drop_base(faded)
+    same(jlora.merge(small)["e"], params["e"])
+    assert isinstance(small["w"].w, jlora.Dropped)
+
+
 def test_abstract_and_half_precision_tables():
     table = jax.ShapeDtypeStruct((V, D), jnp.bfloat16)
     leaf = jlora.wrap({"e": table}, targets=[], train_rows={"e": ROWS})["e"]

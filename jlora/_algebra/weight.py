@@ -37,8 +37,12 @@ def settled(leaf: Any) -> Any:
     if leaf.m is None:
         return leaf
     norm = lax.stop_gradient(magnitude(leaf))
-    # An output of zeros stays one, whatever its gain is.
-    gain = jnp.where(norm > 0, leaf.m / jnp.where(norm > 0, norm, 1), 1)
+    scale = lax.stop_gradient(leaf.scale)
+    scale = lax.expand_dims(scale, range(scale.ndim, norm.ndim))
+    # An output of zeros stays one, whatever its gain is; a scale of zero turns the
+    # whole adapter off, and so its magnitude.
+    on = (norm > 0) & (scale != 0)
+    gain = jnp.where(on, leaf.m / jnp.where(on, norm, 1), 1)
     return dataclasses.replace(leaf, m=None, gain=gain)
 
 
