@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jlora._algebra.rows import replaces
 from jlora._init.keys import path_key, typed
-from jlora._leaf import LoRA, base, forms, is_adapted
+from jlora._leaf import LoRA, base, is_adapted
 from jlora._leaf.fields import missing
 from jlora._leaf.node import register
 from jlora._tree import by_path, paths
@@ -161,14 +162,9 @@ def fade(
     return by_path.map_leaves(leaf, tree, share=True)
 
 
-def _replaces(x: Any) -> bool:
-    """Whether a leaf replaces some rows: the others are the base's, and stay."""
-    return forms.of(x.form).replaces
-
-
 def _fades(x: Any) -> bool:
-    """Whether the base of a leaf fades."""
-    return isinstance(x, LoRA) and not _replaces(x)
+    """Whether the base of a leaf fades; where rows are replaced, the others stay."""
+    return isinstance(x, LoRA) and not replaces(x)
 
 
 def _number(name: str, x: Any, most: float) -> Any:
@@ -255,7 +251,7 @@ def drop_base(tree: Any, *, force: bool = False) -> Any:
     leaves = dict(by_path.flatten(tree)[0])
     biases = set()
     for path, x in leaves.items():
-        if not is_adapted(x) or base.is_zero(x.w) or _replaces(x):
+        if not is_adapted(x) or base.is_zero(x.w) or replaces(x):
             continue
         if lacks := missing(x):
             raise ValueError(
@@ -278,7 +274,7 @@ def drop_base(tree: Any, *, force: bool = False) -> Any:
     def leaf(path: str, x: Any) -> Any:
         if path in biases:
             return jnp.zeros_like(x)
-        if not is_adapted(x) or base.is_zero(x.w) or _replaces(x):
+        if not is_adapted(x) or base.is_zero(x.w) or replaces(x):
             return x
         return dataclasses.replace(x, w=base.Dropped(x.shape, x.dtype))
 

@@ -162,7 +162,7 @@ def texts():
 
 
 ROWS = re.findall(
-    r"(?m)^\| `([^`]+)`(?! \(from JAX\))", (DOCS / "errors.md").read_text("utf-8")
+    r"(?m)^\| `([^`]+)`(?! \(from (?:JAX|XLA))", (DOCS / "errors.md").read_text("utf-8")
 )
 
 

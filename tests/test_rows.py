@@ -105,6 +105,13 @@ def test_rows_are_exact_whatever_was_there(dtype):
     close(head, X.astype(dtype) @ want.T, 1e-2 if dtype == jnp.bfloat16 else 1e-5)
 
 
+def test_indices_of_few_bits():
+    """The rows' own indices need more bits than those that are looked up."""
+    table, ids = normal(300, D), jnp.array([5, 44, 255], jnp.uint8)
+    tree = wrapped(table, [299, 44])
+    same(jlora.lift(lambda p, x: p["e"][x])(tree, ids), jlora.merge(tree)["e"][ids])
+
+
 def test_the_table_is_not_copied():
     """No array of its size, but a lookup's own; the step does not grow with it."""
 

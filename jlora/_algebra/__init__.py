@@ -5,6 +5,7 @@ implementation.
 
 * `delta`: the delta a·b, and the merged weight.  **A variant of the weight**, such as
   DoRA, goes there; what it changes in every use goes into `use`.
+* `rows`: the weight, the lookups and the products of a table whose rows are replaced.
 * `structure`, `concatenate`: the leaf of a transposed, reshaped, sliced or concatenated
   weight.
 * `dot`, `ragged`, `conv`, `gather`: the uses, one file for each; `use` is what they

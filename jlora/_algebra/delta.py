@@ -9,12 +9,11 @@ from typing import Any
 
 import chex
 import jax
-import jax.numpy as jnp
 from jax import lax
 
-from jlora._labels import RANK, order, wider
+from jlora._algebra.rows import added
+from jlora._labels import wider
 from jlora._leaf import LoRA, base, forms
-from jlora._leaf.fields import labels
 
 
 def scaled(leaf: LoRA, name: str, to: Any = None) -> jax.Array:
@@ -38,45 +37,13 @@ def scaled(leaf: LoRA, name: str, to: Any = None) -> jax.Array:
 
 def delta(leaf: LoRA) -> jax.Array:
     """scale * a·b in the weight's shape, at full precision in the widest dtype."""
-    form = forms.of(leaf.form)
-    if form.replaces:
-        d = form.delta(None, change(leaf), leaf.axes)
-    else:
-        a, b = leaf.a, scaled(leaf, "b")
-        wide = wider(a, b)
-        d = form.delta(a.astype(wide), b.astype(wide), leaf.axes)
+    leaf = added(leaf)
+    a, b = leaf.a, scaled(leaf, "b")
+    wide = b.dtype if a is None else wider(a, b)
+    a = None if a is None else a.astype(wide)
+    d = forms.of(leaf.form).delta(a, b.astype(wide), leaf.axes)
     chex.assert_equal(tuple(d.shape), leaf.shape)
     return d
-
-
-def rows(leaf: LoRA) -> tuple[jax.Array, jax.Array]:
-    """What a leaf that replaces rows has in their place, and what the base has there.
-
-    With a scale s these are s * b + (1 - s) * w, so that 0 turns the adapter off.  At
-    one it is b alone, whatever the base has there.
-    """
-    form: Any = leaf.form
-    axes, lb = leaf.axes, labels("b", leaf.axes)
-    wide = wider(leaf.b, leaf.scale)
-    if base.is_zero(leaf.w):
-        old = jnp.zeros(leaf.b.shape, wide)
-    else:
-        at = axes.index("i")
-        own = [RANK if c == "i" else k for k, c in enumerate(axes)]
-
-        def take(w: jax.Array) -> jax.Array:
-            return order(form.take(w, at), own, lb).astype(wide)
-
-        old = lax.stop_gradient(base.use(leaf.base, take))
-    s, new = lax.stop_gradient(leaf.scale), leaf.b.astype(wide)
-    s = lax.expand_dims(s, range(s.ndim, new.ndim)).astype(wide)
-    return jnp.where(s == 1, new, s * new + (1 - s) * old), old
-
-
-def change(leaf: LoRA) -> jax.Array:
-    """What a leaf that replaces rows adds to them."""
-    new, old = rows(leaf)
-    return new - old
 
 
 def low_rank(leaf: LoRA) -> LoRA:
@@ -87,10 +54,7 @@ def low_rank(leaf: LoRA) -> LoRA:
     """
     if forms.of(leaf.form).plain:
         return leaf
-    if forms.of(leaf.form).replaces:
-        leaf = dataclasses.replace(
-            leaf, b=change(leaf), scale=jnp.ones_like(leaf.scale)
-        )
+    leaf = added(leaf)
     a, b = forms.of(leaf.form).low_rank(leaf.a, leaf.b, leaf.axes)
     return dataclasses.replace(leaf, a=a, b=b, form=None)
 

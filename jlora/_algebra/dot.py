@@ -7,9 +7,9 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
+from jlora._algebra import rows
 from jlora._algebra.delta import low_rank, scaled
 from jlora._algebra.use import (
     Params,
@@ -22,14 +22,13 @@ from jlora._algebra.use import (
     with_output_bias_of,
 )
 from jlora._algebra.weight import gained
-from jlora._labels import BLOCK, RANK, dot, order
+from jlora._labels import BLOCK, RANK, dot
 from jlora._leaf import LoRA, base, forms
-from jlora._leaf.fields import labels
 from jlora._leaf.forms import NotFactored
 
 
 @dataclasses.dataclass(frozen=True)
-class _Product:
+class Product:
     """The dimension numbers of a product, seen from the weight.
 
     Attributes:
@@ -48,7 +47,7 @@ class _Product:
     @classmethod
     def of(
         cls, leaf: LoRA, x: Any, numbers: Any, weight_first: bool, mixes: bool
-    ) -> _Product:
+    ) -> Product:
         n = leaf.ndim
         (lc, rc), (lb, rb) = numbers
         wc, wb, xc, xb = (lc, lb, rc, rb) if weight_first else (rc, rb, lc, lb)
@@ -108,7 +107,7 @@ def contract(
     rest = dict(params)
     numbers = rest.pop("dimension_numbers")
     out_sharding = rest.pop("out_sharding", None)
-    p = _Product.of(leaf, x, numbers, weight_first, mixes)
+    p = Product.of(leaf, x, numbers, weight_first, mixes)
 
     def own(w: Any, x: Any) -> Any:
         left, right = (w, x) if weight_first else (x, w)
@@ -118,8 +117,8 @@ def contract(
         x = gained(leaf, x, p.xl)
         aside = aside if aside is None else gained(leaf, aside, p.xl)
     dtype = compute_dtype(x, leaf)
-    if forms.of(leaf.form).replaces:
-        if (y := _replaced(leaf, x, own, p, dtype, rest)) is not None:
+    if rows.replaces(leaf):
+        if (y := rows.contract(leaf, x, own, p, dtype, rest)) is not None:
             return y
         leaf = low_rank(leaf)
     y = base.use(leaf.base, own, x)
@@ -154,38 +153,3 @@ def contract(
     d, dl = times(h, hl, factor, fl, {*p.out, BLOCK})
     y = base.plus(y, form.assemble(d, dl, p.out, leaf.axes))
     return y if p.transposed else finished(leaf, y, p.out)
-
-
-def _replaced(
-    leaf: LoRA, x: jax.Array, own: Any, p: _Product, dtype: Any, params: Any
-) -> jax.Array | None:
-    """The product with a table some of whose rows are replaced, as in a tied head.
-
-    Args:
-      leaf: the table.
-      x: the activation.
-      own: the base's product.
-      p: its dimension numbers.
-      dtype: the dtype of the product with the rows.
-      params: its other parameters.
-
-    Returns:
-      None if the table's rows are batched, or stacked.
-    """
-    form: Any = leaf.form
-    at, b, lb = leaf.axes.index("i"), leaf.b.astype(dtype), labels("b", leaf.axes)
-    if "b" in leaf.axes or leaf.c is not None:
-        return None
-    if p.transposed and at not in p.xl:  # one result for each row
-        y = base.use(leaf.base, own, x)
-        h, hl = dot(x.astype(dtype), p.xl, b, lb, {*p.out}, **params)
-        h = order(h, hl, [RANK if k == at else k for k in p.out])
-        y = jnp.zeros(y.shape, y.dtype) if base.is_zero(leaf.w) else y
-        return form.put(y, h.astype(y.dtype), p.out.index(at))
-    if not p.transposed and at in p.contracted:  # a sum over rows
-        where = p.xl.index(at)
-        rows, rl = form.take(x, where), [RANK if k == at else k for k in p.xl]
-        y = base.use(leaf.base, own, form.put(x, 0, where))
-        d, dl = dot(rows.astype(dtype), rl, b, lb, {*p.out}, **params)
-        return base.plus(y, order(d, dl, p.out))
-    return None

@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jlora._algebra import rows
 from jlora._algebra.delta import in_low_rank, low_rank, scaled
 from jlora._algebra.use import Params, finished, inlined, with_output_bias_of
-from jlora._labels import RANK, aligned, by_role, dot, order
-from jlora._leaf import LoRA, base, forms
+from jlora._labels import RANK, by_role, dot, order
+from jlora._leaf import LoRA, base
 from jlora._leaf.fields import labels, mapped
 from jlora._leaf.forms import NotFactored
 
@@ -45,7 +46,7 @@ class _Primitive:
         return lax.gather(w, indices, **dict(self.params))
 
 
-class _Gather:
+class Gather:
     """A gather of whole rows, on labels.
 
     The axes of the indices get the labels from the weight's ndim on.
@@ -82,9 +83,9 @@ class _Gather:
             self.index[at] = k
         self.gone = {*dn.collapsed_slice_dims, *batched}
         self.units = self.gone - {*self.indexed, *batched}
-        rows, free = iter([k for k in range(n) if k not in self.gone]), iter(self.index)
+        kept, free = iter([k for k in range(n) if k not in self.gone]), iter(self.index)
         ndim = len(self.index) + n - len(self.gone)
-        self.out = [next(rows if k in dn.offset_dims else free) for k in range(ndim)]
+        self.out = [next(kept if k in dn.offset_dims else free) for k in range(ndim)]
         if len(self.indexed) != len(dn.start_index_map):
             columns = [dn.start_index_map.index(k) for k in self.indexed]
             self.indices = indices[..., np.array(columns)]
@@ -137,10 +138,10 @@ def lookup(leaf: LoRA, indices: jax.Array, params: Params) -> jax.Array:
       NotFactored: the gather indexes in and out axes at once, or cuts a row; or the
         weight has an output bias and not all of its in axes are indexed.
     """
-    gather = _Gather(leaf, indices, params)
+    gather = Gather(leaf, indices, params)
     y = base.use(leaf.base, _Primitive(params), indices)
-    if forms.of(leaf.form).replaces and "b" not in leaf.axes and gather.roles == {"i"}:
-        return _replaced(leaf, gather, y)
+    if rows.replaces(leaf) and "b" not in leaf.axes and gather.roles == {"i"}:
+        return rows.lookup(leaf, gather, y)
     leaf = low_rank(leaf)
     la, lb = labels("a", leaf.axes), labels("b", leaf.axes)
     first, second = (leaf.a, la), (scaled(leaf, "b"), lb)
@@ -159,22 +160,6 @@ def lookup(leaf: LoRA, indices: jax.Array, params: Params) -> jax.Array:
     return finished(leaf, y, gather.out, *each)
 
 
-def _replaced(leaf: LoRA, gather: _Gather, y: Any) -> jax.Array:
-    """A lookup in a table some of whose rows are replaced."""
-    form: Any = leaf.form
-    ids = gather.indices[..., 0]
-    if gather.rest["mode"] != lax.GatherScatterMode.FILL_OR_DROP:
-        ids = jnp.clip(ids, 0, form.size - 1)  # as the primitive does
-    at, hit = form.find(ids)
-    lb = labels("b", leaf.axes)
-    new, nl = gather.drop(
-        jnp.take(leaf.b, at, lb.index(RANK), mode="clip"), [*gather.index, *lb[1:]]
-    )
-    y = jnp.zeros(y.shape, y.dtype) if base.is_zero(leaf.w) else y
-    new = aligned(new, nl, gather.out).astype(y.dtype)
-    return jnp.where(aligned(hit, gather.index, gather.out), new, y)
-
-
 @in_low_rank
 def take(leaf: LoRA, indices: jax.Array, params: Params) -> LoRA:
     """gather along batch axes, such as a gather of each token's expert.
@@ -184,7 +169,7 @@ def take(leaf: LoRA, indices: jax.Array, params: Params) -> LoRA:
     Raises:
       NotFactored: the gather indexes other axes.
     """
-    gather = _Gather(leaf, indices, params)
+    gather = Gather(leaf, indices, params)
     if gather.roles != {"b"}:
         raise NotFactored
     axes = "".join("b" if k >= leaf.ndim else leaf.axes[k] for k in gather.out)

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora import _compat
-from jlora._algebra.delta import delta, low_rank, rows, scaled
+from jlora._algebra import rows
+from jlora._algebra.delta import delta, low_rank, scaled
 from jlora._labels import BLOCK, RANK, aligned, dot, order, wider
 from jlora._leaf import Full, LoRA, base, forms
 from jlora._leaf.fields import labels
@@ -30,10 +31,8 @@ def settled(leaf: Any) -> Any:
     """
     if not isinstance(leaf, LoRA):
         return leaf
-    if forms.of(leaf.form).replaces:
-        return dataclasses.replace(
-            leaf, b=rows(leaf)[0], scale=jnp.ones_like(leaf.scale)
-        )
+    if rows.replaces(leaf):
+        return rows.settled(leaf)
     if leaf.m is None:
         return leaf
     norm = lax.stop_gradient(magnitude(leaf))
@@ -51,7 +50,7 @@ def unsettled(leaf: Any, passed: Any) -> Any:
     if not isinstance(leaf, LoRA):
         return leaf
     changed = "b", "scale", "m", "gain"
-    if leaf.gain is None and not forms.of(leaf.form).replaces:
+    if leaf.gain is None and not rows.replaces(leaf):
         return leaf
     return dataclasses.replace(
         leaf, **{name: getattr(passed, name) for name in changed}
@@ -150,14 +149,9 @@ def dense(leaf: LoRA | Full) -> jax.Array:
     """The merged weight, computed in float32 (or wider) and rounded once."""
     if isinstance(leaf, Full):
         return leaf.value.astype(leaf.dtype)
-    form: Any = forms.of(leaf.form)
     leaf = settled(leaf)
-    if form.replaces:
-        at, own = leaf.axes.index("i"), [*range(leaf.ndim)]
-        new = order(
-            leaf.b, labels("b", leaf.axes), [RANK if k == at else k for k in own]
-        )
-        return form.put(base.array(leaf.base), new.astype(leaf.dtype), at)
+    if rows.replaces(leaf):
+        return rows.dense(leaf)
     d = delta(leaf)
     wide = wider(leaf, d)
     w = base.plus(base.use(leaf.base, lambda w: w.astype(wide)), d)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from jlora._adapter import Adapter
 from jlora._algebra.delta import delta, low_rank
+from jlora._algebra.rows import replaces
 from jlora._arithmetic.factors import matrices, svd, with_matrices
 from jlora._arithmetic.merging import MERGINGS
 from jlora._init.keys import path_key, typed
@@ -90,7 +91,7 @@ def mix(
 
     def leaf(path: str) -> Any:
         leaves: list[Any] = [adapter[path] for adapter in adapters]
-        if isinstance(leaves[0], Full) or forms.of(leaves[0].form).replaces:
+        if isinstance(leaves[0], Full) or replaces(leaves[0]):
             return _replaced(path, leaves, weights)
         leaves, ws = _alike(leaves), [jnp.asarray(w, jnp.float32) for w in weights]
         if method == "cat":
@@ -330,7 +331,7 @@ def _differ(x: Any, y: Any, method: str) -> str | None:
             low_rank(x), low_rank(y)
         except NotFactored:
             return f"has the forms {x.form} and {y.form}, of which one is no plain a·b"
-        if forms.of(x.form).replaces or forms.of(y.form).replaces:
+        if replaces(x) or replaces(y):
             return f"has the forms {x.form} and {y.form}"
     if method in MERGINGS and x.rank != y.rank:
         return f"has ranks {x.rank} and {y.rank}, which {method!r} cannot mix"

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from jlora._algebra.rows import replaces
 from jlora._arithmetic.factors import matrices, svd
-from jlora._leaf import LoRA, forms
+from jlora._leaf import LoRA
 from jlora._plan.plan import table
 from jlora._printed import Printed
 from jlora._tree import by_path
@@ -130,6 +131,6 @@ def spectrum(adapter: Any) -> Spectrum:
         {
             path: np.asarray(svd(*matrices(x))[1])
             for path, x in by_path.flatten(adapter)[0]
-            if isinstance(x, LoRA) and not forms.of(x.form).replaces
+            if isinstance(x, LoRA) and not replaces(x)
         }
     )

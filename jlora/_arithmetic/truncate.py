@@ -6,8 +6,9 @@ from typing import Any
 
 import jax
 
+from jlora._algebra.rows import replaces
 from jlora._arithmetic.factors import check_size, kept, matrices, svd, with_matrices
-from jlora._leaf import LoRA, forms
+from jlora._leaf import LoRA
 from jlora._tree import by_path
 
 
@@ -50,7 +51,7 @@ def truncate(
         )
 
     def leaf(_: str, x: Any) -> Any:
-        if not isinstance(x, LoRA) or forms.of(x.form).replaces:
+        if not isinstance(x, LoRA) or replaces(x):
             return x
         u, s, vt = svd(*matrices(x))
         unit = x.a.shape[-1] // x.rank  # of a kernel's form, several columns

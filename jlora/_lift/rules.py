@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora import _compat
-from jlora._algebra import structure
+from jlora._algebra import rows, structure
 from jlora._algebra.concatenate import concatenate
 from jlora._algebra.conv import conv
 from jlora._algebra.delta import scaled
@@ -256,7 +256,7 @@ def _dynamic_slice(ev: Evaluation, eqn: Any, x: Any, *starts: Any) -> Any:
         # would wrap them again; the primitive only clamps.
         return eqn.primitive.bind(x, *at, slice_sizes=tuple(size))
 
-    if forms.of(leaf.form).replaces:
+    if rows.replaces(leaf):
         return _rows(ev, eqn, x, starts)
     full = list(zip(leaf.axes, sizes, leaf.shape, strict=True))
     roles = {role for role, size, n in full if role != "b" and size < n}
