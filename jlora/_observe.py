@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,14 +17,14 @@ from jlora._leaf.forms import Probe
 from jlora._leaf.node import register
 from jlora._lift.lift import lift
 from jlora._plan.plan import Plan, table
-from jlora._printed import Printed
+from jlora._printed import PrintedByPath
 from jlora._tree import by_path, paths
 from jlora._tree.variables import opened
 
 
 @functools.partial(register, data=["found"])
 @dataclasses.dataclass(frozen=True, repr=False)
-class Moments(Printed, Mapping[str, jax.Array]):
+class Moments(PrintedByPath[jax.Array]):
     """Path to the second moments of what enters a weight; they add with ``+``.
 
     Attributes:
@@ -33,15 +33,6 @@ class Moments(Printed, Mapping[str, jax.Array]):
     """
 
     found: dict[str, Any]
-
-    def __getitem__(self, path: str) -> jax.Array:
-        return self.found[path]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.found)
-
-    def __len__(self) -> int:
-        return len(self.found)
 
     def __add__(self, other: Any) -> Moments:
         if not isinstance(other, Moments):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+V = TypeVar("V", covariant=True)
 
 
 class Printed:
@@ -26,3 +29,22 @@ class Printed:
         return parts.build_custom_foldable_tree_node(
             contents=text, path=path, expand_state=parts.ExpandState.EXPANDED
         )
+
+
+class PrintedByPath(Printed, Mapping[str, V]):
+    """A mapping from path to value that is shown as a text.
+
+    Attributes:
+      found: path to value.
+    """
+
+    found: Mapping[str, V]
+
+    def __getitem__(self, path: str) -> V:
+        return self.found[path]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.found)
+
+    def __len__(self) -> int:
+        return len(self.found)

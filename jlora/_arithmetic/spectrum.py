@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,12 +13,12 @@ from jlora._algebra.rows import replaces
 from jlora._arithmetic.factors import matrices, svd
 from jlora._leaf import LoRA
 from jlora._plan.plan import table
-from jlora._printed import Printed
+from jlora._printed import PrintedByPath
 from jlora._tree import by_path
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class Spectrum(Printed, Mapping[str, np.ndarray]):
+class Spectrum(PrintedByPath[np.ndarray]):
     """Path to singular values, in falling order; ``print(spectrum)`` is a table.
 
     Attributes:
@@ -27,15 +27,6 @@ class Spectrum(Printed, Mapping[str, np.ndarray]):
     """
 
     found: Mapping[str, np.ndarray]
-
-    def __getitem__(self, path: str) -> np.ndarray:
-        return self.found[path]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.found)
-
-    def __len__(self) -> int:
-        return len(self.found)
 
     def rank(self, path: str, energy: float = 0.99) -> int:
         """How many singular values have this part of the energy, in the neediest layer.
