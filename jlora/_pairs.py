@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jlora._init.matrices import exact
 from jlora._leaf import LoRA, forms, is_adapted
 from jlora._tree import boxes, by_path, paths
 
@@ -79,8 +80,8 @@ def riemannian(tree: Any, reg: float = 1e-6) -> optax.GradientTransformation:
 
     def scaled(own: Known, a: Any, b: Any, ga: Any, gb: Any) -> tuple[Any, Any]:
         a, b = _matrix(own, "a", a), _matrix(own, "b", b)
-        new_a = _dot(_matrix(own, "a", ga), _inverse(_dot(b, b.mT), reg))
-        new_b = _dot(_inverse(_dot(a.mT, a), reg), _matrix(own, "b", gb))
+        new_a = exact(_matrix(own, "a", ga), _inverse(exact(b, b.mT), reg))
+        new_b = exact(_inverse(exact(a.mT, a), reg), _matrix(own, "b", gb))
         return new_a.reshape(ga.shape), new_b.reshape(gb.shape)
 
     return _pairwise("riemannian", tree, scaled, optax.EmptyState())
@@ -115,7 +116,7 @@ def lora_fa(tree: Any) -> optax.GradientTransformation:
             )
         s = own.scale.reshape(*own.scale.shape, *(1,) * (gb.ndim - own.scale.ndim))
         a = _matrix(own, "a", a)
-        new = _dot(_inverse(_dot(a.mT, a), 1e-8), _matrix(own, "b", gb))
+        new = exact(_inverse(exact(a.mT, a), 1e-8), _matrix(own, "b", gb))
         # A scale of zero turns the adapter off, and b has no gradient.
         new = jnp.where(s == 0, 0, new.reshape(gb.shape) / jnp.where(s == 0, 1, s) ** 2)
         return jnp.zeros_like(ga), new
@@ -123,14 +124,10 @@ def lora_fa(tree: Any) -> optax.GradientTransformation:
     return _pairwise("lora_fa", tree, projected, Fixed())
 
 
-def _dot(x: jax.Array, y: jax.Array) -> jax.Array:
-    return jnp.matmul(x, y, precision="highest")
-
-
 def _inverse(m: jax.Array, reg: float) -> jax.Array:
     """(m + reg)⁻¹ of symmetric matrices that have no negative eigenvalue."""
     values, vectors = jnp.linalg.eigh(m)
-    return _dot(vectors / (jnp.maximum(values, 0) + reg)[..., None, :], vectors.mT)
+    return exact(vectors / (jnp.maximum(values, 0) + reg)[..., None, :], vectors.mT)
 
 
 def _matrix(own: Known, name: str, x: Any) -> jax.Array:

@@ -71,9 +71,11 @@ def randomise(tree, seed=7, scale=True):
             return dataclasses.replace(leaf, value=leaf.value + change)
         if not isinstance(leaf, jlora.LoRA):
             return leaf
-        rank = leaf.a.shape[-1]
-        inner = int(np.prod(leaf.a.shape[len(leaf.scale.shape) : -1]))
-        new = dict(a=normal(leaf.a, inner), b=normal(leaf.b, rank))
+        new = {}
+        if leaf.a is not None:  # a leaf that replaces rows has none
+            inner = int(np.prod(leaf.a.shape[len(leaf.scale.shape) : -1]))
+            new["a"] = normal(leaf.a, inner)
+        new["b"] = normal(leaf.b, 1 if leaf.a is None else leaf.a.shape[-1])
         if scale:
             draw = rng.uniform(0.5, 1.5, leaf.scale.shape)
             new["scale"] = jnp.asarray(np.asarray(draw, leaf.scale.dtype))

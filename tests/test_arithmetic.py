@@ -389,6 +389,32 @@ def test_whole_leaves():
     same(small["head"], one["head"])
 
 
+@pytest.mark.parametrize("weights", [(0.25, 0.75), (0.5, 0.9), (-2, 0.3)])
+def test_replaced_rows(weights):
+    """Their change is the sum of the changes, also with scales, also traced."""
+    table, at = normal(10, 6), [7, 2]
+    tree = jlora.wrap({"e": table}, targets=[], train_rows={"e": at})
+    trees = [jlora.scaled(randomise(tree, k), s) for k, s in ((1, 1.0), (2, 0.4))]
+    want = table + sum(
+        w * (jlora.merge(t)["e"] - table) for w, t in zip(weights, trees, strict=True)
+    )
+    parts = [jlora.adapter(t) for t in trees]
+    for call in (jlora.mix, jax.jit(jlora.mix)):
+        close(jlora.merge(jlora.attach({"e": table}, call(parts, weights)))["e"], want)
+
+
+def test_replaced_rows_whose_base_is_not_read():
+    """Weights that sum up to one, but for rounding, leave nothing of the base."""
+    table = normal(10, 6).at[7].set(jnp.nan)
+    tree = jlora.wrap({"e": table}, targets=[], train_rows={"e": [7]})
+    parts = [jlora.adapter(randomise(tree, k, scale=False)) for k in (1, 2, 3)]
+    mixed = jlora.attach({"e": table}, jlora.mix(parts, [0.1, 0.2, 0.7]))
+    assert jnp.isfinite(jlora.merge(mixed)["e"][7]).all()
+    with pytest.raises(ValueError) as e:
+        jlora.mix(parts[:2], [1, -1])
+    says(e, "'e' replaces rows", "sum up to 0", "Leave the path out")
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of matplotlib's imports
 def test_spectrum(tmp_path):
     found = jlora.spectrum(A)

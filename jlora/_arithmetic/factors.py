@@ -9,12 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from jlora._algebra.delta import scaled
+from jlora._init.matrices import exact
 from jlora._leaf import LoRA, forms
-
-
-def dot(x: jax.Array, y: jax.Array) -> jax.Array:
-    """x·y at full precision."""
-    return jnp.matmul(x, y, precision="highest")
 
 
 def matrices(leaf: LoRA) -> tuple[jax.Array, jax.Array]:
@@ -43,12 +39,13 @@ def with_matrices(leaf: LoRA, a: jax.Array, b: jax.Array) -> LoRA:
     return dataclasses.replace(leaf, **new)
 
 
+@jax.jit
 def svd(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The SVD of each a·b, from QR decompositions of both and an SVD of r × r."""
     qa, ra = jnp.linalg.qr(a)
     qb, rb = jnp.linalg.qr(b.mT)
-    u, s, vt = jnp.linalg.svd(dot(ra, rb.mT), full_matrices=False)
-    return dot(qa, u), s, dot(vt, qb.mT)
+    u, s, vt = jnp.linalg.svd(exact(ra, rb.mT), full_matrices=False)
+    return exact(qa, u), s, exact(vt, qb.mT)
 
 
 def kept(s: jax.Array, rank: int | None, energy: float | None) -> int:

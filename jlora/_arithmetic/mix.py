@@ -73,7 +73,8 @@ def mix(
       key: a PRNG key for "dare"; each path is folded into it.
 
     Returns:
-      An adapter with a scale of one.
+      An adapter with a scale of one; where rows are replaced, with the sum of weight *
+      scale.
 
     Raises:
       ValueError: no adapters, or another number of weights; adapters of different
@@ -87,32 +88,46 @@ def mix(
       4
     """
     _check(adapters, weights, method, rank, density, majority)
-    key = typed(key)
+    key, ws = typed(key), [jnp.asarray(w, jnp.float32) for w in weights]
 
     def leaf(path: str) -> Any:
         leaves: list[Any] = [adapter[path] for adapter in adapters]
-        if isinstance(leaves[0], Full) or replaces(leaves[0]):
-            return _replaced(path, leaves, weights)
-        leaves, ws = _alike(leaves), [jnp.asarray(w, jnp.float32) for w in weights]
-        if method == "cat":
-            new = _cat(leaves, ws)
-        elif method == "svd":
-            new = _svd(leaves, ws, rank)
-        else:
-            name = method.removesuffix("_svd")
-            merge = functools.partial(
-                MERGINGS[name],
-                density=density,
-                majority=majority,
-            )
-            call = _merged_deltas if method.endswith("_svd") else _merged_factors
-            new = call(leaves, ws, merge, path_key(key, path), rank)
-        return dataclasses.replace(new, c=_output_bias(leaves, ws), dropout=None)
+        if isinstance(leaves[0], Full):
+            return _whole(path, leaves, ws)
+        if replaces(leaves[0]):
+            return _rows(path, leaves, ws)
+        own = path_key(key, path)
+        return _mixed(leaves, ws, own, method, rank, density, majority)
 
     return {path: leaf(path) for path in adapters[0]}
 
 
 # ------------------------------------------------------------------------- the methods
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))
+def _mixed(
+    leaves: Sequence[LoRA],
+    weights: Sequence[jax.Array],
+    key: jax.Array,
+    method: str,
+    rank: int | None,
+    density: float | None,
+    majority: str,
+) -> LoRA:
+    """Low-rank leaves as one; compiled once for all that are alike."""
+    leaves = _alike(leaves)
+    if method == "cat":
+        new = _cat(leaves, weights)
+    elif method == "svd":
+        new = _svd(leaves, weights, rank)
+    else:
+        merge = functools.partial(
+            MERGINGS[method.removesuffix("_svd")], density=density, majority=majority
+        )
+        call = _merged_deltas if method.endswith("_svd") else _merged_factors
+        new = call(leaves, weights, merge, key, rank)
+    return dataclasses.replace(new, c=_output_bias(leaves, weights), dropout=None)
 
 
 def _weighted(leaf: LoRA, weight: jax.Array) -> LoRA:
@@ -216,23 +231,46 @@ def _alike(leaves: Sequence[LoRA]) -> list[LoRA]:
     return [low_rank(x) for x in leaves]
 
 
-def _replaced(path: str, leaves: Sequence[Any], weights: Sequence[Any]) -> Any:
-    """The sum of weight * value of leaves that replace what the base has."""
-    if any(isinstance(w, jax.core.Tracer) for w in weights) or (
-        abs(float(sum(map(float, weights))) - 1) > 1e-6
-    ):
-        kind = "trained whole" if isinstance(leaves[0], Full) else "replaces rows"
+def _traced(xs: Sequence[Any]) -> bool:
+    return any(isinstance(x, jax.core.Tracer) for x in xs)
+
+
+def _whole(path: str, leaves: Sequence[Full], weights: Sequence[jax.Array]) -> Full:
+    """The sum of weight * value of leaves that replace the base's value."""
+    if _traced(weights) or abs(float(sum(weights)) - 1) > 1e-6:
         raise ValueError(
-            f"mix: {path!r} {kind}, so its values are a sum only with weights that sum "
-            "up to 1, found another sum. Mix the low-rank leaves alone, {p: x for p, x "
-            "in adapter.items() if isinstance(x, jlora.LoRA)}, and put one of its "
-            "values back."
+            f"mix: {path!r} trained whole, so its values are a sum only with weights "
+            "that sum up to 1, found another sum. Mix the low-rank leaves alone, {p: x "
+            "for p, x in adapter.items() if isinstance(x, jlora.LoRA)}, and put one of "
+            "its values back."
         )
-    name = "value" if isinstance(leaves[0], Full) else "b"
-    pairs = zip(weights, leaves, strict=True)
-    total: Any = sum(w * getattr(x, name) for w, x in pairs)
+    total: Any = sum(w * x.value for w, x in zip(weights, leaves, strict=True))
+    return dataclasses.replace(leaves[0], value=total.astype(leaves[0].value.dtype))
+
+
+def _rows(path: str, leaves: Sequence[LoRA], weights: Sequence[jax.Array]) -> LoRA:
+    """Rows whose change is the sum of weight * change, whatever the base has there.
+
+    With scales s a leaf changes them by s * (b - base).  So the sum has the scale
+    Σ weight * s, and the mean of b by weight * s.
+    """
+    scales = [w * x.scale for w, x in zip(weights, leaves, strict=True)]
+    total: Any = sum(scales)
+    if not _traced([total]) and bool(jnp.any(jnp.abs(total) < 1e-6)):
+        raise ValueError(
+            f"mix: {path!r} replaces rows, and its weights times scales sum up to 0: "
+            "then what is left depends on the base. Leave the path out of the "
+            "adapters, and put its leaf of one of them back."
+        )
+    # A sum that is one but for rounding: then the rows do not depend on the base.
+    total = jnp.where(jnp.abs(total - 1) < 1e-6, 1, total)
+    shape = total.shape + (1,) * (leaves[0].b.ndim - total.ndim)
+    b: Any = sum(
+        (s / total).reshape(shape) * x.b for s, x in zip(scales, leaves, strict=True)
+    )
+    first = leaves[0]
     return dataclasses.replace(
-        leaves[0], **{name: total.astype(getattr(leaves[0], name).dtype)}
+        first, b=b.astype(first.b.dtype), scale=total.astype(first.scale.dtype)
     )
 
 

@@ -20,6 +20,11 @@ from jlora._plan.spec import Spec
 Split = Callable[[jax.Array, int], tuple[jax.Array, jax.Array]]
 
 
+def exact(x: jax.Array, y: jax.Array) -> jax.Array:
+    """x @ y at full precision."""
+    return jnp.matmul(x, y, precision="highest")
+
+
 def rank_of(spec: Spec) -> int:
     """The rank of a spec, the default if it was not given."""
     rank = spec.resolved().rank

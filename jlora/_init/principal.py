@@ -9,12 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora._init.matrices import Matrices, moved, positive, rank_of
+from jlora._init.matrices import Matrices, exact, moved, positive, rank_of
 from jlora._plan.spec import Spec
-
-
-def _dot(x: jax.Array, y: jax.Array) -> jax.Array:
-    return jnp.matmul(x, y, precision="highest")
 
 
 def pissa(niter: int | None = None) -> Any:
@@ -105,16 +101,16 @@ def _iterated(
     All large operations are products, so a sharded matrix stays where it is.
     """
     k = min(rank + _EXTRA, *m.shape)
-    q = _basis(_dot(m, jax.random.normal(key, (m.shape[1], k), m.dtype)))
+    q = _basis(exact(m, jax.random.normal(key, (m.shape[1], k), m.dtype)))
 
     def again(_: int, q: jax.Array) -> jax.Array:
-        return _basis(_dot(m, _basis(_dot(m.T, q))))
+        return _basis(exact(m, _basis(exact(m.T, q))))
 
     q = jax.lax.fori_loop(0, niter, again, q)
-    rows = _dot(m.T, q)  # m is close to q·rowsᵀ
+    rows = exact(m.T, q)  # m is close to q·rowsᵀ
     right = _basis(rows)
-    u, s, vt = jnp.linalg.svd(_dot(rows.T, right), full_matrices=False)
-    return _dot(q, u[:, :rank]), s[:rank], _dot(vt[:rank], right.T)
+    u, s, vt = jnp.linalg.svd(exact(rows.T, right), full_matrices=False)
+    return exact(q, u[:, :rank]), s[:rank], exact(vt[:rank], right.T)
 
 
 def _basis(x: jax.Array) -> jax.Array:
@@ -124,10 +120,10 @@ def _basis(x: jax.Array) -> jax.Array:
     Columns that x does not span become zero.
     """
     for _ in range(2):
-        values, vectors = jnp.linalg.eigh(_dot(x.T, x))
+        values, vectors = jnp.linalg.eigh(exact(x.T, x))
         smallest = jnp.finfo(x.dtype).eps * x.shape[1] * values[-1]
         inverse = jnp.where(values > smallest, 1 / jnp.sqrt(jnp.abs(values)), 0)
-        x = _dot(x, vectors * jnp.where(jnp.isfinite(inverse), inverse, 0))
+        x = exact(x, vectors * jnp.where(jnp.isfinite(inverse), inverse, 0))
     return x
 
 
@@ -165,6 +161,6 @@ def olora(key: jax.Array, w: Any, spec: Spec) -> tuple[Any, jax.Array, jax.Array
 
     def split(m: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
         q, _ = jnp.linalg.qr(m[:rank].T)
-        return _dot(m, q), q.T
+        return exact(m, q), q.T
 
     return moved(w, spec, split)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora._init.matrices import Matrices, rank_of
+from jlora._init.matrices import Matrices, exact, rank_of
 from jlora._leaf.forms import Misfit
 from jlora._plan.spec import Spec
 
@@ -82,6 +82,6 @@ def orthogonal(key: jax.Array, w: Any, spec: Spec) -> tuple[Any, jax.Array, jax.
     q, _ = jnp.linalg.qr(jax.random.normal(keys[0], (n, r, r), jnp.float32))
     left = jax.random.normal(keys[1], (n, i, r // 2), jnp.float32)
     right = jax.random.normal(keys[2], (n, r // 2, o), jnp.float32)
-    a = jnp.matmul(left, q[:, 0::2], precision="highest") / 10
-    b = jnp.matmul(q[:, 1::2].mT, right, precision="highest") / 10
+    a = exact(left, q[:, 0::2]) / 10
+    b = exact(q[:, 1::2].mT, right) / 10
     return w, *m.factors(a, b)
