@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jlora._algebra.rows import replaces
 from jlora._algebra.weight import dense
 from jlora._leaf import Adapted, Full, LoRA, base, fields, is_adapted
 from jlora._leaf.fields import missing
@@ -196,7 +197,8 @@ def unmerge(params: Any, adapter: Adapter) -> Any:
     is merged and unmerged again.  `unwrap` gives the exact base instead.
 
     Raises:
-      ValueError: as in `attach`; or a `Full` leaf, whose base is lost in the merge.
+      ValueError: as in `attach`; or a leaf whose base is lost in the merge: `Full`,
+        with a magnitude, or of rows that are replaced.
 
     Example:
       >>> import jax.numpy as jnp, jlora
@@ -208,8 +210,7 @@ def unmerge(params: Any, adapter: Adapter) -> Any:
 
     def leaf(path: str, x: Any) -> Any:
         found = adapter.get(path)
-        if isinstance(found, Full) or getattr(found, "m", None) is not None:
-            how = "was trained whole" if isinstance(found, Full) else "has a magnitude"
+        if found is not None and (how := _lost(found)):
             raise ValueError(
                 f"unmerge: {path!r} {how}, so its base cannot be had back by "
                 "subtraction: expected low-rank leaves only. Keep the base params, or "
@@ -223,6 +224,15 @@ def unmerge(params: Any, adapter: Adapter) -> Any:
     merged = by_path.map_leaves(leaf, params)
     # An adapter has the paths of a tree, so it can be passed for one.
     return _with_output_biases(merged, adapter, "unmerge", sign=-1)
+
+
+def _lost(leaf: Any) -> str:
+    """How the merge loses the base of a leaf; empty if it does not."""
+    if isinstance(leaf, Full):
+        return "was trained whole"
+    if leaf.m is not None:
+        return "has a magnitude"
+    return "replaces rows" if replaces(leaf) else ""
 
 
 def _fitting(what: str, params: Any, adapter: Adapter) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -44,6 +44,9 @@ class Moments(PrintedByPath[jax.Array]):
                 "plan."
             )
         return Moments({path: x + other.found[path] for path, x in self.items()})
+
+    def __radd__(self, other: Any) -> Moments:
+        return self if other == 0 else NotImplemented  # so that sum() adds them
 
     def ratios(self, path: str) -> np.ndarray:
         """The part of the energy that each direction has, in falling order.
@@ -192,6 +195,11 @@ def redistribute(plan: Plan, moments: Moments, rho: float = 2.0) -> Plan:
       >>> new["q"].rank, new["k"].rank
       (1, 1)
     """
+    if not isinstance(plan, Plan) or not isinstance(moments, Mapping):
+        raise TypeError(
+            "redistribute: expected a plan, then its moments, found a "
+            f"{type(plan).__name__}, then a {type(moments).__name__}."
+        )
     if not rho >= 1:
         raise ValueError(f"redistribute: rho {rho!r}: expected a number of at least 1.")
     directions: list[tuple[float, str]] = []

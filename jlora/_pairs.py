@@ -16,7 +16,8 @@ import numpy as np
 import optax
 
 from jlora._init.matrices import exact
-from jlora._leaf import LoRA, forms, is_adapted
+from jlora._leaf import LoRA, base, forms, is_adapted
+from jlora._leaf.fields import missing
 from jlora._tree import boxes, by_path, paths
 
 
@@ -66,8 +67,9 @@ def riemannian(tree: Any, reg: float = 1e-6) -> optax.GradientTransformation:
       reg: a positive number, added to the diagonal of both matrices.
 
     Raises:
-      ValueError: a tree without low-rank leaves; a ``reg`` that is not positive; when
-        it updates: no params, or those of another tree.
+      ValueError: a tree without low-rank leaves, or half of one; a ``reg`` that is not
+        positive; when it updates: no params, or gradients of another tree, or of the
+        base, which it gets outside of `jlora.optimizer`.
 
     Example:
       >>> import jax.numpy as jnp, jlora, optax
@@ -142,38 +144,41 @@ def _pairwise(
     what: str, tree: Any, fn: Pairwise, state: Any
 ) -> optax.GradientTransformation:
     """The transformation that applies ``fn`` to all pairs of factors."""
-    leaves = {
-        paths.path_of(keys): Known.of(x)
-        for keys, x in boxes.adapted(tree)
-        if isinstance(x, LoRA) and "a" not in forms.of(x.form).implicit
-    }
-    if not leaves:
-        raise ValueError(
-            f"{what}: expected a tree with low-rank leaves, as jlora.wrap gives it, "
-            f"found a {type(tree).__name__} without any."
-        )
+    leaves = _known(what, tree)
 
     def pair(
         path: str, grads: dict[str, Any], params: dict[str, Any]
     ) -> dict[str, Any]:
-        if path not in leaves or not {"a", "b"} <= {*grads}:
+        if not {"a", "b"} <= {*grads}:
             return grads
+        if path not in leaves:
+            raise ValueError(
+                f"{what}: {path!r} has factors, and had none in the tree that it was "
+                "made for: expected the gradients of that tree."
+            )
         held = [boxes.held(x[name]) for x in (params, grads) for name in "ab"]
         new = fn(leaves[path], *held)
         both = zip("ab", new, strict=True)
         return grads | {k: _as(grads[k], x) for k, x in both}
 
     def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        outside = ValueError(
+            f"{what}: expected gradients of what trains in the adapted tree that it "
+            f"was made for, found a {type(grads).__name__} of other leaves. Put it "
+            "inside of jlora.optimizer(optax.chain(...), tree)."
+        )
         if params is None:
             raise ValueError(
                 f"{what}: expected the params beside the gradients, as in "
                 "tx.update(grads, state, params): it reads both factors."
             )
-        if by_path.has_adapted(grads):  # half of a partition, or a whole tree
+        if by_path.has_adapted(grads):  # half of a partition
             values = dict(by_path.flatten(params)[0])
 
             def leaf(path: str, x: Any) -> Any:
-                if not is_adapted(x) or path not in leaves:
+                if is_adapted(x) and not base.is_missing(x.w):
+                    raise outside
+                if not isinstance(x, LoRA) or not _is_pair(x):
                     return x
                 own = {name: getattr(x, name) for name in "ab"}
                 theirs = {name: getattr(values[path], name) for name in "ab"}
@@ -181,11 +186,7 @@ def _pairwise(
 
             return by_path.map_leaves(leaf, grads), state
         if not isinstance(grads, dict) or not {*leaves} & {*grads}:
-            raise ValueError(
-                f"{what}: expected gradients of the adapted tree that it was made for, "
-                f"found a {type(grads).__name__} without its paths. Put it inside of "
-                "jlora.optimizer(optax.chain(...), tree)."
-            )
+            raise outside
         new = {
             path: pair(path, x, params[path]) if isinstance(x, dict) else x
             for path, x in grads.items()
@@ -193,6 +194,29 @@ def _pairwise(
         return new, state
 
     return optax.GradientTransformation(lambda params: state, update)
+
+
+def _known(what: str, tree: Any) -> dict[str, Known]:
+    """What is known of the pairs of an adapted tree, by path."""
+    found = {paths.path_of(keys): x for keys, x in boxes.adapted(tree)}
+    for path, x in found.items():
+        if lacks := [name for name in missing(x) if name != "w"]:
+            raise ValueError(
+                f"{what}: {path!r} lacks {', '.join(lacks)}: it is half of a "
+                "partition; expected the whole tree, jlora.combine(trainable, frozen)."
+            )
+    leaves = {path: Known.of(x) for path, x in found.items() if _is_pair(x)}
+    if not leaves:
+        raise ValueError(
+            f"{what}: expected a tree with low-rank leaves, as jlora.wrap gives it, "
+            f"found a {type(tree).__name__} without any."
+        )
+    return leaves
+
+
+def _is_pair(x: Any) -> bool:
+    """Whether a leaf has both factors."""
+    return isinstance(x, LoRA) and "a" not in forms.of(x.form).implicit
 
 
 def _as(like: Any, x: jax.Array) -> Any:

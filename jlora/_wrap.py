@@ -143,9 +143,10 @@ def _check_only_rows(path: str, plan: Plan, trains: bool) -> None:
     """Raises if a table whose rows train is to be adapted otherwise as well."""
     if path in plan or trains:
         how = "trains whole" if trains else "is adapted, by a target, a rule or a plan"
+        cure = "Leave it out of train=" if trains else f"Exclude {path!r}"
         raise ValueError(
             f"wrap: {path!r} {how}, and rows of it are to train: expected one of the "
-            f"two. Exclude {path!r}, or leave it out of train_rows."
+            f"two. {cure}, or leave it out of train_rows."
         )
 
 

@@ -432,6 +432,11 @@ def test_spectrum(tmp_path):
 NEXT = adapter(5)
 
 
+def rows(at):
+    tree = jlora.wrap({"e": normal(10, 6)}, targets=[], train_rows={"e": at})
+    return jlora.adapter(tree)
+
+
 @pytest.mark.parametrize(
     "call, parts",
     [
@@ -459,7 +464,7 @@ NEXT = adapter(5)
         ),
         (
             lambda: jlora.mix([A, adapter(3, dora=True)], [1, 1]),
-            ["'dense' of adapter 1 has a magnitude", "jlora.extract"],
+            ["of adapter 1 has a magnitude", "jlora.extract"],
         ),
         (
             lambda: jlora.mix([A, dropped()], [1, 1]),
@@ -479,6 +484,31 @@ NEXT = adapter(5)
         (lambda: jlora.truncate(A, energy=1.5), ["energy 1.5"]),
         (lambda: jlora.truncate(BASE, 2), ["truncate"]),
         (lambda: jlora.spectrum(BASE), ["spectrum"]),
+        (
+            lambda: jlora.spectrum(adapter(3, dora=True)),
+            ["spectrum: 'blocks' has a magnitude", "jlora.extract"],
+        ),
+        (
+            lambda: jlora.truncate(adapter(3, dora=True), 1),
+            ["truncate: 'blocks' has a magnitude", "jlora.extract"],
+        ),
+        (
+            lambda: jlora.spectrum(jlora.partition(jlora.attach(BASE, A))[0]),
+            ["spectrum: 'blocks' lacks scale", "half of a partition"],
+        ),
+        (lambda: jlora.spectrum(rows([7])), ["spectrum", "or replaces rows"]),
+        (lambda: jax.jit(jlora.spectrum)(A), ["spectrum of traced", "outside of jit"]),
+        (
+            lambda: jlora.mix([rows([7]), rows([7, 2])], [0.5, 0.5]),
+            ["'e' has the forms Rows(7 of 10) and Rows(7, 2 of 10)"],
+        ),
+        (lambda: jlora.mix([A, A], 0.5), ["weights 0.5", "a number for each adapter"]),
+        (
+            lambda: jlora.extract(
+                BASE, BASE, 2, plan=jlora.plan(fn, BASE, X), targets="dense"
+            ),
+            ["extract: targets, exclude and rules", "jlora.plan(...)"],
+        ),
     ],
 )
 def test_bad_use(call, parts):

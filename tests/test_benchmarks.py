@@ -1,5 +1,6 @@
 """The benchmarks measure what they say: their model, their ways, their tables."""
 
+import dataclasses
 import importlib.util
 import pathlib
 import re
@@ -57,27 +58,32 @@ def test_what_is_claimed():
     def cost(n, seconds=()):
         return peers.Cost(n, n, n, n, 1.0, 1.0, list(seconds))
 
-    names = "floor jlora merged full qwix torch peft".split()
-    sizes = dict(zip(names, [100, 110, 200, 200, 110, 50, 60], strict=True))
-    costs = {name: cost(n, [n / 10]) for name, n in sizes.items()}
+    sizes = {"floor": 100, "jlora": 110, "dora": 111, "merged": 200, "full": 200}
+    sizes |= {"qwix": 110, "torch": 50, "peft": 60, "peft dora": 66}
+    costs = {name: cost(n, [n / 1000]) for name, n in sizes.items()}
     said = peers.judged(costs, own=10)
-    assert len(said) == 7 and "1.0000 (at most 1.005)" in said[0]
+    assert len(said) == 9 and "1.0000 (at most 1.005)" in said[0]
     _, _, *rows = peers.table(costs).splitlines()
-    assert [row.split(" | ")[-1] for row in rows[::6]] == [
-        "10.000 |",
-        "6.000 (1.200) |",
+    assert [row.split(" | ")[-1] for row in (rows[0], rows[7])] == [
+        "100.0 |",
+        "60.0 (1.200) |",
     ]
     for name, worse in (
-        ("FLOPs, of the floor", {"floor": cost(90, [10])}),
-        ("FLOPs, of those of W", {"merged": cost(115, [20])}),
-        ("bytes", {"qwix": cost(109, [11])}),
-        ("temporary", {"qwix": cost(109, [11])}),
-        ("full fine-tuning", {"full": cost(200, [10.9])}),
-        ("a step's time, of qwix", {"qwix": cost(110, [10])}),
-        ("PEFT", {"peft": cost(60, [5.4])}),
+        ("FLOPs, of the floor", {"floor": cost(90, [0.1])}),
+        ("FLOPs, of those of W", {"merged": cost(115, [0.2])}),
+        ("FLOPs of DoRA", {"dora": cost(112, [0.111])}),
+        ("bytes", {"qwix": cost(109, [0.11])}),
+        ("temporary", {"qwix": cost(109, [0.11])}),
+        ("full fine-tuning", {"full": cost(200, [0.109])}),
+        ("a step's time, of qwix", {"qwix": cost(110, [0.1])}),
+        ("PEFT", {"peft": cost(60, [0.054])}),
+        ("DoRA, of LoRA's, of the same", {"peft dora": cost(66, [0.06])}),
     ):
         with pytest.raises(AssertionError, match=f"what does not hold:(.|\n)*{name}"):
             peers.judged(costs | worse, own=10)
+    # Where nobody counts FLOPs, nothing is claimed of them.
+    uncounted = {k: dataclasses.replace(x, flops=None) for k, x in costs.items()}
+    assert len(peers.judged(uncounted, own=10)) == 6
 
 
 def test_a_section_replaces_the_one_of_its_title(tmp_path):

@@ -82,12 +82,14 @@ def models():
 
 # What `wrap` gets, and what the optimizer does.
 VARIANTS = {
-    "dora, rslora, lora_bias": dict(dora=True, rslora=True, lora_bias=True),
-    "rows, riemannian": dict(train_rows={"**/embed*": [7, 3]}, first=jlora.riemannian),
-    "pissa, dora": dict(init="pissa", dora=True),
+    "dora, rslora, lora_bias, orthogonal, lora+": dict(
+        dora=True, rslora=True, lora_bias=True, init="orthogonal", b_lr_ratio=8
+    ),
+    "rows, pissa, dora": dict(
+        train_rows={"**/embed*": [7, 3]}, init="pissa", dora=True
+    ),
     "olora, lora_fa": dict(init="olora", first=jlora.lora_fa),
-    "orthogonal, lora+": dict(init="orthogonal", b_lr_ratio=8),
-    "eva": dict(init="eva"),
+    "eva, riemannian": dict(init="eva", first=jlora.riemannian),
 }
 
 

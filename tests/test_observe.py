@@ -221,6 +221,14 @@ def test_bad_use():
         jlora.redistribute(plan, moments, rho=0.5)
     with pytest.raises(ValueError, match="one of the two lacks 'v'"):
         moments + jlora.Moments({"v": moments["w"]})
+    same(dict(sum([moments, moments])), dict(moments + moments))
+    with pytest.raises(TypeError) as e:
+        jlora.redistribute(moments, plan)
+    says(e, "expected a plan, then its moments", "Moments, then a Plan")
+    for name, value in (("init", "pissa"), ("train_rows", {"e": [1]})):
+        with pytest.raises(TypeError) as e:
+            jlora.plan(fn, params, ids, **{name: value})
+        says(e, f"plan: {name}=", "jlora.wrap(params, plan=plan")
     with pytest.raises(TypeError, match="jlora.observe"):
         jlora.initializers.eva(3)
     big = dataclasses.replace(plan, specs={"w": plan.specs["w"].with_scale(7, 7)})

@@ -205,6 +205,10 @@ def test_a_scale_of_zero():
     assert not got.b.any() and np.isfinite(got.b).all()
 
 
+def without(tree, path):
+    return {k: v for k, v in tree.items() if k != path}
+
+
 def test_bad_use():
     tree, grads = setup("dense")
     plain = {"w": X}
@@ -219,7 +223,18 @@ def test_bad_use():
         says(e, name, "expected the params beside the gradients")
         with pytest.raises(ValueError) as e:
             tx.update({"v": {"a": X}}, tx.init(tree), plain)
-        says(e, name, "without its paths", "jlora.optimizer")
+        says(e, name, "of other leaves", "jlora.optimizer")
+        with pytest.raises(ValueError) as e:  # it would get the base's gradients
+            tx.update(tree, tx.init(tree), tree)
+        says(e, name, "of other leaves", "jlora.optimizer")
+        two = jlora.wrap({"w": X, "v": X}, rank=2, targets="*")
+        with pytest.raises(ValueError) as e:  # made for one of the two weights
+            update(optax.chain(make(without(two, "v")), optax.sgd(1.0)), two, two)
+        says(e, name, "'v' has factors, and had none")
+        for half in jlora.partition(tree):
+            with pytest.raises(ValueError) as e:
+                make(half)
+            says(e, name, "half of a partition", "jlora.combine")
     with pytest.raises(ValueError, match="reg -1"):
         jlora.riemannian(tree, reg=-1)
     for ratio in (0, -1.0, "16", True, [1, 2]):

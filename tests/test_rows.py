@@ -105,6 +105,13 @@ def test_rows_are_exact_whatever_was_there(dtype):
     close(head, X.astype(dtype) @ want.T, 1e-2 if dtype == jnp.bfloat16 else 1e-5)
 
 
+def test_unmerge_cannot_have_the_rows_back():
+    tree = wrapped(normal(V, D))
+    with pytest.raises(ValueError) as e:
+        jlora.unmerge(jlora.merge(tree), jlora.adapter(tree))
+    says(e, "'e' replaces rows", "jlora.unwrap")
+
+
 def test_indices_of_few_bits():
     """The rows' own indices need more bits than those that are looked up."""
     table, ids = normal(300, D), jnp.array([5, 44, 255], jnp.uint8)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import close, normal, same, says
+from helpers import close, normal, randomise, same, says
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -276,12 +276,45 @@ def program_of(init, w, leaf):
         ("pisa", "dense", {}, ["'pisa'", "near names: 'pissa'"]),
         ("pissa_niter_", "dense", {}, ["'pissa_niter_'", "pissa_niter_4"]),
         ("orthogonl", "dense", {}, ["'orthogonl'", "'orthogonal'"]),
+        ("eva", "dense", {}, ["'eva'", "from data", "jlora.initializers.eva("]),
+        ("orthogonal", "dense", {"rank": 1}, ["jlora.Rule('w', ...)", "exclude"]),
     ],
 )
 def test_bad_starts(init, kind, options, parts):
     with pytest.raises(ValueError) as error:
         tree_of(kind, init=init, **options)
     says(error, *parts)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora", "pissa_niter_4"])
+def test_a_checkpoint_knows_what_was_left_of_the_base(init, tmp_path):
+    """It restores on that base, and not on the one before."""
+    params = {"w": normal(12, 17), "e": normal(5, 3)}
+    tree = jlora.wrap(params, rank=2, targets="w", init=init)
+    start, trained = jlora.adapter(tree), randomise(tree, scale=False)
+    jlora.checkpoint.save(tmp_path / "left", trained)
+    left = jlora.unwrap(jlora.wrap(params, rank=2, targets="w", init=init))
+    same(
+        jlora.merge(jlora.checkpoint.restore(tmp_path / "left", left)),
+        jlora.merge(trained),
+    )
+    gone = jlora.drop_base(trained, force=True)
+    jlora.checkpoint.save(tmp_path / "gone", gone)  # it fits any base
+    jlora.checkpoint.restore(tmp_path / "gone", params)
+    shapes = jax.eval_shape(lambda: params)  # which have no values to compare
+    jlora.checkpoint.restore(tmp_path / "left", shapes)
+    with pytest.raises(ValueError) as e:
+        jlora.checkpoint.restore(tmp_path / "left", params)
+    says(e, "'w' was trained on what", init[:5], "jlora.unwrap", "jlora.mix(")
+    plain = jlora.mix([jlora.adapter(trained), start], [1, -1])
+    jlora.checkpoint.save(tmp_path / "plain", jlora.attach(params, plain))
+    again = jlora.checkpoint.restore(tmp_path / "plain", params)
+    close(jlora.merge(again), jlora.merge(trained), 1e-5)
+
+
+def test_eva_without_moments_is_no_initialiser():
+    with pytest.raises(TypeError, match="expected eva.moments."):
+        jlora.wrap({"w": normal(3, 4)}, init=jlora.initializers.eva)
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora", "orthogonal"])

@@ -58,8 +58,8 @@ def extract(
       An adapter with a scale of one, for `attach` on ``params``.
 
     Raises:
-      ValueError: both or none of rank and energy; two trees with different paths or
-        shapes; nothing that has changed; and as in `wrap`.
+      ValueError: both or none of rank and energy; targets beside a plan; two trees with
+        different paths or shapes; nothing that has changed; and as in `wrap`.
 
     Warns of other leaves that have changed: name those to keep in ``train``.
 
@@ -76,6 +76,11 @@ def extract(
     if plan is None:
         asked = Wanted.of(RANK, None, targets, exclude, rules)
         plan = from_tree(module, old, asked)
+    elif targets is not None or exclude or rules:
+        raise ValueError(
+            "extract: targets, exclude and rules are passed to jlora.plan(...), which "
+            "decides them: expected none beside plan=."
+        )
     whole = as_patterns(train)
     check_matched("train", whole, list(old.items()))
     out: Adapter = {}

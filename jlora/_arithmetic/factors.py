@@ -9,8 +9,46 @@ import jax
 import jax.numpy as jnp
 
 from jlora._algebra.delta import scaled
+from jlora._algebra.rows import replaces
 from jlora._init.matrices import exact
 from jlora._leaf import LoRA, forms
+from jlora._leaf.fields import missing
+from jlora._tree import by_path
+
+
+def low_rank_leaves(tree: Any, what: str) -> dict[str, LoRA]:
+    """The leaves whose delta is that of their factors, by path.
+
+    Raises:
+      ValueError: there are none; or one is half of a partition, or has a magnitude, so
+        that its delta depends on the base.
+    """
+    by_path.require_adapted(tree, what)
+    found = {
+        path: x
+        for path, x in by_path.flatten(tree)[0]
+        if isinstance(x, LoRA) and not replaces(x)
+    }
+    for path, x in found.items():
+        if lacks := [name for name in missing(x) if name != "w"]:
+            raise ValueError(
+                f"{what}: {path!r} lacks {', '.join(lacks)}: expected a whole adapter; "
+                "if it is half of a partition, combine it first."
+            )
+        if x.m is not None:
+            raise ValueError(f"{what}: {path!r} {MAGNITUDE}")
+    if not found:
+        raise ValueError(
+            f"{what}: expected low-rank leaves, found none: all that is adapted trains "
+            "whole, or replaces rows."
+        )
+    return found
+
+
+MAGNITUDE = (
+    "has a magnitude (dora), so its delta depends on the base: extract a plain adapter "
+    "from its merged weights, jlora.extract(params, jlora.merge(tree), rank=...)."
+)
 
 
 def matrices(leaf: LoRA) -> tuple[jax.Array, jax.Array]:

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from jlora._adapter import Adapter
 from jlora._algebra.delta import delta, low_rank
 from jlora._algebra.rows import replaces
-from jlora._arithmetic.factors import matrices, svd, with_matrices
+from jlora._arithmetic.factors import MAGNITUDE, matrices, svd, with_matrices
 from jlora._arithmetic.merging import MERGINGS
 from jlora._init.keys import path_key, typed
 from jlora._init.matrices import Matrices
-from jlora._leaf import Full, LoRA, base, forms, is_adapted
+from jlora._leaf import Full, LoRA, Note, base, forms, is_adapted
 from jlora._leaf.forms import NotFactored
 from jlora._tree import paths
 
@@ -97,7 +97,11 @@ def mix(
         if replaces(leaves[0]):
             return _rows(path, leaves, ws)
         own = path_key(key, path)
-        return _mixed(leaves, ws, own, method, rank, density, majority)
+        new = _mixed(leaves, ws, own, method, rank, density, majority)
+        # What an initialiser moved is taken out again by weights that sum up to zero.
+        original = not _traced(ws) and abs(float(sum(ws))) < 1e-6
+        moved = Note("" if original else leaves[0].moved)
+        return dataclasses.replace(new, told=leaves[0].told, moved=moved)
 
     return {path: leaf(path) for path in adapters[0]}
 
@@ -297,6 +301,10 @@ def _check(
                 "mix: expected adapters, flat dicts from path to leaf, found a "
                 f"{type(x).__name__}: jlora.adapter(tree) gives one."
             )
+    if not hasattr(weights, "__len__"):
+        raise ValueError(
+            f"mix: weights {weights!r}: expected a list, a number for each adapter."
+        )
     if len(weights) != len(adapters):
         raise ValueError(
             f"mix: {len(weights)} weights for {len(adapters)} adapters: expected as "
@@ -337,12 +345,9 @@ def _check_alike(adapters: Sequence[Adapter], method: str) -> None:
             elif why := _differ(first[path], other[path], method):
                 wrong.append(f"{path!r} {why} (adapters 0 and {k})")
     for k, x in enumerate(adapters):
-        wrong += [
-            f"{path!r} of adapter {k} has a magnitude (dora), so its delta depends on "
-            "the base: extract a plain adapter from its merged weights, jlora.extract"
-            for path, leaf in x.items()
-            if getattr(leaf, "m", None) is not None
-        ]
+        for path, leaf in x.items():
+            if getattr(leaf, "m", None) is not None:
+                raise ValueError(f"mix: {path!r} of adapter {k} {MAGNITUDE}")
     if wrong:
         more = f"; and {len(wrong) - 4} more" if len(wrong) > 4 else ""
         raise ValueError(
@@ -365,12 +370,13 @@ def _differ(x: Any, y: Any, method: str) -> str | None:
     if x.axes != y.axes:
         return f"has the roles {x.axes!r} and {y.axes!r}"
     if x.form != y.form:
+        differ = f"has the forms {x.form} and {y.form}"
+        if replaces(x) or replaces(y):
+            return differ
         try:
             low_rank(x), low_rank(y)
         except NotFactored:
-            return f"has the forms {x.form} and {y.form}, of which one is no plain a·b"
-        if replaces(x) or replaces(y):
-            return f"has the forms {x.form} and {y.form}"
+            return f"{differ}, of which one is no plain a·b"
     if method in MERGINGS and x.rank != y.rank:
         return f"has ranks {x.rank} and {y.rank}, which {method!r} cannot mix"
     return None

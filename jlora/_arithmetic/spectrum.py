@@ -7,14 +7,12 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
-from jlora._algebra.rows import replaces
-from jlora._arithmetic.factors import matrices, svd
-from jlora._leaf import LoRA
+from jlora._arithmetic.factors import low_rank_leaves, matrices, svd
 from jlora._plan.plan import table
 from jlora._printed import PrintedByPath
-from jlora._tree import by_path
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -56,7 +54,9 @@ class Spectrum(PrintedByPath[np.ndarray]):
         )
 
     def plot(self, file: str | os.PathLike[str] | None = None) -> Any:
-        """A picture: the singular values of each weight, those of a stack as a band.
+        """A picture: the singular values of each weight.
+
+        Of a stack the line is the median of its layers, and the band has all of them.
 
         Args:
           file: where to save it, by its ending such as ``.png``; None for nowhere.
@@ -88,6 +88,7 @@ class Spectrum(PrintedByPath[np.ndarray]):
             ax.set_xlabel("singular value", fontsize=7)
             ax.tick_params(labelsize=7)
             ax.set_ylim(bottom=0)
+            ax.set_ylabel("value" if ax is axes[0] else "", fontsize=7)
             ax.spines[["top", "right"]].set_visible(False)
         for ax in axes[len(self) :]:
             ax.set_visible(False)
@@ -109,7 +110,7 @@ def spectrum(adapter: Any) -> Spectrum:
       adapter: an adapter, or an adapted tree.
 
     Raises:
-      ValueError: no low-rank leaf.
+      ValueError: no low-rank leaf, or one with a magnitude; traced factors.
 
     Example:
       >>> import jax.numpy as jnp, jlora
@@ -117,11 +118,12 @@ def spectrum(adapter: Any) -> Spectrum:
       >>> jlora.spectrum(x)["kernel"].shape
       (2,)
     """
-    by_path.require_adapted(adapter, "spectrum")
+    leaves = low_rank_leaves(adapter, "spectrum")
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(leaves)):
+        raise ValueError(
+            "spectrum of traced factors: expected arrays with values, which a table "
+            "shows. Call it outside of jit."
+        )
     return Spectrum(
-        {
-            path: np.asarray(svd(*matrices(x))[1])
-            for path, x in by_path.flatten(adapter)[0]
-            if isinstance(x, LoRA) and not replaces(x)
-        }
+        {path: np.asarray(svd(*matrices(x))[1]) for path, x in leaves.items()}
     )

@@ -6,9 +6,14 @@ from typing import Any
 
 import jax
 
-from jlora._algebra.rows import replaces
-from jlora._arithmetic.factors import check_size, kept, matrices, svd, with_matrices
-from jlora._leaf import LoRA
+from jlora._arithmetic.factors import (
+    check_size,
+    kept,
+    low_rank_leaves,
+    matrices,
+    svd,
+    with_matrices,
+)
 from jlora._tree import by_path
 
 
@@ -33,7 +38,8 @@ def truncate(
 
     Raises:
       ValueError: both or none of rank and energy, or values that make no sense; an
-        energy under jit, where ranks may not depend on values; no low-rank leaf.
+        energy under jit, where ranks may not depend on values; no low-rank leaf, or
+        one with a magnitude.
 
     Example:
       >>> import jax.numpy as jnp, jlora
@@ -42,7 +48,7 @@ def truncate(
       (1, {'kernel': LoRA(w=None, a=float32[3,1], b=float32[1,4], roles='io')})
     """
     check_size("truncate", rank, energy)
-    by_path.require_adapted(adapter, "truncate")
+    changed = low_rank_leaves(adapter, "truncate")
     traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(adapter))
     if energy is not None and traced:
         raise ValueError(
@@ -50,8 +56,8 @@ def truncate(
             "the ranks depend on them. Truncate outside of jit, or to a rank."
         )
 
-    def leaf(_: str, x: Any) -> Any:
-        if not isinstance(x, LoRA) or replaces(x):
+    def leaf(path: str, x: Any) -> Any:
+        if path not in changed:
             return x
         u, s, vt = svd(*matrices(x))
         unit = x.a.shape[-1] // x.rank  # of a kernel's form, several columns

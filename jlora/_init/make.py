@@ -12,12 +12,13 @@ import jax
 import jax.numpy as jnp
 
 from jlora._algebra.weight import magnitude
+from jlora._init.eva import eva
 from jlora._init.kaiming import kaiming
 from jlora._init.keys import path_key, typed
 from jlora._init.principal import olora, pissa
 from jlora._init.random import gaussian, orthogonal
 from jlora._labels import wider
-from jlora._leaf import LoRA, Told, base
+from jlora._leaf import LoRA, Note, Told, base
 from jlora._leaf.forms import Misfit
 from jlora._plan.spec import Spec
 from jlora._tree import paths, sharding
@@ -38,6 +39,11 @@ NAMED: dict[str, Initialiser] = {
 def initialiser(init: str | Initialiser) -> Initialiser:
     """The initialiser of this name; a function is returned as it is."""
     if callable(init):
+        if init is _FROM_DATA:
+            raise TypeError(
+                "init: jlora.initializers.eva needs moments: expected eva(moments), "
+                "with moments from jlora.observe(fn, params, *args, plan=plan)."
+            )
         if init is _FACTORY:  # which makes an initialiser, and is none
             return pissa()
         try:
@@ -54,6 +60,8 @@ def initialiser(init: str | Initialiser) -> Initialiser:
         near = (
             f"; near names: {paths.near(init, NAMED)}" if isinstance(init, str) else ""
         )
+        if init == "eva":
+            near = ": eva starts from data, jlora.initializers.eva(jlora.observe(...))"
         raise ValueError(
             f"init {init!r}: expected one of {', '.join(NAMED)}, pissa_niter_4, or a "
             f"function such as jlora.initializers.kaiming{near}."
@@ -62,6 +70,7 @@ def initialiser(init: str | Initialiser) -> Initialiser:
 
 
 _FACTORY: Any = pissa
+_FROM_DATA: Any = eva
 _NITER = re.compile(r"pissa_niter_(\d+)")
 
 
@@ -147,6 +156,8 @@ def make(
     except Misfit as e:
         raise ValueError(
             f"{path!r} of shape {tuple(w.shape)} and roles {spec.axes!r}: expected {e}."
+            f" Give it another rank or init by a rule, jlora.Rule({path!r}, ...), or "
+            "exclude it."
         ) from None
     _check(path, start, shapes, w, spec)
     leaf = LoRA(
@@ -155,6 +166,7 @@ def make(
         form=spec.form,
         bias_path=None if spec.bias is None else paths.relative(spec.bias, path),
         told=Told("embedding" if spec.told and spec.kind == "embed" else spec.told),
+        moved=Note(getattr(start, "__name__", repr(start)) if "w" in shapes else ""),
     )
     placed = sharding.of_fields(leaf, place)
     own = {name: getattr(placed, name) for name in shapes}

@@ -55,11 +55,14 @@ def pissa(niter: int | None = None) -> Any:
     return _Pissa(niter)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class _Pissa:
     """The initialiser that `pissa` gives; it is equal to others with the same niter."""
 
     niter: int | None
+
+    def __repr__(self) -> str:
+        return "pissa" if self.niter is None else f"pissa_niter_{self.niter}"
 
     def __call__(self, key: jax.Array, w: Any, spec: Spec) -> Any:
         """(w, a, b), as every initialiser gives them."""

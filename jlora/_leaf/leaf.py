@@ -84,18 +84,24 @@ def _brief(x: Any) -> str:
     return repr(x)
 
 
-class Told(str):
-    """What told the roles of a leaf: "class", "name or shape", "rule" or "embedding".
+class Note(str):
+    """A text on a leaf, any two of which are equal.
 
-    It is empty if a use of the weight was seen.  Any two are equal: the roles decide
-    whether two trees have the same structure, and not what told them.
+    So it does not decide whether two trees have the same structure.
     """
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Told)
+        return isinstance(other, Note)
 
     def __hash__(self) -> int:
         return 0
+
+
+class Told(Note):
+    """What told the roles of a leaf: "class", "name or shape", "rule" or "embedding".
+
+    It is empty if a use of the weight was seen.
+    """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +141,8 @@ class LoRA(_NotAnArray):
         weight, such as "bias"; None if the layer has no bias.
       told: static; what told the roles, if no use was seen.  `lift` compares them with
         the use.
+      moved: static; the initialiser that moved a part of the base into the factors, so
+        that they fit what is left alone; else empty.
 
     Example:
       >>> import jax.numpy as jnp
@@ -155,6 +163,7 @@ class LoRA(_NotAnArray):
     form: forms.Form | None = None
     bias_path: str | None = None
     told: Told = Told()
+    moved: Note = Note()
 
     fields: ClassVar = LORA
 
@@ -247,7 +256,7 @@ class Full(_NotAnArray):
 Adapted = LoRA | Full
 
 
-STATIC = "roles", "form", "bias_path", "told"
+STATIC = "roles", "form", "bias_path", "told", "moved"
 
 
 def document(static: Mapping[str, Any]) -> dict[str, Any]:
@@ -255,7 +264,8 @@ def document(static: Mapping[str, Any]) -> dict[str, Any]:
     said = {"roles": static["roles"], **forms.document(static["form"])}
     if static["bias_path"] is not None:
         said["bias"] = static["bias_path"]
-    return said | ({"told": str(static["told"])} if static["told"] else {})
+    notes = {name: str(static[name]) for name in ("told", "moved") if static[name]}
+    return said | notes
 
 
 def from_document(said: Mapping[str, Any]) -> dict[str, Any]:
@@ -265,6 +275,7 @@ def from_document(said: Mapping[str, Any]) -> dict[str, Any]:
         "form": forms.from_document(said),
         "bias_path": said.get("bias"),
         "told": Told(said.get("told", "")),
+        "moved": Note(said.get("moved", "")),
     }
 
 

@@ -107,9 +107,10 @@ def _check_order(fn: Any, params: Any) -> None:
 
 def _refuse_wraps(kwargs: Mapping[str, Any]) -> None:
     """Raises for arguments that are meant for `wrap`; here they would go to ``fn``."""
-    for name in ("train", "bias", *FLAGS):
+    for name in ("train", "bias", "init", "train_rows", *FLAGS):
         said = kwargs.get(name)
-        if are_patterns(said) or (name in FLAGS and said is not None):
+        table = name == "train_rows" and isinstance(said, Mapping)
+        if are_patterns(said) or table or (name in FLAGS and said is not None):
             raise TypeError(
                 f"plan: {name}={kwargs[name]!r} would go to the function as an "
                 f"argument: expected it in jlora.wrap(params, plan=plan, {name}=...)."

@@ -89,6 +89,7 @@ def save(
         _orbax.check_place(path)
     _require_bases(tree)
     adapter, other = adapter_of(tree), _extra.Extra.of(extra)
+    bases = _document.bases(tree)
     arrays = {
         "adapter": {p: _arrays.data(x) for p, x in _arrays.of_adapter(adapter).items()},
         "extra": {p: _arrays.data(x) for p, x in other.arrays.items()},
@@ -96,7 +97,7 @@ def save(
     document = {
         "format": _document.FORMAT,
         "version": _document.VERSION,
-        "plan": {p: _document.entry(x) for p, x in adapter.items()},
+        "plan": {p: _document.entry(x, bases[p]) for p, x in adapter.items()},
         "base": _document.fingerprint(tree),
         "arrays": {
             k: {
@@ -175,11 +176,14 @@ def restore(
         _document.fingerprint(params),
         "Pass the params that the adapter was trained on.",
     )
+    bases = _document.bases(params)
+    for p, said in document["plan"].items():
+        _document.require_left(said, p, bases[p], path)
     items, templates = ["adapter"], {}
     if extra is not None:
         items += ["extra"]
         templates = _extra.require_structure(path, document, extra)
-    arrays, plan, bases = document["arrays"], document["plan"], _document.bases(params)
+    arrays, plan = document["arrays"], document["plan"]
     places = _arrays.places(arrays["adapter"], plan, bases)
     read = _arrays.read(path, arrays, items, templates, places)
     adapter = {}

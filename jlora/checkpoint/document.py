@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -49,8 +50,13 @@ def bases(tree: Any) -> dict[str, Any]:
     return {p: x for p, x in pairs if hasattr(x, "shape") and hasattr(x, "dtype")}
 
 
-def entry(leaf: Adapted) -> dict[str, Any]:
-    """The plan's entry of a leaf: all that its arrays do not tell."""
+def entry(leaf: Adapted, w: Any) -> dict[str, Any]:
+    """The plan's entry of a leaf: all that its arrays do not tell.
+
+    Args:
+      leaf: the leaf, with or without its base.
+      w: its base.
+    """
     said: dict[str, Any] = (
         {"kind": "full"} if isinstance(leaf, Full) else {"kind": "lora"}
     )
@@ -58,7 +64,37 @@ def entry(leaf: Adapted) -> dict[str, Any]:
     if isinstance(leaf, LoRA):
         static = {name: getattr(leaf, name) for name in STATIC}
         said |= {"rank": leaf.rank, **static_document(static)}
+        if leaf.moved and not base.is_abstract(w) and not base.is_zero(leaf.w):
+            said["norm"] = _norm(w)
     return said
+
+
+def _norm(w: Any) -> float:
+    """‖W‖ of a base, in float32; in all processes the same."""
+    return float(jnp.linalg.norm(base.array(w).astype(jnp.float32).ravel()))
+
+
+def require_left(said: dict[str, Any], path: str, w: Any, where: Any) -> None:
+    """Raises if a leaf needs what an initialiser left of the base, and w is not that.
+
+    Args:
+      said: the entry of the leaf.
+      path: its path.
+      w: the base that it is restored on; one without values passes.
+      where: the checkpoint, for the error.
+    """
+    if "norm" not in said or base.is_abstract(w):
+        return
+    want, found = said["norm"], _norm(w)
+    if abs(found - want) > 1e-4 * want:
+        how = said["moved"]
+        raise ValueError(
+            f"checkpoint.restore: {where} belongs to another base: {path!r} was "
+            f"trained on what {how!r} had left of it, of norm {want:.6g}, found "
+            f"{found:.6g}. Pass jlora.unwrap(jlora.wrap(params, ..., init={how!r})) as "
+            "before the training; or save an adapter of the original base, jlora.mix("
+            "[trained, start], [1, -1])."
+        )
 
 
 def names(said: dict[str, Any], path: str, arrays: Iterable[str]) -> dict[str, str]:
