@@ -18,6 +18,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jlora
+import jlora.checkpoint
 from jlora.loralib import Kernel
 
 MOVE = ["pissa", "pissa_niter_8", "olora"]
