@@ -49,7 +49,7 @@ def train(apply, params, stats, tx, data, steps):
 
 
 def accuracy(apply, params, stats, data):
-    logits = apply({"params": params, "batch_stats": stats}, data[0])
+    logits = jax.jit(apply)({"params": params, "batch_stats": stats}, data[0])
     return float((logits.argmax(-1) == data[1]).mean())
 
 

@@ -41,7 +41,7 @@ def train(call, model, tx, data, steps):
 
 
 def accuracy(call, model, data):
-    return float((call(model, data[0]).argmax(-1) == data[1]).mean())
+    return float((nnx.jit(call)(model, data[0]).argmax(-1) == data[1]).mean())
 
 
 def main():

@@ -37,7 +37,7 @@ def loss(logits, labels):
 
 
 def accuracy(apply, params, data):
-    return float((apply(params, data[0]).argmax(-1) == data[1]).mean())
+    return float((jax.jit(apply)(params, data[0]).argmax(-1) == data[1]).mean())
 
 
 def pretrain(params, data):
