@@ -54,6 +54,11 @@ class Moments(PrintedByPath[jax.Array]):
         Of a stack, the mean over its layers.
         """
         m = np.asarray(self.found[path], np.float64)
+        if not np.isfinite(m).all():
+            raise ValueError(
+                f"Moments: those of {path!r} have NaN or infinities: expected finite "
+                "inputs. Look at the batches that were observed."
+            )
         values = np.linalg.eigvalsh(m.reshape(-1, *m.shape[-2:]))[:, ::-1]
         values = np.maximum(values, 0)
         total = np.maximum(values.sum(-1, keepdims=True), np.finfo(np.float64).tiny)
@@ -172,7 +177,8 @@ def redistribute(plan: Plan, moments: Moments, rho: float = 2.0) -> Plan:
     All directions of all weights are sorted by the part that they have of the energy of
     their weight's inputs.  The first of them get a rank, as many as the plan has ranks.
     So the sum of all ranks stays the same, a stack counting once for each layer.  The
-    alphas change with the ranks, so that the scales stay as they are.
+    alphas change with the ranks, so that the scales stay as they are; say ``rslora`` by
+    a `Rule` for that, since the plan does not know that of `wrap`.
 
     Args:
       plan: a plan.
@@ -227,7 +233,9 @@ def redistribute(plan: Plan, moments: Moments, rho: float = 2.0) -> Plan:
     for path, spec in plan.items():
         old = spec.rank or 0
         if ranks[path]:
-            alpha = None if spec.alpha is None else spec.alpha * ranks[path] / old
+            times = ranks[path] / old
+            times = math.sqrt(times) if spec.rslora else times
+            alpha = None if spec.alpha is None else spec.alpha * times
             specs[path] = plan.specs[path].with_scale(ranks[path], alpha)
         else:
             skipped[path] = "its inputs have less energy in any direction than others"

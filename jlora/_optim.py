@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+import numbers
 from typing import Any
 
 import jax
@@ -101,7 +103,7 @@ def optimizer(
             new |= {
                 k: (new[k] * by).astype(new[k].dtype)
                 for k, by in factors.items()
-                if k in new
+                if k in new and "a" in new  # rows that are replaced have no a
             }
             return dataclasses.replace(zeros, **new)
 
@@ -128,8 +130,8 @@ def _ratios(ratio: Any) -> dict[str, Any]:
     if ratio is None:
         return {}
     traced = isinstance(ratio, jax.Array) and ratio.ndim == 0
-    number = isinstance(ratio, (int, float)) and not isinstance(ratio, bool)
-    if not traced and not (number and ratio > 0):
+    number = isinstance(ratio, numbers.Real) and not isinstance(ratio, bool)
+    if not traced and not (number and 0 < ratio < math.inf):
         raise TypeError(
             f"optimizer: b_lr_ratio {ratio!r}: expected a positive number, such as 16: "
             "the learning rate of b over that of a."

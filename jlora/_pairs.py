@@ -101,7 +101,8 @@ def lora_fa(tree: Any) -> optax.GradientTransformation:
       tree: the adapted tree; its structure and scales are read.
 
     Raises:
-      ValueError: as in `riemannian`; or the tree has shapes alone, and no scales.
+      ValueError: as in `riemannian`; or the tree has shapes alone, and no scales; or an
+        a that is zero, as that of an embedding is at first.
 
     Example:
       >>> import jax.numpy as jnp, jlora, optax
@@ -123,7 +124,20 @@ def lora_fa(tree: Any) -> optax.GradientTransformation:
         new = jnp.where(s == 0, 0, new.reshape(gb.shape) / jnp.where(s == 0, 1, s) ** 2)
         return jnp.zeros_like(ga), new
 
-    return _pairwise("lora_fa", tree, projected, Fixed())
+    transformation = _pairwise("lora_fa", tree, projected, Fixed())
+    for keys, x in boxes.adapted(tree):
+        a = boxes.held(x.a) if isinstance(x, LoRA) else None
+        if not isinstance(a, jax.Array) or isinstance(a, jax.core.Tracer):
+            continue
+        if not jnp.any(a):
+            path = paths.path_of(keys)
+            raise ValueError(
+                f"lora_fa: the a of {path!r} is zero, as an embedding's is at the "
+                "start, and does not train: its delta would stay zero. Expected "
+                f"another start, jlora.Rule({path!r}, init='orthogonal'), or exclude "
+                "it."
+            )
+    return transformation
 
 
 def _inverse(m: jax.Array, reg: float) -> jax.Array:

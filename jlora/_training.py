@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
+from jlora._algebra.rows import replaces
 from jlora._init.keys import path_key, typed
 from jlora._leaf import Dropout, LoRA, is_adapted
 from jlora._leaf.fields import trained
@@ -120,11 +123,19 @@ def scaled(tree: Any, s: Any) -> Any:
       0.5
     """
     by_path.require_adapted(tree, "scaled")
+    if isinstance(s, (str, Mapping)):
+        raise ValueError(f"scaled: {s!r}: expected a number.")
 
-    def leaf(_: str, x: Any) -> Any:
+    def leaf(path: str, x: Any) -> Any:
         if not isinstance(x, LoRA):
             return x
-        return dataclasses.replace(x, scale=(x.scale * s).astype(x.scale.dtype))
+        new = x.scale * s
+        if new.shape != x.scale.shape or jnp.iscomplexobj(new):
+            raise ValueError(
+                f"scaled: {path!r} has a scale of shape {x.scale.shape}: expected a "
+                f"real number, or one for each member of the stack, found {s!r}."
+            )
+        return dataclasses.replace(x, scale=new.astype(x.scale.dtype))
 
     return by_path.map_leaves(leaf, tree, share=True)
 
@@ -134,7 +145,8 @@ def dropout(tree: Any, rate: float, key: jax.Array) -> Any:
 
     Call it inside the loss, with a new key each step; `lift` then computes
     x·w + (drop(x)·a)·b.  Masks are independent per leaf, per use and per scan step.
-    A lookup has no activation, so it has no dropout.
+    A lookup has no activation, so it has no dropout; rows that are replaced have no
+    low-rank branch.
 
     Args:
       tree: an adapted tree.
@@ -159,7 +171,7 @@ def dropout(tree: Any, rate: float, key: jax.Array) -> Any:
     key = typed(key)
 
     def leaf(path: str, x: Any) -> Any:
-        if not isinstance(x, LoRA):
+        if not isinstance(x, LoRA) or replaces(x):
             return x
         if rate == 0:
             return dataclasses.replace(x, dropout=None)

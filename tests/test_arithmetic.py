@@ -432,6 +432,13 @@ def test_spectrum(tmp_path):
 NEXT = adapter(5)
 
 
+OTHER = {"w": jlora.Spec.of("dense", "io", rank=2)}, {"w": (6, 8)}
+
+
+def halved():
+    return jlora.adapter(jlora.partition(jlora.attach(BASE, A))[0])
+
+
 def rows(at):
     tree = jlora.wrap({"e": normal(10, 6)}, targets=[], train_rows={"e": at})
     return jlora.adapter(tree)
@@ -502,7 +509,31 @@ def rows(at):
             lambda: jlora.mix([rows([7]), rows([7, 2])], [0.5, 0.5]),
             ["'e' has the forms Rows(7 of 10) and Rows(7, 2 of 10)"],
         ),
-        (lambda: jlora.mix([A, A], 0.5), ["weights 0.5", "a number for each adapter"]),
+        *(
+            (
+                lambda w=w: jlora.mix([A, A], w),  # type: ignore[misc]
+                ["mix: weights", "a number for each adapter"],
+            )
+            for w in (0.5, "ab", {0: 1.0, 1: 2.0}, [jnp.ones(2)] * 2, [1j, 1], None)
+        ),
+        (lambda: jlora.mix([A, A], [1, 1], "svd", rank="2"), ["rank '2' with 'svd'"]),
+        (
+            lambda: jlora.mix([halved(), halved()], [1, 1]),
+            ["'blocks' lacks scale", "half of a partition"],
+        ),
+        (
+            lambda: jlora.extract(BASE, BASE, 2, plan=jlora.Plan(*OTHER)),
+            ["extract: the plan is of another tree: 'w'"],
+        ),
+        (
+            lambda: jlora.extract(
+                {"w": X}, {"w": X.at[0, 0].set(jnp.inf)}, 1, targets="w"
+            ),
+            ["extract: 'w' has NaN or infinities", "train="],
+        ),
+        (lambda: jlora.scaled(A, {"dense": 1}), ["scaled", "expected a number"]),
+        (lambda: jlora.scaled(A, jnp.ones(3)), ["scaled: 'blocks'", "shape ()"]),
+        (lambda: jlora.scaled(A, 1j), ["scaled: 'blocks'", "a real number"]),
         (
             lambda: jlora.extract(
                 BASE, BASE, 2, plan=jlora.plan(fn, BASE, X), targets="dense"

@@ -17,6 +17,7 @@ from helpers import (
     close,
     normal,
     primitives,
+    randomise,
     same,
     says,
     silent,
@@ -241,3 +242,13 @@ def test_many_layers_compute_one_norm_each():
 
     tree = adapt(fn, {"w": normal(5, 7)}, X, dora=True)[0]
     assert primitives(jlora.lift(fn), tree, X).count("sqrt") == 1
+
+
+def test_a_leaf_that_a_function_changes_keeps_its_magnitude():
+    """What comes out of the lift is whole: its adapter fits its own base."""
+    tree = randomise(jlora.wrap({"w": normal(6, 8)}, 2, targets="w", dora=True))
+    turned = jlora.lift(lambda p: {"w": p["w"].T})(tree)
+    assert turned["w"].gain is None
+    close(jlora.merge(turned)["w"], jlora.merge(tree)["w"].T)
+    again = jlora.attach(jlora.unwrap(turned), jlora.adapter(turned))
+    close(jlora.merge(again)["w"], jlora.merge(tree)["w"].T)

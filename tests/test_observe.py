@@ -195,6 +195,19 @@ def test_a_stack_counts_once_for_each_layer():
     assert 3 * new["w"].rank + new["v"].rank <= 8
 
 
+@pytest.mark.parametrize("rslora", [False, True])
+def test_redistributed_scales_stay(rslora):
+    params = {"w": normal(6, 8), "v": normal(6, 8)}
+    fn = lambda p, x: x @ p["w"] + (x * (jnp.arange(6) == 0)) @ p["v"]  # noqa: E731
+    rule = jlora.Rule("*", rank=2, alpha=8, rslora=rslora)
+    plan = jlora.plan(fn, params, X, rules=[rule])
+    moments = jlora.observe(fn, params, X, plan=plan)
+    new = jlora.redistribute(plan, moments)
+    assert new["v"].rank != 2
+    for spec in new.values():
+        np.testing.assert_allclose(spec.scale, plan["w"].scale)
+
+
 def test_bad_use():
     params = {"w": normal(6, 8), "e": normal(9, 6)}
     fn = lambda p, i: p["e"][i] @ p["w"]  # noqa: E731
@@ -219,6 +232,13 @@ def test_bad_use():
         jlora.observe(lambda p, x: x @ p["w"], {"v": normal(6, 8)}, X, plan=plan)
     with pytest.raises(ValueError, match="rho 0.5"):
         jlora.redistribute(plan, moments, rho=0.5)
+    wrong = jlora.initializers.eva(jlora.Moments({"w": jnp.eye(5)}))
+    only = dataclasses.replace(plan, specs={"w": plan.specs["w"]})
+    with pytest.raises(ValueError) as e:
+        jlora.wrap(params, plan=only, init=wrong)
+    says(e, "'w'", "moments of shape (6, 6)", "found (5, 5)")
+    with pytest.raises(ValueError, match="'w' have NaN"):
+        jlora.redistribute(only, jlora.Moments({"w": jnp.full((6, 6), jnp.nan)}))
     with pytest.raises(ValueError, match="one of the two lacks 'v'"):
         moments + jlora.Moments({"v": moments["w"]})
     same(dict(sum([moments, moments])), dict(moments + moments))

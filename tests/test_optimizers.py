@@ -205,6 +205,24 @@ def test_a_scale_of_zero():
     assert not got.b.any() and np.isfinite(got.b).all()
 
 
+def test_lora_plus_leaves_replaced_rows_at_their_rate():
+    tree = jlora.wrap({"e": X}, targets=[], train_rows={"e": [1]})
+    grads = jax.tree.map(jnp.ones_like, tree)
+    tx = jlora.optimizer(optax.sgd(1.0), tree, b_lr_ratio=16)
+    updates, _ = tx.update(grads, tx.init(tree), tree)
+    close(updates["e"].b, -grads["e"].b)
+
+
+def test_lora_fa_of_an_embedding():
+    """Its a is zero at the start, and would stay so."""
+    fn = lambda p, i: p["e"][i]  # noqa: E731
+    plan = jlora.plan(fn, {"e": X}, jnp.arange(2), rank=2, targets="e")
+    with pytest.raises(ValueError) as e:
+        jlora.lora_fa(jlora.wrap({"e": X}, plan=plan))
+    says(e, "lora_fa: the a of 'e' is zero", "init='orthogonal'")
+    jlora.lora_fa(jlora.wrap({"e": X}, plan=plan, init="orthogonal"))
+
+
 def without(tree, path):
     return {k: v for k, v in tree.items() if k != path}
 

@@ -13,6 +13,7 @@ import optax
 import pytest
 from helpers import adapted, close, equations, integers, normal, same, says
 from jax import lax
+from jax.sharding import PartitionSpec as P
 
 import jlora
 import jlora.checkpoint
@@ -103,6 +104,28 @@ def test_rows_are_exact_whatever_was_there(dtype):
     same(jlora.merge(tree)["e"], want)
     head = jlora.lift(lambda p, x: x @ p["e"].T)(tree, X.astype(dtype))
     close(head, X.astype(dtype) @ want.T, 1e-2 if dtype == jnp.bfloat16 else 1e-5)
+
+
+@pytest.mark.parametrize("name", ["head", "some rows", "lookup", "flipped"])
+def test_dropout_changes_nothing(name):
+    """There is no branch that an activation enters."""
+    fn, x = USES[name]
+    tree = wrapped(normal(V, D))
+    lifted = jlora.lift(lambda p, x: fn(p["e"], x))
+    close(lifted(jlora.dropout(tree, 0.5, jax.random.key(0)), x), lifted(tree, x))
+
+
+def test_a_table_that_is_split_in_shard_map():
+    """Which device has which rows is not known there."""
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    tree = wrapped(normal(8, 6), [2, 5])
+    lifted = jlora.lift(lambda p, i: p["e"][i])
+    for spec in (P("x"), P(None, "x")):
+        specs = jlora.shardings(tree, {"e": spec})
+        call = jax.shard_map(lifted, mesh=mesh, in_specs=(specs, P()), out_specs=spec)
+        with pytest.raises(ValueError) as e:
+            call(tree, jnp.arange(4))
+        says(e, "table of shape (8, 6)", "jax.shard_map", "whole")
 
 
 def test_unmerge_cannot_have_the_rows_back():

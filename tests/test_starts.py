@@ -313,6 +313,32 @@ def test_a_checkpoint_knows_what_was_left_of_the_base(init, tmp_path):
     close(jlora.merge(again), jlora.merge(trained), 1e-5)
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.filterwarnings("ignore:wrap. dtype")
+def test_factors_of_few_bits_leave_their_rounding_in_the_base(init, dtype):
+    w = normal(12, 17)
+    tree = jlora.wrap({"w": w}, rank=4, targets="w", init=init, dtype=dtype)
+    assert tree["w"].a.dtype == dtype
+    close(jlora.merge(tree)["w"], w, 1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:wrap. dtype")
+def test_a_magnitude_has_no_fewer_bits_than_float32():
+    w = normal(12, 17)
+    tree = jlora.wrap({"w": w}, rank=4, targets="w", dora=True, dtype=jnp.bfloat16)
+    assert tree["w"].m.dtype == jnp.float32 and tree["w"].b.dtype == jnp.bfloat16
+    close(jlora.merge(tree)["w"], w, 1e-6)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize("number", [jnp.nan, jnp.inf])
+def test_a_base_without_numbers(init, number):
+    with pytest.raises(ValueError) as e:
+        jlora.wrap({"w": normal(6, 5).at[2, 3].set(number)}, 2, targets="w", init=init)
+    says(e, "'w' has NaN or infinities", init, "jlora.Rule('w', ...)")
+
+
 def test_eva_without_moments_is_no_initialiser():
     with pytest.raises(TypeError, match="expected eva.moments."):
         jlora.wrap({"w": normal(3, 4)}, init=jlora.initializers.eva)

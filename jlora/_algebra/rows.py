@@ -51,7 +51,20 @@ def _new_and_old(leaf: LoRA) -> tuple[jax.Array, jax.Array]:
 
 
 def settled(leaf: LoRA) -> LoRA:
-    """The leaf with the rows as they are used, and a scale of one."""
+    """The leaf with the rows as they are used, and a scale of one.
+
+    Raises:
+      ValueError: the table has another shape than the rows were made for, as on the
+        shards of a mesh.
+    """
+    form: Any = leaf.form
+    whole = form.weight_shape(leaf.a, leaf.b, leaf.axes)
+    if base.shaped(leaf.w) and tuple(leaf.w.shape) != whole:
+        raise ValueError(
+            f"rows {form.indices[:3]} train in a table of shape {whole}, found one of "
+            f"shape {tuple(leaf.w.shape)}: in a jax.shard_map of your own the table "
+            "has to be whole. Give it the spec P(), or shard it outside, by jit."
+        )
     new, _ = _new_and_old(leaf)
     return dataclasses.replace(leaf, b=new, scale=jnp.ones_like(leaf.scale))
 

@@ -45,10 +45,18 @@ def settled(leaf: Any) -> Any:
     return dataclasses.replace(leaf, m=None, gain=gain)
 
 
-def unsettled(leaf: Any, passed: Any) -> Any:
-    """What was passed to `settled`, from its result; placed as that is."""
+def unsettled(leaf: Any, passed: Any = None) -> Any:
+    """What was passed to `settled`, from its result; placed as that is.
+
+    If the function has changed the leaf, nothing was passed that is like it: then its
+    magnitude comes from the gain.
+    """
     if not isinstance(leaf, LoRA):
         return leaf
+    if passed is None:
+        if leaf.gain is None:
+            return leaf
+        return dataclasses.replace(leaf, m=leaf.gain * magnitude(leaf), gain=None)
     changed = "b", "scale", "m", "gain"
     if leaf.gain is None and not rows.replaces(leaf):
         return leaf

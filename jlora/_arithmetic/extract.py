@@ -81,6 +81,7 @@ def extract(
             "extract: targets, exclude and rules are passed to jlora.plan(...), which "
             "decides them: expected none beside plan=."
         )
+    _check_plan(plan, old)
     whole = as_patterns(train)
     check_matched("train", whole, list(old.items()))
     out: Adapter = {}
@@ -127,16 +128,33 @@ def _leaf(
     )
     m = Matrices.of(w, spec)
     change = m.take(base.array(v)) - m.take(base.array(w))
+    if not bool(jnp.isfinite(change).all()):  # LAPACK may not return from infinities
+        raise ValueError(
+            f"extract: {path!r} has NaN or infinities in one of both: expected finite "
+            "numbers. Exclude it, or keep it whole with train=."
+        )
     u, s, vt = _svd(change)
     k = kept(s, rank, energy)
-    a, b = m.factors(u[..., :k], s[..., :k, None] * vt[..., :k, :])
-
-    def start(key: Any, w: Any, _: Any) -> Any:
-        return w, a, b
-
+    found = _Found(*m.factors(u[..., :k], s[..., :k, None] * vt[..., :k, :]))
     own = spec.with_scale(k, k)
-    leaf = make(w, path, own, init=start, dtype=jnp.float32, key=None)
+    leaf = make(w, path, own, init=found, dtype=jnp.float32, key=None)
     return dataclasses.replace(leaf, w=None)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Found:
+    """The initialiser that gives these factors."""
+
+    a: jax.Array
+    b: jax.Array
+
+    def at(self, path: str) -> Any:
+        """Itself: by this method `make` knows that it holds arrays of its own."""
+        return self
+
+    def __call__(self, key: Any, w: Any, spec: Any) -> Any:
+        """(w, a, b), as every initialiser gives them."""
+        return w, self.a, self.b
 
 
 @jax.jit
@@ -158,4 +176,15 @@ def _check_same(old: dict[str, Any], new: dict[str, Any]) -> None:
             raise ValueError(
                 f"extract: {path!r} has shape {tuple(old[path].shape)} in params and "
                 f"{tuple(new[path].shape)} in tuned: expected two trees of one model."
+            )
+
+
+def _check_plan(plan: Plan, leaves: dict[str, Any]) -> None:
+    """Raises for a plan of another tree."""
+    for path in plan:
+        shape = plan.shapes[path]
+        if path not in leaves or shape != tuple(leaves[path].shape):
+            raise ValueError(
+                f"extract: the plan is of another tree: {path!r} is not in params with "
+                f"the shape {shape}; near paths: {paths.near(path, leaves)}."
             )

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jlora._algebra.delta import scaled
 from jlora._algebra.rows import replaces
@@ -117,6 +118,6 @@ def check_size(what: str, rank: Any, energy: Any) -> None:
     ):
         raise ValueError(f"{what}: rank {rank!r}: expected a positive integer.")
     if energy is not None and not (
-        isinstance(energy, (int, float)) and 0 < energy <= 1
+        isinstance(energy, (int, float, np.floating)) and 0 < energy <= 1
     ):
         raise ValueError(f"{what}: energy {energy!r}: expected a number in (0, 1].")

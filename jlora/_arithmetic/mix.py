@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+import numbers
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jlora._adapter import Adapter
 from jlora._algebra.delta import delta, low_rank
@@ -19,6 +21,7 @@ from jlora._arithmetic.merging import MERGINGS
 from jlora._init.keys import path_key, typed
 from jlora._init.matrices import Matrices
 from jlora._leaf import Full, LoRA, Note, base, forms, is_adapted
+from jlora._leaf.fields import missing
 from jlora._leaf.forms import NotFactored
 from jlora._tree import paths
 
@@ -87,8 +90,10 @@ def mix(
       >>> jlora.mix([x, x], [0.5, 0.5])["kernel"].rank
       4
     """
+    adapters, weights = _listed(adapters), _listed(weights)
     _check(adapters, weights, method, rank, density, majority)
-    key, ws = typed(key), [jnp.asarray(w, jnp.float32) for w in weights]
+    # float32, or float64 under jax_enable_x64.
+    key, ws = typed(key), [jnp.asarray(w, jnp.result_type(float)) for w in weights]
 
     def leaf(path: str) -> Any:
         leaves: list[Any] = [adapter[path] for adapter in adapters]
@@ -301,7 +306,7 @@ def _check(
                 "mix: expected adapters, flat dicts from path to leaf, found a "
                 f"{type(x).__name__}: jlora.adapter(tree) gives one."
             )
-    if not hasattr(weights, "__len__"):
+    if not isinstance(weights, list) or not all(map(_is_number, weights)):
         raise ValueError(
             f"mix: weights {weights!r}: expected a list, a number for each adapter."
         )
@@ -311,13 +316,16 @@ def _check(
             "many."
         )
     sized = method == "svd" or method.endswith("_svd")
-    if rank is not None and (not sized or rank < 1):
+    whole = hasattr(rank, "__index__") and not isinstance(rank, bool)
+    if rank is not None and not (sized and whole and rank >= 1):
         raise ValueError(
             f"mix: rank {rank!r} with {method!r}: expected a positive rank, and only "
             "for a method that ends in svd."
         )
     prunes = method in METHODS[3:] and method != "linear"
-    if prunes and not (isinstance(density, (int, float)) and 0 < density <= 1):
+    if prunes and not (
+        isinstance(density, (int, float, np.floating)) and 0 < density <= 1
+    ):
         raise ValueError(
             f"mix: density {density!r} with {method!r}: expected a number in (0, 1], "
             "the part that is kept."
@@ -331,6 +339,19 @@ def _check(
             f"mix: majority {majority!r}: expected 'total' or 'frequency'."
         )
     _check_alike(adapters, method)
+
+
+def _listed(x: Any) -> Any:
+    """A sequence or an iterator as a list; all else, and a mapping, as it is."""
+    many = isinstance(x, Iterable) and not isinstance(x, (Mapping, str, Set))
+    return list(x) if many else x
+
+
+def _is_number(x: Any) -> bool:
+    """Whether x is a real number, or a scalar array of them."""
+    if isinstance(x, (jax.Array, np.ndarray)):
+        return x.ndim == 0 and not jnp.issubdtype(x.dtype, jnp.complexfloating)
+    return isinstance(x, numbers.Real)
 
 
 def _check_alike(adapters: Sequence[Adapter], method: str) -> None:
@@ -369,12 +390,15 @@ def _differ(x: Any, y: Any, method: str) -> str | None:
         return None
     if x.axes != y.axes:
         return f"has the roles {x.axes!r} and {y.axes!r}"
+    for leaf in (x, y):
+        if lacks := [name for name in missing(leaf) if name != "w"]:
+            return f"lacks {', '.join(lacks)}: it is half of a partition"
     if x.form != y.form:
         differ = f"has the forms {x.form} and {y.form}"
         if replaces(x) or replaces(y):
             return differ
         try:
-            low_rank(x), low_rank(y)
+            x, y = low_rank(x), low_rank(y)
         except NotFactored:
             return f"{differ}, of which one is no plain a·b"
     if method in MERGINGS and x.rank != y.rank:

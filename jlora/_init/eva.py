@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora._init.matrices import Matrices, rank_of
+from jlora._leaf.forms import Misfit
 from jlora._plan.spec import Spec
 from jlora._tree import paths
 
@@ -85,6 +86,9 @@ class _EvaOf:
         m, rank = Matrices.of(w, spec), rank_of(spec)
         m.check(rank, "'eva'", outs=False)
         moment = jnp.asarray(self.moment, jnp.float32)
+        want = (*m.sizes("b"), m.size[0], m.size[0])
+        if moment.shape != want:
+            raise Misfit(f"moments of shape {want} for 'eva', found {moment.shape}")
         _, vectors = jnp.linalg.eigh(moment.reshape(-1, *moment.shape[-2:]))
         a = vectors[..., ::-1][..., :rank]
         return w, *m.factors(a, jnp.zeros((len(a), rank, m.size[1])))

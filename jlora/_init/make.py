@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jlora._algebra.delta import delta
 from jlora._algebra.weight import magnitude
 from jlora._init.eva import eva
 from jlora._init.kaiming import kaiming
 from jlora._init.keys import path_key, typed
 from jlora._init.principal import olora, pissa
 from jlora._init.random import gaussian, orthogonal
-from jlora._labels import wider
+from jlora._labels import by_role, wider
 from jlora._leaf import LoRA, Note, Told, base
 from jlora._leaf.forms import Misfit
 from jlora._plan.spec import Spec
@@ -87,6 +88,18 @@ class _Maker(NamedTuple):
     shapes: Callable[..., dict[str, Any]]
 
 
+def _with_rest(w: Any, exact: Any, rounded: Any, spec: Spec) -> jax.Array:
+    """A base with the difference of two deltas added, from factors (a, b) of each."""
+    axes = spec.axes
+    scale = jnp.full([w.shape[k] for k in by_role("b", axes)], spec.scale, jnp.float32)
+    one, other = (
+        delta(LoRA(None, a, b, scale, roles=axes.lstrip("b")))
+        for a, b in (exact, rounded)
+    )
+    wide = base.array(w).astype(one.dtype)
+    return (wide + (one - other)).astype(w.dtype)
+
+
 @functools.lru_cache(maxsize=1024)
 def _maker(init: Initialiser, spec: Spec, dtype: Any) -> _Maker:
     def make_fields(key: jax.Array, w: Any) -> dict[str, Any]:
@@ -97,9 +110,12 @@ def _maker(init: Initialiser, spec: Spec, dtype: Any) -> _Maker:
                 f"the initialiser {init!r} gives a {type(made).__name__}{many}: "
                 "expected the three of (w, a, b)."
             )
-        new, a, b = made
-        a, b = a.astype(dtype), b.astype(dtype)
+        new, exact_a, exact_b = made
+        a, b = exact_a.astype(dtype), exact_b.astype(dtype)
         fields = {"a": a, "b": b}
+        if new is not w and exact_a.dtype != dtype:
+            # What rounding takes from the delta belongs to the base.
+            new = _with_rest(new, (exact_a, exact_b), (a, b), spec)
         for name, shape in spec.shapes(w.shape).items():
             if name == "scale":
                 wide = wider(w, a, jax.ShapeDtypeStruct((), jnp.float32))
@@ -110,7 +126,9 @@ def _maker(init: Initialiser, spec: Spec, dtype: Any) -> _Maker:
         if "m" in fields:
             own = {name: fields[name] for name in ("a", "b", "scale")}
             leaf = LoRA(new, **own, roles=spec.axes.lstrip("b"), form=spec.form)
-            fields["m"] = magnitude(leaf).astype(dtype)
+            # In half precision its rounding would change the output at the start.
+            wide = jnp.promote_types(dtype, jnp.float32)
+            fields["m"] = magnitude(leaf).astype(wide)
         return fields if new is w else fields | {"w": new}
 
     return _Maker(make_fields, jax.jit(make_fields).eval_shape)
@@ -176,6 +194,8 @@ def make(
             for name, x in shapes.items()
         }
         return dataclasses.replace(leaf, **made)
+    if hasattr(start, "reads_base"):
+        _require_finite(path, start, w)
     args = path_key(key, path), w
     if place is None:
         made = maker.fields(*args)
@@ -184,6 +204,19 @@ def make(
     else:  # every device makes its own part; the numbers do not depend on the mesh
         made = jax.jit(maker.fields, out_shardings=own)(*args)
     return dataclasses.replace(leaf, **made)
+
+
+def _require_finite(path: str, init: Any, w: Any) -> None:
+    """Raises if the base has no numbers where an initialiser decomposes it.
+
+    LAPACK may not return from a matrix that has infinities.
+    """
+    x = base.array(w)
+    if not isinstance(x, jax.core.Tracer) and not bool(jnp.isfinite(x).all()):
+        raise ValueError(
+            f"{path!r} has NaN or infinities: expected finite numbers for {init!r}. "
+            f"Give it another init by a rule, jlora.Rule({path!r}, ...), or exclude it."
+        )
 
 
 def _check(path: str, init: Any, shapes: dict[str, Any], w: Any, spec: Spec) -> None:

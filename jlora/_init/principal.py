@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +60,7 @@ class _Pissa:
     """The initialiser that `pissa` gives; it is equal to others with the same niter."""
 
     niter: int | None
+    reads_base: ClassVar = True
 
     def __repr__(self) -> str:
         return "pissa" if self.niter is None else f"pissa_niter_{self.niter}"
@@ -167,3 +168,6 @@ def olora(key: jax.Array, w: Any, spec: Spec) -> tuple[Any, jax.Array, jax.Array
         return exact(m, q), q.T
 
     return moved(w, spec, split)
+
+
+olora.reads_base = True  # type: ignore[attr-defined]

@@ -127,7 +127,7 @@ def _leaves(tree: Any, passed: list[Any], keep: Callable[[Tracked], bool]) -> An
             return x
         if not keep(x):
             return dense(x.leaf)
-        return x.leaf if x.at is None else unsettled(x.leaf, passed[x.at])
+        return unsettled(x.leaf, None if x.at is None else passed[x.at])
 
     return jax.tree.map(own, tree, is_leaf=lambda x: isinstance(x, Tracked))
 
