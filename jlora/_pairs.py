@@ -7,6 +7,7 @@ an optimizer, inside of `jlora.optimizer`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jlora import _compat
 from jlora._init.matrices import exact
 from jlora._leaf import LoRA, base, forms, is_adapted
 from jlora._leaf.fields import missing
@@ -171,7 +173,12 @@ def _pairwise(
                 "made for: expected the gradients of that tree."
             )
         held = [boxes.held(x[name]) for x in (params, grads) for name in "ab"]
-        new = fn(leaves[path], *held)
+        own = functools.partial(fn, leaves[path])
+
+        def like() -> Any:
+            return tuple(jax.typeof(x).sharding for x in held[2:])
+
+        new = _compat.automatic(own, like, *held)
         both = zip("ab", new, strict=True)
         return grads | {k: _as(grads[k], x) for k, x in both}
 

@@ -7,12 +7,14 @@ here; `added` makes it such a weight, for all other uses.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jlora import _compat
 from jlora._labels import RANK, aligned, dot, order, wider
 from jlora._leaf import LoRA, base, forms
 from jlora._leaf.fields import labels
@@ -44,7 +46,11 @@ def _new_and_old(leaf: LoRA) -> tuple[jax.Array, jax.Array]:
             rows = form.take(w, leaf.axes.index("i"))
             return order(rows, _in_rows(leaf), labels("b", leaf.axes)).astype(wide)
 
-        old = lax.stop_gradient(base.use(leaf.base, take))
+        def like() -> Any:
+            return _compat.explicit_sharding(leaf.b)
+
+        take_ = functools.partial(_compat.automatic, take, like)
+        old = lax.stop_gradient(base.use(leaf.base, take_))
     s, new = lax.stop_gradient(leaf.scale), leaf.b.astype(wide)
     s = lax.expand_dims(s, range(s.ndim, new.ndim)).astype(wide)
     return jnp.where(s == 1, new, s * new + (1 - s) * old), old
@@ -84,7 +90,15 @@ def dense(leaf: LoRA) -> jax.Array:
     """The merged table of a settled leaf: its own rows, and the base's."""
     form: Any = leaf.form
     new = order(leaf.b, labels("b", leaf.axes), _in_rows(leaf)).astype(leaf.dtype)
-    return form.put(base.array(leaf.base), new, leaf.axes.index("i"))
+    w = base.array(leaf.base)
+
+    def put(w: jax.Array, new: jax.Array) -> jax.Array:
+        return form.put(w, new, leaf.axes.index("i"))
+
+    def like() -> Any:
+        return jax.typeof(w).sharding
+
+    return _compat.automatic(put, like, w, new)
 
 
 def lookup(leaf: LoRA, gather: Any, y: Any) -> jax.Array:

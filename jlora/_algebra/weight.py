@@ -72,6 +72,20 @@ def magnitude(leaf: LoRA) -> jax.Array:
     array of the weight's size is formed: the second term is (Wᵀa)·b, and the third one
     bᵀ(aᵀa)b.  On the shards of a mesh it is the norm of the whole weight.
     """
+
+    def like() -> Any:
+        known = next((x for x in (leaf.m, leaf.gain) if x is not None), None)
+        if known is not None:
+            return _compat.explicit_sharding(known)
+        b, names = jax.typeof(leaf.b).sharding, labels("b", leaf.axes)
+        at = dict(zip(names, b.spec, strict=True))
+        spec = jax.sharding.PartitionSpec(*map(at.get, labels("m", leaf.axes)))
+        return jax.sharding.NamedSharding(b.mesh, spec)
+
+    return _compat.automatic(_magnitude, like, leaf)
+
+
+def _magnitude(leaf: LoRA) -> jax.Array:
     axes = leaf.axes
     ins = [k for k, c in enumerate(axes) if c == "i"]
     own, rest = labels("m", axes), [k for k, c in enumerate(axes) if c != "i"]

@@ -10,8 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jlora import _compat
 from jlora._adapter import Adapter
-from jlora._arithmetic.factors import check_size, kept
+from jlora._arithmetic.factors import check_size, kept, whole
 from jlora._init.make import make
 from jlora._init.matrices import Matrices
 from jlora._leaf import Full, base
@@ -127,7 +128,12 @@ def _leaf(
         spec, form=None, init=None, dora=None, lora_bias=None, rslora=None
     )
     m = Matrices.of(w, spec)
-    change = m.take(base.array(v)) - m.take(base.array(w))
+
+    def difference(v: jax.Array, w: jax.Array) -> jax.Array:
+        return m.take(v) - m.take(w)
+
+    arrays = base.array(v), base.array(w)
+    change = _compat.automatic(difference, lambda: whole(arrays[1]), *arrays)
     if not bool(jnp.isfinite(change).all()):  # LAPACK may not return from infinities
         raise ValueError(
             f"extract: {path!r} has NaN or infinities in one of both: expected finite "

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jlora import _compat
 from jlora._algebra.delta import scaled
 from jlora._algebra.rows import replaces
 from jlora._init.matrices import exact
@@ -62,6 +64,40 @@ def matrices(leaf: LoRA) -> tuple[jax.Array, jax.Array]:
     a, b = leaf.a.astype(wide), scaled(leaf, "b").astype(wide)
     a = a.reshape(*a.shape[:n], -1, a.shape[-1])
     return a, b.reshape(*b.shape[: n + 1], -1)
+
+
+def as_leaf(fn: Callable[..., LoRA], leaf: LoRA, *args: Any) -> LoRA:
+    """fn(*args), whose result has its fields sharded as those of this leaf are."""
+
+    def like() -> Any:
+        shapes = jax.eval_shape(fn, *jax.tree.map(_shape, args))
+        own: dict[str, Any] = {
+            name: jax.typeof(getattr(leaf, name)).sharding
+            for name in leaf.fields
+            if getattr(shapes, name) is not None
+        }
+        return dataclasses.replace(shapes, **own)
+
+    return _compat.automatic(fn, like, *args)
+
+
+def _shape(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def whole(x: jax.Array) -> jax.sharding.NamedSharding:
+    """The sharding on the mesh of x by which each device has all of an array."""
+    mesh = jax.typeof(x).sharding.mesh
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+
+def values(leaf: LoRA) -> jax.Array:
+    """The singular values of each delta, (*stack, r)."""
+
+    def like() -> Any:
+        return whole(leaf.a)
+
+    return _compat.automatic(lambda x: svd(*matrices(x))[1], like, leaf)
 
 
 def with_matrices(leaf: LoRA, a: jax.Array, b: jax.Array) -> LoRA:

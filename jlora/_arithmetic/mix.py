@@ -16,7 +16,7 @@ import numpy as np
 from jlora._adapter import Adapter
 from jlora._algebra.delta import delta, low_rank
 from jlora._algebra.rows import replaces
-from jlora._arithmetic.factors import MAGNITUDE, matrices, svd, with_matrices
+from jlora._arithmetic.factors import MAGNITUDE, as_leaf, matrices, svd, with_matrices
 from jlora._arithmetic.merging import MERGINGS
 from jlora._init.keys import path_key, typed
 from jlora._init.matrices import Matrices
@@ -125,18 +125,26 @@ def _mixed(
     majority: str,
 ) -> LoRA:
     """Low-rank leaves as one; compiled once for all that are alike."""
-    leaves = _alike(leaves)
-    if method == "cat":
-        new = _cat(leaves, weights)
-    elif method == "svd":
-        new = _svd(leaves, weights, rank)
-    else:
-        merge = functools.partial(
-            MERGINGS[method.removesuffix("_svd")], density=density, majority=majority
-        )
-        call = _merged_deltas if method.endswith("_svd") else _merged_factors
-        new = call(leaves, weights, merge, key, rank)
-    return dataclasses.replace(new, c=_output_bias(leaves, weights), dropout=None)
+
+    def one(leaves: Any, weights: Any, key: Any) -> LoRA:
+        leaves = _alike(leaves)
+        if method == "cat":
+            new = _cat(leaves, weights)
+        elif method == "svd":
+            new = _svd(leaves, weights, rank)
+        else:
+            merge = functools.partial(
+                MERGINGS[method.removesuffix("_svd")],
+                density=density,
+                majority=majority,
+            )
+            call = _merged_deltas if method.endswith("_svd") else _merged_factors
+            new = call(leaves, weights, merge, key, rank)
+        c = _output_bias(leaves, weights)
+        return dataclasses.replace(new, c=c, dropout=None)
+
+    first = next((x for x in leaves if x.c is not None), leaves[0])
+    return as_leaf(one, first, leaves, weights, key)
 
 
 def _weighted(leaf: LoRA, weight: jax.Array) -> LoRA:

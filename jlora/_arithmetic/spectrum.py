@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jlora._arithmetic.factors import low_rank_leaves, matrices, svd
+from jlora._arithmetic.factors import low_rank_leaves, values
 from jlora._plan.plan import table
 from jlora._printed import PrintedByPath
 
@@ -124,6 +124,4 @@ def spectrum(adapter: Any) -> Spectrum:
             "spectrum of traced factors: expected arrays with values, which a table "
             "shows. Call it outside of jit."
         )
-    return Spectrum(
-        {path: np.asarray(svd(*matrices(x))[1]) for path, x in leaves.items()}
-    )
+    return Spectrum({path: np.asarray(values(x)) for path, x in leaves.items()})

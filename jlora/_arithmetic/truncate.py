@@ -7,13 +7,16 @@ from typing import Any
 import jax
 
 from jlora._arithmetic.factors import (
+    as_leaf,
     check_size,
     kept,
     low_rank_leaves,
     matrices,
     svd,
+    values,
     with_matrices,
 )
+from jlora._leaf import LoRA
 from jlora._tree import by_path
 
 
@@ -59,10 +62,14 @@ def truncate(
     def leaf(path: str, x: Any) -> Any:
         if path not in changed:
             return x
-        u, s, vt = svd(*matrices(x))
         unit = x.a.shape[-1] // x.rank  # of a kernel's form, several columns
-        k = kept(s, None if rank is None else int(rank) * unit, energy)
-        k = min(-(-k // unit) * unit, s.shape[-1])
-        return with_matrices(x, u[..., :k], s[..., :k, None] * vt[..., :k, :])
+        k = kept(values(x), None if rank is None else int(rank) * unit, energy)
+
+        def smaller(x: LoRA) -> LoRA:
+            u, s, vt = svd(*matrices(x))
+            n = min(-(-k // unit) * unit, s.shape[-1])
+            return with_matrices(x, u[..., :n], s[..., :n, None] * vt[..., :n, :])
+
+        return as_leaf(smaller, x, x)
 
     return by_path.map_leaves(leaf, adapter, share=True)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jlora import _compat
 from jlora._algebra.delta import delta
 from jlora._algebra.weight import magnitude
 from jlora._init.eva import eva
@@ -200,9 +201,14 @@ def make(
     if place is None:
         made = maker.fields(*args)
     elif isinstance(w, jax.core.Tracer):  # its type has the explicit sharding
-        made = jax.tree.map(jax.sharding.reshard, maker.fields(*args), own)
+        made = _compat.automatic(maker.fields, lambda: own, *args)
+        made = jax.tree.map(jax.sharding.reshard, made, own)
     else:  # every device makes its own part; the numbers do not depend on the mesh
-        made = jax.jit(maker.fields, out_shardings=own)(*args)
+
+        def fields(*args: Any) -> dict[str, Any]:
+            return _compat.automatic(maker.fields, lambda: own, *args)
+
+        made = jax.jit(fields, out_shardings=own)(*args)
     return dataclasses.replace(leaf, **made)
 
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jlora import _compat
 from jlora._leaf import LoRA, Told, base
 from jlora._leaf.forms import Rows
 from jlora._tree import sharding
@@ -116,7 +117,10 @@ def make_rows(w: Any, indices: Sequence[int], dtype: Any) -> LoRA:
         rows = base.use(w, functools.partial(form.take, axis=0))
         return rows.astype(dtype), jnp.ones((), scale.dtype)
 
+    def placed(w: Any) -> tuple[jax.Array, jax.Array]:
+        return _compat.automatic(fields, lambda: (own.b, own.scale), w)
+
     if place is not None and not isinstance(w, jax.core.Tracer):
-        fields = jax.jit(fields, out_shardings=(own.b, own.scale))
-    rows, one = fields(w)
+        placed = jax.jit(placed, out_shardings=(own.b, own.scale))
+    rows, one = placed(w)
     return dataclasses.replace(leaf, b=rows, scale=one)
