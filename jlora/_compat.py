@@ -68,32 +68,6 @@ def explicit_only(
     return sharding if explicit else None
 
 
-def automatic(fn: Callable[..., Any], out: Callable[[], Any], *args: Any) -> Any:
-    """fn(*args), in which XLA chooses the shardings also on explicit axes of a mesh.
-
-    There a function has to say how each result is sharded, and decompositions take no
-    sharded operand at all.
-
-    Args:
-      fn: a function of arrays, which closes over none.
-      out: gives the NamedSharding of each result; called only on explicit axes.
-      *args: its arguments.
-    """
-    arrays = [x for x in jax.tree.leaves(args) if isinstance(x, jax.Array)]
-    found = next(filter(None, map(explicit_sharding, arrays)), None)
-    if found is None:
-        return fn(*args)
-    whole = jax.sharding.NamedSharding(found.mesh, jax.sharding.PartitionSpec())
-
-    def given(
-        sharding: Any,
-    ) -> Any:  # that of an array which is on no mesh says nothing
-        return sharding if explicit_only(sharding) else whole
-
-    own = jax.tree.map(given, out())
-    return jax.sharding.auto_axes(fn, out_sharding=own)(*args)
-
-
 def place(sharding: Any) -> Callable[[Any, Any], Any] | None:
     """The function that puts a traced array under this sharding.
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jlora import _compat
+from jlora._explicit import automatic
 from jlora._init.matrices import exact
 from jlora._leaf import LoRA, base, forms, is_adapted
 from jlora._leaf.fields import missing
@@ -178,7 +178,7 @@ def _pairwise(
         def like() -> Any:
             return tuple(jax.typeof(x).sharding for x in held[2:])
 
-        new = _compat.automatic(own, like, *held)
+        new = automatic(own, like, *held)
         both = zip("ab", new, strict=True)
         return grads | {k: _as(grads[k], x) for k, x in both}
 

@@ -44,9 +44,9 @@ def wrap(
 ) -> Any:
     """The params tree with adapted leaves at the planned paths (arXiv:2106.09685).
 
-    The base arrays are the objects that were passed, never copies, unless ``init`` is a
-    function that changes the base.  With the default ``init`` the delta starts at
-    exactly zero.
+    The base arrays are the objects that were passed, never copies, unless ``init``
+    changes the base, as "pissa" and "olora" do.  With the default ``init`` the delta
+    starts at exactly zero.
 
     Args:
       params: any pytree of arrays, or of ``jax.ShapeDtypeStruct``s; or a built model of

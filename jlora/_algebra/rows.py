@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora import _compat
+from jlora._explicit import automatic
 from jlora._labels import RANK, aligned, dot, order, wider
 from jlora._leaf import LoRA, base, forms
 from jlora._leaf.fields import labels
@@ -49,7 +50,7 @@ def _new_and_old(leaf: LoRA) -> tuple[jax.Array, jax.Array]:
         def like() -> Any:
             return _compat.explicit_sharding(leaf.b)
 
-        take_ = functools.partial(_compat.automatic, take, like)
+        take_ = functools.partial(automatic, take, like)
         old = lax.stop_gradient(base.use(leaf.base, take_))
     s, new = lax.stop_gradient(leaf.scale), leaf.b.astype(wide)
     s = lax.expand_dims(s, range(s.ndim, new.ndim)).astype(wide)
@@ -98,7 +99,7 @@ def dense(leaf: LoRA) -> jax.Array:
     def like() -> Any:
         return jax.typeof(w).sharding
 
-    return _compat.automatic(put, like, w, new)
+    return automatic(put, like, w, new)
 
 
 def lookup(leaf: LoRA, gather: Any, y: Any) -> jax.Array:

@@ -18,6 +18,7 @@ from jax import lax
 from jlora import _compat
 from jlora._algebra import rows
 from jlora._algebra.delta import delta, low_rank, scaled
+from jlora._explicit import automatic
 from jlora._labels import BLOCK, RANK, aligned, dot, order, wider
 from jlora._leaf import Full, LoRA, base, forms
 from jlora._leaf.fields import labels
@@ -82,7 +83,7 @@ def magnitude(leaf: LoRA) -> jax.Array:
         spec = jax.sharding.PartitionSpec(*map(at.get, labels("m", leaf.axes)))
         return jax.sharding.NamedSharding(b.mesh, spec)
 
-    return _compat.automatic(_magnitude, like, leaf)
+    return automatic(_magnitude, like, leaf)
 
 
 def _magnitude(leaf: LoRA) -> jax.Array:

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora import _compat
 from jlora._algebra.delta import scaled
 from jlora._algebra.rows import replaces
+from jlora._explicit import automatic
 from jlora._init.matrices import exact
 from jlora._leaf import LoRA, forms
 from jlora._leaf.fields import missing
@@ -78,7 +78,7 @@ def as_leaf(fn: Callable[..., LoRA], leaf: LoRA, *args: Any) -> LoRA:
         }
         return dataclasses.replace(shapes, **own)
 
-    return _compat.automatic(fn, like, *args)
+    return automatic(fn, like, *args)
 
 
 def _shape(x: Any) -> jax.ShapeDtypeStruct:
@@ -97,7 +97,7 @@ def values(leaf: LoRA) -> jax.Array:
     def like() -> Any:
         return whole(leaf.a)
 
-    return _compat.automatic(lambda x: svd(*matrices(x))[1], like, leaf)
+    return automatic(lambda x: svd(*matrices(x))[1], like, leaf)
 
 
 def with_matrices(leaf: LoRA, a: jax.Array, b: jax.Array) -> LoRA:

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jlora import _compat
 from jlora._algebra.delta import delta
 from jlora._algebra.weight import magnitude
+from jlora._explicit import automatic
 from jlora._init.eva import eva
 from jlora._init.kaiming import kaiming
 from jlora._init.keys import path_key, typed
@@ -201,12 +201,12 @@ def make(
     if place is None:
         made = maker.fields(*args)
     elif isinstance(w, jax.core.Tracer):  # its type has the explicit sharding
-        made = _compat.automatic(maker.fields, lambda: own, *args)
+        made = automatic(maker.fields, lambda: own, *args)
         made = jax.tree.map(jax.sharding.reshard, made, own)
     else:  # every device makes its own part; the numbers do not depend on the mesh
 
         def fields(*args: Any) -> dict[str, Any]:
-            return _compat.automatic(maker.fields, lambda: own, *args)
+            return automatic(maker.fields, lambda: own, *args)
 
         made = jax.jit(fields, out_shardings=own)(*args)
     return dataclasses.replace(leaf, **made)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora import _compat
+from jlora._explicit import automatic
 from jlora._leaf import LoRA, Told, base
 from jlora._leaf.forms import Rows
 from jlora._tree import sharding
@@ -118,7 +118,7 @@ def make_rows(w: Any, indices: Sequence[int], dtype: Any) -> LoRA:
         return rows.astype(dtype), jnp.ones((), scale.dtype)
 
     def placed(w: Any) -> tuple[jax.Array, jax.Array]:
-        return _compat.automatic(fields, lambda: (own.b, own.scale), w)
+        return automatic(fields, lambda: (own.b, own.scale), w)
 
     if place is not None and not isinstance(w, jax.core.Tracer):
         placed = jax.jit(placed, out_shardings=(own.b, own.scale))
