@@ -51,7 +51,7 @@ class _NotAnArray:
 
         own: Any = self
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(own)}
-        empty = {k for k, v in values.items() if v is None or isinstance(v, Told)}
+        empty = {k for k, v in values.items() if v is None or isinstance(v, Note)}
         return repr_lib.render_object_constructor(
             object_type=type(self),
             attributes={k: v for k, v in values.items() if k not in empty},
