@@ -63,7 +63,7 @@ def truncate(
         if path not in changed:
             return x
         unit = x.a.shape[-1] // x.rank  # of a kernel's form, several columns
-        k = kept(values(x), None if rank is None else int(rank) * unit, energy)
+        k = kept(values(x), None, energy) if rank is None else int(rank) * unit
 
         def smaller(x: LoRA) -> LoRA:
             u, s, vt = svd(*matrices(x))

@@ -135,6 +135,17 @@ def _maker(init: Initialiser, spec: Spec, dtype: Any) -> _Maker:
     return _Maker(make_fields, jax.jit(make_fields).eval_shape)
 
 
+@functools.lru_cache(maxsize=1024)
+def _placed(fields: Callable[..., Any], own: tuple[tuple[str, Any], ...]) -> Any:
+    """The function that gives the fields under these shardings, compiled once."""
+    out = dict(own)
+
+    def placed(*args: Any) -> Any:
+        return automatic(fields, lambda: out, *args)
+
+    return jax.jit(placed, out_shardings=out)
+
+
 def make(
     w: Any,
     path: str,
@@ -165,11 +176,11 @@ def make(
     if sharding.is_split(place) and hasattr(start, "on_mesh"):
         start = start.on_mesh()
     # One that knows the path holds arrays of its own, which no cache should keep.
-    own = hasattr(start, "at")
-    start = getattr(start, "at")(path) if own else start  # noqa: B009
+    holds = hasattr(start, "at")
+    start = getattr(start, "at")(path) if holds else start  # noqa: B009
     # Leaves that differ only in the path of their bias share one trace.
     alike = dataclasses.replace(spec.resolved(), bias=None, told="", init=None)
-    maker = (_maker.__wrapped__ if own else _maker)(start, alike, jnp.dtype(dtype))
+    maker = (_maker.__wrapped__ if holds else _maker)(start, alike, jnp.dtype(dtype))
     try:
         shapes = maker.shapes(jax.ShapeDtypeStruct((), key.dtype), base.abstract(w))
     except Misfit as e:
@@ -204,11 +215,8 @@ def make(
         made = automatic(maker.fields, lambda: own, *args)
         made = jax.tree.map(jax.sharding.reshard, made, own)
     else:  # every device makes its own part; the numbers do not depend on the mesh
-
-        def fields(*args: Any) -> dict[str, Any]:
-            return automatic(maker.fields, lambda: own, *args)
-
-        made = jax.jit(fields, out_shardings=own)(*args)
+        placing = _placed.__wrapped__ if holds else _placed
+        made = placing(maker.fields, tuple(own.items()))(*args)
     return dataclasses.replace(leaf, **made)
 
 
