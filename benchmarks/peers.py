@@ -384,11 +384,11 @@ def judged(costs: dict[str, Cost], own: float) -> list[str]:
             ("FLOPs of DoRA, of LoRA's", dora.flops / ours.flops, 1.01),
         ]
     if qwix := costs.get("qwix"):
-        # The first factors of weights that read one activation lie side by side: 3 MB
-        # of the 4 GB on a GPU, which elsewhere fit into what is free at that time.
+        # An H200 needed 1.0011 of it, 4 MB of 4 GB more; why is not found.
+        most = 1.0 if floor.flops else 1.002
         claims += [
             ("bytes accessed, of qwix's", ours.bytes / qwix.bytes, 1.0),
-            ("temporary memory, of qwix's", ours.temporary / qwix.temporary, 1.002),
+            ("temporary memory, of qwix's", ours.temporary / qwix.temporary, most),
         ]
     if ours.seconds:
         time_of = {name: median(cost) for name, cost in costs.items()}

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jlora._algebra.rows import replaces
 from jlora._algebra.weight import dense
 from jlora._leaf import Adapted, Full, LoRA, base, fields, is_adapted
-from jlora._leaf.fields import missing
+from jlora._leaf.fields import lacking, missing
 from jlora._tree import by_path, output_bias, paths, sharding
 from jlora._tree.trace import is_array
 from jlora._tree.variables import refuse_layers
@@ -263,7 +263,7 @@ def _fitting(what: str, params: Any, adapter: Adapter) -> None:
                 f"paths: {paths.near(path, leaves)}.{_renaming(adapter, leaves)}"
             )
         y = leaves[path]
-        if lacks := [name for name in missing(x) if name != "w"]:
+        if lacks := lacking(x):
             raise ValueError(
                 f"{what}: {path!r} of the adapter lacks {', '.join(lacks)}: expected "
                 "a whole adapter; if it is half of a partition, combine it first."

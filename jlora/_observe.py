@@ -16,7 +16,7 @@ from jlora._leaf import LoRA
 from jlora._leaf.forms import Probe
 from jlora._leaf.node import register
 from jlora._lift.lift import lift
-from jlora._plan.plan import Plan, table
+from jlora._plan.plan import Plan, check, table
 from jlora._printed import PrintedByPath
 from jlora._tree import by_path, paths
 from jlora._tree.variables import opened
@@ -114,12 +114,7 @@ def observe(
       [[10.0, 0.0], [0.0, 0.0]]
     """
     leaves = by_path.arrays(opened(params))
-    for path in plan:
-        if path not in leaves:
-            raise ValueError(
-                f"observe: the plan is of another tree: it has {path!r}, params has "
-                f"{paths.near(path, leaves)}."
-            )
+    check(plan, leaves, "observe")
     planned = {p: s for p, s in plan.items() if s.kind != "embed"}
     if not planned:
         raise ValueError(

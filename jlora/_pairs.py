@@ -19,7 +19,7 @@ import optax
 from jlora._explicit import automatic
 from jlora._init.matrices import exact
 from jlora._leaf import LoRA, base, forms, is_adapted
-from jlora._leaf.fields import missing
+from jlora._leaf.fields import lacking
 from jlora._tree import boxes, by_path, paths
 
 
@@ -221,7 +221,7 @@ def _known(what: str, tree: Any) -> dict[str, Known]:
     """What is known of the pairs of an adapted tree, by path."""
     found = {paths.path_of(keys): x for keys, x in boxes.adapted(tree)}
     for path, x in found.items():
-        if lacks := [name for name in missing(x) if name != "w"]:
+        if lacks := lacking(x):
             raise ValueError(
                 f"{what}: {path!r} lacks {', '.join(lacks)}: it is half of a "
                 "partition; expected the whole tree, jlora.combine(trainable, frozen)."

@@ -15,10 +15,10 @@ from jlora._init.make import Initialiser, initialiser, make
 from jlora._init.rows import chosen, make_rows
 from jlora._leaf import Full, base
 from jlora._plan.from_tree import from_tree
-from jlora._plan.plan import Plan
+from jlora._plan.plan import Plan, check
 from jlora._plan.select import Wanted
 from jlora._plan.spec import RANK, Rule, Spec, check_rank
-from jlora._tree import by_path, paths, sharding
+from jlora._tree import by_path, sharding
 from jlora._tree.patterns import Pattern, as_patterns, check_matched, matches
 from jlora._tree.variables import opened, refuse_layers
 
@@ -247,24 +247,7 @@ def _checked_plan(
     rules: Any,
 ) -> Plan:
     """The plan with this rank and alpha; raises if it was made for another tree."""
-    if targets is not None or exclude or rules:
-        raise ValueError(
-            "targets, exclude and rules are passed to jlora.plan(...), which decides "
-            "them: expected none beside plan=."
-        )
-    for path in plan:
-        if path not in leaves:
-            raise ValueError(
-                f"the plan is of another tree: it has {path!r}, params has "
-                f"{paths.near(path, leaves)}. Pass wrap the same tree as plan "
-                "(model.apply takes {'params': params}: wrap that too)."
-            )
-        if (found := tuple(leaves[path].shape)) != plan.shapes[path]:
-            raise ValueError(
-                f"the plan is of another tree: {path!r} has shape "
-                f"{plan.shapes[path]} in the plan and {found} in params. Plan the tree "
-                "that is wrapped."
-            )
+    check(plan, leaves, "wrap", targets, exclude, rules)
     said = {"rank": rank, "alpha": alpha}
     for name, value in said.items():
         planned = {getattr(s, name) for s in plan.values()}

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from helpers import close, normal, randomise
+from helpers import close, normal, randomise, same
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jlora
+import jlora.checkpoint
 from jlora._arithmetic.mix import METHODS
 
 W, X = normal(8, 12), normal(4, 8, seed=1)
@@ -112,6 +113,15 @@ def test_truncate_spectrum_and_extract(placed):
     found = jlora.extract({"w": placed}, jlora.merge(tree), 2, targets="w")
     assert same_place(found["w"].a, placed, 0) and same_place(found["w"].b, placed, 1)
     close(on_host(jlora.merge(jlora.attach({"w": placed}, found))), jlora.merge(tree))
+
+
+def test_a_checkpoint_of_a_changed_base(placed, tmp_path):
+    tree = wrapped(placed, init="pissa")
+    jlora.checkpoint.save(tmp_path / "saved", tree)
+    back = jlora.checkpoint.restore(tmp_path / "saved", jlora.unwrap(tree))
+    same(on_host(jlora.merge(back)), on_host(jlora.merge(tree)))
+    with pytest.raises(ValueError, match="'w' was trained on what 'pissa"):
+        jlora.checkpoint.restore(tmp_path / "saved", {"w": placed})
 
 
 @pytest.mark.parametrize("make", [jlora.riemannian, jlora.lora_fa])

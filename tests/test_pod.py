@@ -29,7 +29,7 @@ import jlora
 import jlora.checkpoint
 
 SCRIPT = pathlib.Path(__file__).parents[1] / "examples" / "pod" / "train.py"
-KILLS = int(os.environ.get("JLORA_KILLS", "3"))
+KILLS = int(os.environ.get("JLORA_KILLS", "4"))
 # Which of two processes are killed while they save, one attempt after another.
 VICTIMS = [[1]] if KILLS < 50 else [[1], [0], [0, 1]]
 SMALL = ["--steps", "8", "--every", "2", "--length", "32"]

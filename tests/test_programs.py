@@ -20,7 +20,7 @@ from programs import FAMILIES, programs
 
 import jlora
 
-EXAMPLES = int(os.environ.get("JLORA_EXAMPLES", 64))
+EXAMPLES = int(os.environ.get("JLORA_EXAMPLES", 100))
 
 
 def check(program, eager, coded):

@@ -19,6 +19,7 @@ from jlora._explicit import automatic
 from jlora._labels import RANK, aligned, dot, order, wider
 from jlora._leaf import LoRA, base, forms
 from jlora._leaf.fields import labels
+from jlora._leaf.forms import Misfit
 
 
 def replaces(leaf: Any) -> bool:
@@ -61,16 +62,16 @@ def settled(leaf: LoRA) -> LoRA:
     """The leaf with the rows as they are used, and a scale of one.
 
     Raises:
-      ValueError: the table has another shape than the rows were made for, as on the
+      Misfit: the table has another shape than the rows were made for, as on the
         shards of a mesh.
     """
     form: Any = leaf.form
     whole = form.weight_shape(leaf.a, leaf.b, leaf.axes)
     if base.shaped(leaf.w) and tuple(leaf.w.shape) != whole:
-        raise ValueError(
-            f"rows {form.indices[:3]} train in a table of shape {whole}, found one of "
-            f"shape {tuple(leaf.w.shape)}: in a jax.shard_map of your own the table "
-            "has to be whole. Give it the spec P(), or shard it outside, by jit."
+        raise Misfit(
+            f"rows of it train in a table of shape {whole}, found one of shape "
+            f"{tuple(leaf.w.shape)}: in a jax.shard_map of your own the table has to "
+            "be whole. Give it the spec P(), or shard it outside, by jit."
         )
     new, _ = _new_and_old(leaf)
     return dataclasses.replace(leaf, b=new, scale=jnp.ones_like(leaf.scale))

@@ -109,8 +109,8 @@ def _magnitude(leaf: LoRA) -> jax.Array:
     total = against_b(order(ab, l_ab, ranks(lb, BLOCK)))
     if not base.is_zero(leaf.w):
 
-        def squares(w: jax.Array) -> jax.Array:
-            return order(_squares(w, tuple(ins), wide), rest, own)
+        def powers(w: jax.Array) -> jax.Array:
+            return order(squares(w, tuple(ins), wide), rest, own)
 
         def products(w: jax.Array, a: jax.Array) -> jax.Array:
             # a is rounded to w's dtype, and not w widened, which would be a copy.  The
@@ -120,7 +120,7 @@ def _magnitude(leaf: LoRA) -> jax.Array:
             return order(aw, lw, lb)
 
         cross = against_b(base.use(leaf.base, products, a))
-        total = base.use(leaf.base, squares) + 2 * cross + total
+        total = base.use(leaf.base, powers) + 2 * cross + total
     # On shards that split in axes, each device has a part of the sum; b is not split.
     split = _compat.varying(total) - _compat.varying(leaf.b)
     total = lax.psum(total, tuple(split)) if split else total
@@ -128,7 +128,7 @@ def _magnitude(leaf: LoRA) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _squares(w: jax.Array, axes: tuple[int, ...], dtype: Any) -> jax.Array:
+def squares(w: jax.Array, axes: tuple[int, ...], dtype: Any) -> jax.Array:
     """The sum of squares over some axes; one kernel, also where nothing else is."""
     return jnp.sum(lax.square(w.astype(dtype)), axes)
 

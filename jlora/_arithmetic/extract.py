@@ -17,7 +17,7 @@ from jlora._init.make import make
 from jlora._init.matrices import Matrices
 from jlora._leaf import Full, base
 from jlora._plan.from_tree import from_tree
-from jlora._plan.plan import Plan, listed
+from jlora._plan.plan import Plan, check, listed
 from jlora._plan.select import Wanted
 from jlora._plan.spec import RANK, Rule, Spec
 from jlora._tree import by_path, paths
@@ -77,12 +77,8 @@ def extract(
     if plan is None:
         asked = Wanted.of(RANK, None, targets, exclude, rules)
         plan = from_tree(module, old, asked)
-    elif targets is not None or exclude or rules:
-        raise ValueError(
-            "extract: targets, exclude and rules are passed to jlora.plan(...), which "
-            "decides them: expected none beside plan=."
-        )
-    _check_plan(plan, old)
+    else:
+        check(plan, old, "extract", targets, exclude, rules)
     whole = as_patterns(train)
     check_matched("train", whole, list(old.items()))
     out: Adapter = {}
@@ -182,15 +178,4 @@ def _check_same(old: dict[str, Any], new: dict[str, Any]) -> None:
             raise ValueError(
                 f"extract: {path!r} has shape {tuple(old[path].shape)} in params and "
                 f"{tuple(new[path].shape)} in tuned: expected two trees of one model."
-            )
-
-
-def _check_plan(plan: Plan, leaves: dict[str, Any]) -> None:
-    """Raises for a plan of another tree."""
-    for path in plan:
-        shape = plan.shapes[path]
-        if path not in leaves or shape != tuple(leaves[path].shape):
-            raise ValueError(
-                f"extract: the plan is of another tree: {path!r} is not in params with "
-                f"the shape {shape}; near paths: {paths.near(path, leaves)}."
             )

@@ -15,7 +15,7 @@ from jlora._algebra.rows import replaces
 from jlora._explicit import automatic
 from jlora._init.matrices import exact
 from jlora._leaf import LoRA, forms
-from jlora._leaf.fields import missing
+from jlora._leaf.fields import lacking
 from jlora._tree import by_path
 
 
@@ -33,7 +33,7 @@ def low_rank_leaves(tree: Any, what: str) -> dict[str, LoRA]:
         if isinstance(x, LoRA) and not replaces(x)
     }
     for path, x in found.items():
-        if lacks := [name for name in missing(x) if name != "w"]:
+        if lacks := lacking(x):
             raise ValueError(
                 f"{what}: {path!r} lacks {', '.join(lacks)}: expected a whole adapter; "
                 "if it is half of a partition, combine it first."

@@ -21,7 +21,7 @@ from jlora._arithmetic.merging import MERGINGS
 from jlora._init.keys import path_key, typed
 from jlora._init.matrices import Matrices
 from jlora._leaf import Full, LoRA, Note, base, forms, is_adapted
-from jlora._leaf.fields import missing
+from jlora._leaf.fields import lacking
 from jlora._leaf.forms import NotFactored
 from jlora._tree import paths
 
@@ -94,6 +94,8 @@ def mix(
     _check(adapters, weights, method, rank, density, majority)
     # float32, or float64 under jax_enable_x64.
     key, ws = typed(key), [jnp.asarray(w, jnp.result_type(float)) for w in weights]
+    # What an initialiser moved is taken out again by weights that sum up to zero.
+    original = not _traced(ws) and abs(float(sum(ws))) < 1e-6
 
     def leaf(path: str) -> Any:
         leaves: list[Any] = [adapter[path] for adapter in adapters]
@@ -103,8 +105,6 @@ def mix(
             return _rows(path, leaves, ws)
         own = path_key(key, path)
         new = _mixed(leaves, ws, own, method, rank, density, majority)
-        # What an initialiser moved is taken out again by weights that sum up to zero.
-        original = not _traced(ws) and abs(float(sum(ws))) < 1e-6
         moved = Note("" if original else leaves[0].moved)
         return dataclasses.replace(new, told=leaves[0].told, moved=moved)
 
@@ -399,7 +399,7 @@ def _differ(x: Any, y: Any, method: str) -> str | None:
     if x.axes != y.axes:
         return f"has the roles {x.axes!r} and {y.axes!r}"
     for leaf in (x, y):
-        if lacks := [name for name in missing(leaf) if name != "w"]:
+        if lacks := lacking(leaf):
             return f"lacks {', '.join(lacks)}: it is half of a partition"
     if x.form != y.form:
         differ = f"has the forms {x.form} and {y.form}"

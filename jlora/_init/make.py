@@ -206,7 +206,7 @@ def make(
             for name, x in shapes.items()
         }
         return dataclasses.replace(leaf, **made)
-    if hasattr(start, "reads_base"):
+    if "w" in shapes:
         _require_finite(path, start, w)
     args = path_key(key, path), w
     if place is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +60,6 @@ class _Pissa:
     """The initialiser that `pissa` gives; it is equal to others with the same niter."""
 
     niter: int | None
-    reads_base: ClassVar = True
 
     def __repr__(self) -> str:
         return "pissa" if self.niter is None else f"pissa_niter_{self.niter}"
@@ -168,6 +167,3 @@ def olora(key: jax.Array, w: Any, spec: Spec) -> tuple[Any, jax.Array, jax.Array
         return exact(m, q), q.T
 
     return moved(w, spec, split)
-
-
-olora.reads_base = True  # type: ignore[attr-defined]

@@ -135,6 +135,11 @@ def missing(leaf: Any) -> list[str]:
     return [name for name in names if absent[name]]
 
 
+def lacking(leaf: Any) -> list[str]:
+    """The required fields besides the base that are None, as in half of a partition."""
+    return [name for name in missing(leaf) if name != "w"]
+
+
 def bare(leaf: Any) -> Any:
     """The leaf as it is in an adapter: without its base and the fields not kept."""
     table: Mapping[str, Field] = leaf.fields

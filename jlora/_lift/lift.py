@@ -20,6 +20,7 @@ from jlora import _compat
 from jlora._algebra.weight import dense, settled, unsettled
 from jlora._leaf import LoRA, base, is_adapted, is_leaf
 from jlora._leaf.fields import missing, stored
+from jlora._leaf.forms import Misfit
 from jlora._lift import control as control  # importing it registers the rules
 from jlora._lift.evaluate import Evaluation, Tracked
 from jlora._lift.report import Report, report
@@ -65,7 +66,12 @@ def _settled(leaves: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
 
 def _value(path: str, x: Any, at: int) -> Any:
     """The value of a leaf in the evaluation; a base without an adapter is its array."""
-    return Tracked(settled(x), (path,), at=at) if is_adapted(x) else base.array(x)
+    if not is_adapted(x):
+        return base.array(x)
+    try:
+        return Tracked(settled(x), (path,), at=at)
+    except Misfit as e:
+        raise ValueError(f"{path!r}: {e}") from None
 
 
 def _lifted(

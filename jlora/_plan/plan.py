@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from jlora._plan.spec import Spec
 from jlora._printed import Printed
@@ -66,6 +67,44 @@ class Plan(Printed, Mapping[str, Spec]):
             lines.append("skipped:")
             lines += [f"  {path}: {why}" for path, why in self.skipped.items()]
         return "\n".join(lines)
+
+
+def check(
+    plan: Plan,
+    leaves: Mapping[str, Any],
+    what: str,
+    targets: Any = None,
+    exclude: Any = (),
+    rules: Any = (),
+) -> None:
+    """Raises for a plan of another tree, or for what a plan has decided already.
+
+    Args:
+      plan: a plan that the user passed.
+      leaves: the arrays of the tree that it is to be used on, by path.
+      what: the function that it was passed to.
+      targets: what else the user passed; as in `jlora.plan`.
+      exclude: likewise.
+      rules: likewise.
+    """
+    if targets is not None or exclude or rules:
+        raise ValueError(
+            f"{what}: targets, exclude and rules are passed to jlora.plan(...), which "
+            "decides them: expected none beside plan=."
+        )
+    for path in plan:
+        if path not in leaves:
+            raise ValueError(
+                f"{what}: the plan is of another tree: it has {path!r}, params has "
+                f"{paths.near(path, leaves)}. Pass {what} the same tree as plan "
+                "(model.apply takes {'params': params}: pass that here, too)."
+            )
+        if (found := tuple(leaves[path].shape)) != plan.shapes[path]:
+            raise ValueError(
+                f"{what}: the plan is of another tree: {path!r} has shape "
+                f"{plan.shapes[path]} in the plan and {found} in params. Plan the tree "
+                "that it is used on."
+            )
 
 
 _SHOWN = 4  # of the paths in a line below a table

@@ -9,6 +9,7 @@ its PRNG keys; and a checksum of the document itself.
 from __future__ import annotations
 
 import json
+import math
 import zlib
 from collections.abc import Iterable
 from typing import Any
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
+from jlora._algebra.weight import squares
 from jlora._leaf import Adapted, Full, LoRA, base, forms, is_adapted
 from jlora._leaf.leaf import STATIC
 from jlora._leaf.leaf import document as static_document
@@ -71,7 +73,8 @@ def entry(leaf: Adapted, w: Any) -> dict[str, Any]:
 
 def _norm(w: Any) -> float:
     """‖W‖ of a base, in float32; in all processes the same."""
-    return float(jnp.linalg.norm(base.array(w).astype(jnp.float32).ravel()))
+    x = base.array(w)
+    return math.sqrt(float(squares(x, tuple(range(x.ndim)), jnp.float32)))
 
 
 def require_left(said: dict[str, Any], path: str, w: Any, where: Any) -> None:
