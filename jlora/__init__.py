@@ -8,8 +8,8 @@
 
 ``jlora.initializers`` is imported with it.  Import the submodules ``jlora.linen`` and
 ``jlora.nnx`` (Flax layers that have an adapter of their own), ``jlora.loralib``
-(PyTorch's loralib: its files and layers), ``jlora.schedules`` (for `fade`) and
-``jlora.checkpoint`` by their names.
+(PyTorch's loralib: its files and layers), ``jlora.peft`` (files of Hugging Face's
+PEFT), ``jlora.schedules`` (for `fade`) and ``jlora.checkpoint`` by their names.
 
 The words.  An *adapted leaf* stands in a params tree where an array stood.  Its *base*
 is that array, frozen; its *factors* are a and b.  Each axis of a weight has a *role*:
@@ -34,7 +34,7 @@ The house.  Each part imports only from the parts above it in this list:
 * `_observe` (observe, redistribute: what enters each weight).
 * `_arithmetic`: adapters as values: mix, truncate, extract, and their spectra.
 * `checkpoint`; `linen`, `nnx`; `loralib`, with `_torch_file`, its reader of torch's
-  files.
+  files; `peft`.
 
 Where a new thing goes:
 
@@ -50,6 +50,8 @@ Where a new thing goes:
   materialises the weight, with a warning;
 * **what a checkpoint holds**: a field of the leaf is stored by its line in
   `_leaf.fields`; anything else goes to `checkpoint.document`;
+* **a kind of layer that peft adapts**: in `peft.modules`, how it lies in the file;
+  **a server's rule**: a line in `peft.servers`;
 * **a framework's modules**: the roles that its classes give go to `_plan.from_layers`,
   which `wrap` asks if it gets no plan; what its trees need to a new file of `_tree`
   beside `boxes`; layers of our own to a file like `linen`;

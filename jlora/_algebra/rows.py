@@ -27,6 +27,11 @@ def replaces(leaf: Any) -> bool:
     return isinstance(leaf, LoRA) and forms.of(leaf.form).replaces
 
 
+def rows_of(leaf: Any) -> tuple[int, ...]:
+    """The indices of the rows that a leaf replaces."""
+    return tuple(forms.of(leaf.form).indices)
+
+
 def _in_rows(leaf: LoRA) -> list[int]:
     """The labels of the table's axes, with RANK where its rows are."""
     return [RANK if role == "i" else k for k, role in enumerate(leaf.axes)]

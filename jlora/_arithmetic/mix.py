@@ -105,8 +105,12 @@ def mix(
             return _rows(path, leaves, ws)
         own = path_key(key, path)
         new = _mixed(leaves, ws, own, method, rank, density, majority)
-        moved = Note("" if original else leaves[0].moved)
-        return dataclasses.replace(new, told=leaves[0].told, moved=moved)
+        notes = {
+            "told": leaves[0].told,
+            "moved": Note("" if original else leaves[0].moved),
+            "layer": leaves[0].layer,
+        }
+        return dataclasses.replace(new, **notes)
 
     return {path: leaf(path) for path in adapters[0]}
 

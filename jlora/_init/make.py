@@ -179,7 +179,9 @@ def make(
     holds = hasattr(start, "at")
     start = getattr(start, "at")(path) if holds else start  # noqa: B009
     # Leaves that differ only in the path of their bias share one trace.
-    alike = dataclasses.replace(spec.resolved(), bias=None, told="", init=None)
+    alike = dataclasses.replace(
+        spec.resolved(), bias=None, told="", init=None, groups=1, tied=False
+    )
     maker = (_maker.__wrapped__ if holds else _maker)(start, alike, jnp.dtype(dtype))
     try:
         shapes = maker.shapes(jax.ShapeDtypeStruct((), key.dtype), base.abstract(w))
@@ -197,6 +199,7 @@ def make(
         bias_path=None if spec.bias is None else paths.relative(spec.bias, path),
         told=Told("embedding" if spec.told and spec.kind == "embed" else spec.told),
         moved=Note(getattr(start, "__name__", repr(start)) if "w" in shapes else ""),
+        layer=Note(spec.layer),
     )
     placed = sharding.of_fields(leaf, place)
     own = {name: getattr(placed, name) for name in shapes}

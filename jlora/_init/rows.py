@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora._explicit import automatic
-from jlora._leaf import LoRA, Told, base
+from jlora._leaf import LoRA, Note, Told, base
 from jlora._leaf.forms import Rows
 from jlora._tree import sharding
 from jlora._tree.patterns import check_matched, matches
@@ -103,7 +103,9 @@ def make_rows(w: Any, indices: Sequence[int], dtype: Any) -> LoRA:
     b = jax.ShapeDtypeStruct(form.shapes(tuple(w.shape), axes, 0)[1], dtype)
     scale = jax.ShapeDtypeStruct((), jax.dtypes.canonicalize_dtype(wide))
     told = Told("embedding")
-    leaf = LoRA(w, None, b, scale, roles=axes, form=form, told=told)
+    leaf = LoRA(
+        w, None, b, scale, roles=axes, form=form, told=told, layer=Note("embed")
+    )
     place = sharding.of_array(w)
     own = sharding.of_fields(leaf, place)
     if base.is_abstract(w):

@@ -52,6 +52,7 @@ class Form(abc.ABC):
       plain: whether it is a pair of factors, for which the algebra is written.
       exact: whether products with a are computed in float32 at least.
       groups: the groups of the convolution that it is for; None for any number.
+      indices: the rows of the weight that b replaces; none if it adds.
     """
 
     plain: ClassVar[bool] = False
@@ -62,6 +63,7 @@ class Form(abc.ABC):
     replaces: ClassVar[bool] = False
     implicit: ClassVar[frozenset[str]] = frozenset()
     groups: int | None = None
+    indices: tuple[int, ...] = ()
 
     @abc.abstractmethod
     def shapes(self, shape: Shape, axes: str, rank: int) -> tuple[Shape, Shape]:
@@ -397,8 +399,8 @@ class Rows(Form):
       size: the number of rows that the table has.
     """
 
-    indices: tuple[int, ...]
-    size: int
+    indices: tuple[int, ...] = ()
+    size: int = 0
 
     turns = True
     replaces = True

@@ -143,6 +143,9 @@ class LoRA(_NotAnArray):
         the use.
       moved: static; the initialiser that moved a part of the base into the factors, so
         that they fit what is left alone; else empty.
+      layer: static; the layer that the weight is of: "dense", "embed" or "conv";
+        "conv/4" for a convolution of four groups, "embed/tied" for an embedding that is
+        the head, too.  It is empty if nothing told.
 
     Example:
       >>> import jax.numpy as jnp
@@ -164,6 +167,7 @@ class LoRA(_NotAnArray):
     bias_path: str | None = None
     told: Told = Told()
     moved: Note = Note()
+    layer: Note = Note()
 
     fields: ClassVar = LORA
 
@@ -256,7 +260,8 @@ class Full(_NotAnArray):
 Adapted = LoRA | Full
 
 
-STATIC = "roles", "form", "bias_path", "told", "moved"
+STATIC = "roles", "form", "bias_path", "told", "moved", "layer"
+_NOTES = "told", "moved", "layer"
 
 
 def document(static: Mapping[str, Any]) -> dict[str, Any]:
@@ -264,7 +269,7 @@ def document(static: Mapping[str, Any]) -> dict[str, Any]:
     said = {"roles": static["roles"], **forms.document(static["form"])}
     if static["bias_path"] is not None:
         said["bias"] = static["bias_path"]
-    notes = {name: str(static[name]) for name in ("told", "moved") if static[name]}
+    notes = {name: str(static[name]) for name in _NOTES if static[name]}
     return said | notes
 
 
@@ -276,6 +281,7 @@ def from_document(said: Mapping[str, Any]) -> dict[str, Any]:
         "bias_path": said.get("bias"),
         "told": Told(said.get("told", "")),
         "moved": Note(said.get("moved", "")),
+        "layer": Note(said.get("layer", "")),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -89,7 +90,12 @@ def plan(
             return axes
         if not wanted.named(path, x) and (doubt := _doubt(uses)):
             return doubt
-        return Spec.of(kind, axes, bias=_bias(path, seen, leaves))
+        spec = Spec.of(kind, axes, bias=_bias(path, seen, leaves))
+        return dataclasses.replace(
+            spec,
+            groups=max(use.groups for use in uses),
+            tied=kind == "embed" and any(u.primitive == "dot_general" for u in uses),
+        )
 
     return select(leaves, candidate, _IDLE, by_path.others(params), wanted)
 

@@ -33,6 +33,7 @@ class Use:
         before this use, such as the maximum of a clip.
       mixed: the paths of the arrays of its own shape that the weight was multiplied by
         before this use.  Any of them may be the weight, and the others its mask.
+      groups: a convolution's number of groups.
     """
 
     primitive: str
@@ -40,6 +41,7 @@ class Use:
     rows: Use | None = None
     through: str | None = None
     mixed: tuple[str, ...] = ()
+    groups: int = 1
 
     def resolved(self) -> Use:
         """The use of the rows if they were matrices: the weight is a stack of them."""

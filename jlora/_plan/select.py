@@ -91,7 +91,8 @@ class Wanted:
                 "expected these, or b for an axis that comes out (o)."
             )
         told = "rule" if found.told else ""
-        return Spec.of(found.kind, rule.axes, bias=found.bias, told=told)
+        own = Spec.of(found.kind, rule.axes, bias=found.bias, told=told)
+        return dataclasses.replace(own, groups=found.groups, tied=found.tied)
 
     def spec(self, path: str, x: Any, found: Spec) -> Spec:
         """The spec of a weight, with the rank, alpha and form that it is to have."""

@@ -95,6 +95,8 @@ class Spec:
       lora_bias: as in `Rule`.
       told: what told the roles, if no use of the weight was seen: "class", "name or
         shape", or "rule"; else empty.
+      groups: a convolution's number of groups, as far as it was seen.
+      tied: whether an embedding was seen in a product, too, as a tied head is.
     """
 
     kind: str
@@ -110,6 +112,8 @@ class Spec:
     init: Any = None
     rslora: bool | None = None
     dora: bool | None = None
+    groups: int = 1
+    tied: bool = False
 
     @classmethod
     def of(
@@ -166,6 +170,13 @@ class Spec:
         if self.init is not None:
             words.append(getattr(self.init, "__name__", str(self.init)))
         return ", ".join(words)
+
+    @property
+    def layer(self) -> str:
+        """The kind of its layer, as `LoRA` has it: "dense", "conv/4", "embed/tied"."""
+        if self.tied:
+            return f"{self.kind}/tied"
+        return f"{self.kind}/{self.groups}" if self.groups > 1 else self.kind
 
     @property
     def axes(self) -> str:

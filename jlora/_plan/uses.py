@@ -43,7 +43,8 @@ def _conv(walk: Walk, eqn: Any, infos: list[Any]) -> list[Any] | None:
     out, *convolved = eqn.params["dimension_numbers"].rhs_spec
     roles = dict.fromkeys(convolved, "i") | {out: "o"}
     shape = eqn.invars[1].aval.shape
-    return [walk.use(infos[1], "conv_general_dilated", roles, shape)]
+    groups = eqn.params["feature_group_count"]
+    return [walk.use(infos[1], "conv_general_dilated", roles, shape, groups)]
 
 
 @step("ragged_dot_general")

@@ -110,13 +110,18 @@ class Walk:
         return dataclasses.replace(weight, through=through)
 
     def use(
-        self, weight: Weight, name: str, roles: dict[int, str], shape: tuple[int, ...]
+        self,
+        weight: Weight,
+        name: str,
+        roles: dict[int, str],
+        shape: tuple[int, ...],
+        groups: int = 1,
     ) -> Product:
         """Records that a primitive gives these roles to a weight's axes."""
         paths = weight.paths
         for i, (path, axes) in enumerate(weight.parts):
             mixed = tuple(p for p in paths if p != path) if weight.mixed else ()
-            use = Use(name, _original(axes, roles), None, weight.through, mixed)
+            use = Use(name, _original(axes, roles), None, weight.through, mixed, groups)
             if weight.gathers:  # rows: the first use counts, beside their lookup
                 weight.gathers[i].rows = weight.gathers[i].rows or use
             else:

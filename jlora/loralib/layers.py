@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora._leaf import LoRA, forms
+from jlora._leaf import LoRA, Note, forms
 from jlora._leaf.forms import Blocks, Form, Kernel
 from jlora._plan.plan import Plan
 from jlora._plan.spec import Spec, fitted
@@ -62,6 +62,7 @@ def leaf(
         roles=spec.axes,
         form=spec.form,
         bias_path=bias,
+        layer=Note(spec.layer),
     )
 
 

@@ -1,0 +1,605 @@
+"""save: a directory that peft, and the servers that read its files, can load."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jlora._adapter import adapter as adapter_of
+from jlora._algebra.rows import replaces, rows_of
+from jlora._leaf import Full, LoRA, base, is_adapted
+from jlora._leaf.fields import lacking
+from jlora._leaf.forms import NotFactored
+from jlora._plan.plan import Plan
+from jlora._tree import by_path, paths
+from jlora.peft import config as _config
+from jlora.peft import files
+from jlora.peft.given import Given, names_of
+from jlora.peft.modules import (
+    HEADS,
+    PREFIX,
+    TOKENS,
+    WEIGHTS,
+    Module,
+    registered,
+    size_of,
+    tensors_of,
+)
+from jlora.peft.names import FILE, Names, Part
+from jlora.peft.to_torch import Joined, array_of, host, joined, pieces
+from jlora.peft.weights import completed, weights
+
+# Ranks that every server takes: vLLM compiles for these.
+RANKS = 8, 16, 32, 64, 128, 256, 512
+
+
+def save(
+    directory: files.Where,
+    tree: Any,
+    *,
+    names: Given,
+    portable: bool = False,
+    head: str | None = None,
+    plan: Plan | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> None:
+    """Saves the adapter of a tree as a directory that peft can load.
+
+    ``adapter_config.json`` and ``adapter_model.safetensors`` are written as peft writes
+    them, and ``jlora_names.json`` beside them, with which `load` needs no ``names``.
+    The directory appears whole or not at all.
+
+    Args:
+      directory: a new directory; its parents are made.
+      tree: an adapted tree.  An adapter alone will do, if nothing in it trains whole.
+      names: what `match` found; or a mapping from path to torch module, pairs of
+        (regular expression, replacement) over paths, or a function from path to module.
+        For a stack of layers ``{}`` stands for the index: ``"layers.{}.mlp.up_proj"``.
+        A fused weight has a list of modules, or a mapping from each to its columns.
+      portable: whether to write what vLLM, SGLang, TensorRT-LLM and transformers all
+        take: one rank of 8, 16, 32, ..., padded with zeros, alpha = r with the scale in
+        B, and plain suffixes for targets.  What trains besides factors is then an
+        error.
+      head: the module of the head in torch, such as "lm_head", if an embedding is
+        adapted that is the head, too.  peft adapts the two by themselves.
+      plan: a plan of the params, if nothing else tells the kind of a layer.
+      config: more keys of ``adapter_config.json``, such as
+        ``{"base_model_name_or_path": "org/model", "task_type": "CAUSAL_LM"}``.
+
+    Raises:
+      FileExistsError: the directory exists.
+      ValueError: no names for an adapted weight; something for which peft has no form
+        (the error says what, and what to do); with ``portable`` something that not
+        every server takes.
+
+    Example: see `load`.
+    """
+    where = pathlib.Path(directory).expanduser().absolute()
+    if where.exists() or where.is_symlink():
+        raise FileExistsError(
+            f"peft.save: {where} exists: expected a new directory, so that no earlier "
+            "adapter is lost. Save elsewhere, or move it away first."
+        )
+    adapter = adapter_of(tree)
+    known = weights(tree, plan)
+    given = names_of(names, list(known), "peft.save")
+    whole = completed(given, known, {}, "peft.save")
+    if head is not None:
+        whole = dataclasses.replace(whole, heads=dict.fromkeys(whole.heads, head))
+    writer = _Writer(tree, adapter, whole)
+    writer.run(portable)
+    said = writer.config()
+    if config:
+        _check_more(config, said)
+        said |= dict(config)
+    if jax.process_index() == 0:
+        _write(where, said, writer.tensors, writer.hints(), whole)
+
+
+def _check_more(config: Mapping[str, Any], said: Mapping[str, Any]) -> None:
+    own = "base_model_name_or_path revision task_type inference_mode lora_dropout"
+    if wrong := [k for k in config if k in said and k not in own.split()]:
+        raise ValueError(
+            f"peft.save: config sets {wrong}, which follow from the adapter: expected "
+            f"keys that do not, such as {own.replace(' ', ', ')}."
+        )
+
+
+def _write(
+    where: pathlib.Path,
+    said: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    hints: str,
+    names: Names,
+) -> None:
+    """Writes all files into a directory beside, and renames it."""
+    where.parent.mkdir(parents=True, exist_ok=True)
+    part = pathlib.Path(tempfile.mkdtemp(prefix=f".{where.name}.", dir=where.parent))
+    try:
+        files.write(part / WEIGHTS, tensors, **({"jlora": hints} if hints else {}))
+        text = json.dumps(said, indent=2, sort_keys=True)
+        (part / _config.FILE).write_text(text + "\n", encoding="utf-8")
+        names.save(part / FILE)
+        os.chmod(part, 0o777 & ~_umask())
+        os.rename(part, where)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+@dataclasses.dataclass
+class _Writer:
+    """Collects the tensors and the config of an adapter."""
+
+    tree: Any
+    adapter: Mapping[str, Any]
+    names: Names
+
+    def __post_init__(self) -> None:
+        self.tensors: dict[str, np.ndarray] = {}
+        self.parts: Joined = Joined({}, {}, [])
+        self.saved: list[str] = []
+        self.bias = "none"
+        self.own: list[str] = []  # tensors of the base that have to be saved, too
+        self.rows: dict[str, list[int]] = {}
+        self.suffixes: list[str] | None = None
+
+    def run(self, portable: bool) -> None:
+        """Makes all tensors."""
+        found = []
+        for path, leaf in self.adapter.items():
+            self._check(path, leaf)
+            if isinstance(leaf, LoRA) and not replaces(leaf):
+                try:
+                    found += pieces(path, leaf, self.names[path])
+                except NotFactored:
+                    raise ValueError(
+                        f"peft.save: {path!r} has the form {leaf.form}, which is no "
+                        "product of two matrices: expected a plain adapter, such as "
+                        "jlora.extract(params, jlora.merge(tree), rank=...) gives."
+                    ) from None
+        self.parts = joined(found, self.names)
+        self._add_heads()
+        if portable:
+            self._make_portable()
+        self._alike()
+        for module in self.parts.modules.values():
+            self.tensors |= tensors_of(module, self._place(module))
+        self._whole_arrays()
+        self._tokens()
+
+    def _add_heads(self) -> None:
+        """The adapter of a table on the head as well, where the two are tied."""
+        for path, head in self.names.heads.items():
+            leaf = self.adapter.get(path)
+            if not isinstance(leaf, LoRA) or replaces(leaf):
+                continue
+            (part,) = self.names[path]
+            module = self.parts.modules[part.tensor]
+            if not head or module.m is not None:
+                why = (
+                    "the two have magnitudes of their own in peft: expected a plain "
+                    "adapter"
+                    if module.m is not None
+                    else "peft adapts the two by themselves: say the head's module, "
+                    "head='lm_head'"
+                )
+                raise ValueError(
+                    f"peft.save: {path!r} is an embedding and a (tied) head: {why}."
+                )
+            tensor, a, b = f"{head}.weight", module.b.T, module.a.T
+            new = Module(head, tensor, "linear", a, b, module.scale)
+            self.parts.modules[tensor] = new
+
+    def _check(self, path: str, leaf: Any) -> None:
+        if path not in self.names.found:
+            why = self.names.missing.get(path)
+            why = f": {why}" if why else f"; near: {paths.near(path, self.names.found)}"
+            raise ValueError(
+                f"peft.save: names have nothing for {path!r}{why}. Say it by hand: "
+                f"names | {{{path!r}: 'path.of.the.module'}}."
+            )
+        if lacks := lacking(leaf):
+            raise ValueError(
+                f"peft.save: {path!r} lacks {', '.join(lacks)}: expected a whole "
+                "adapter; if it is half of a partition, combine it first."
+            )
+        if isinstance(leaf, LoRA) and leaf.moved:
+            raise ValueError(
+                f"peft.save: {path!r} started by {str(leaf.moved)!r}, which changed "
+                "the base, and the file is for the original one: expected an adapter "
+                "of that, jlora.mix([trained, start], [1, -1])."
+            )
+        if isinstance(leaf, LoRA) and base.is_zero(leaf.w):
+            raise ValueError(
+                f"peft.save: {path!r} lost its base (drop_base), which peft's file has "
+                "no word for: expected an adapter of a whole model."
+            )
+
+    # --------------------------------------------------------------------- modules
+
+    def _place(self, module: Module) -> str:
+        """Where peft has the factors of a module."""
+        parent, _, last = module.name.rpartition(".")
+        if last == "out_proj" and f"{parent}.in_proj_weight" in self.parts.modules:
+            return parent + HEADS
+        if self._is_parameter(module):
+            first = module.tensor.rpartition(".")[2]
+            mine = [
+                m.tensor.rpartition(".")[2]
+                for m in self.parts.modules.values()
+                if self._is_parameter(m) and m.name == module.name
+            ]
+            after = [x for x in self._registered(mine) if x != first]
+            depth = len(after) - self._registered(mine).index(first)
+            return module.name + ".base_layer" * depth
+        return module.name
+
+    def _is_parameter(self, module: Module) -> bool:
+        last = module.tensor.rpartition(".")[2]
+        return last not in ("weight", "in_proj_weight")
+
+    def _registered(self, names: Sequence[str]) -> list[str]:
+        order = registered(names)
+        if order is None:
+            raise ValueError(
+                f"peft.save: {names} are parameters of one module, which peft numbers "
+                "in the order of their registration, and nothing tells it: expected "
+                "one of them. Save them as adapters of one parameter each."
+            )
+        return order
+
+    def _alike(self) -> None:
+        """Gives one rank and one scale to all that peft looks up by one name."""
+        self._complete_heads()
+        groups: dict[str, list[Module]] = {}
+        for module in self.parts.modules.values():
+            groups.setdefault(self._owner(module), []).append(module)
+        for own in groups.values():
+            rank = max(m.rank for m in own)
+            for m in own:
+                if m.rank < rank and m.tensor not in self.parts.ranks:
+                    self.parts.ranks[m.tensor] = [
+                        [path, [*p.at], [*p.item], 0, m.rank]
+                        for path, parts in self.names.found.items()
+                        for p in parts
+                        if p.tensor == m.tensor
+                    ]
+                new = _rescaled(_padded(m, rank), own[0].scale)
+                self.parts.modules[m.tensor] = new
+
+    def _complete_heads(self) -> None:
+        """Both projections of torch.nn.MultiheadAttention, as peft needs them."""
+        modules = self.parts.modules
+        known = {*self.names.tensors, *modules}
+        known |= {p.tensor for own in self.names.found.values() for p in own}
+        for tensor in sorted(t for t in known if t.endswith(".in_proj_weight")):
+            name = tensor.removesuffix(".in_proj_weight")
+            pair = tensor, f"{name}.out_proj.weight"
+            there = [modules[t] for t in pair if t in modules]
+            if any(m.m is not None or m.c is not None for m in there):
+                raise ValueError(
+                    f"peft.save: {name!r} is a MultiheadAttention with a magnitude or "
+                    "an output bias, which peft has not: expected plain factors."
+                )
+            for t in pair:
+                if there and t not in modules:
+                    like, last = there[0], t == tensor
+                    dim = like.a.shape[0]
+                    a = np.zeros((dim, like.rank), like.a.dtype)
+                    b = np.zeros((like.rank, 3 * dim if last else dim), like.b.dtype)
+                    place = name if last else f"{name}.out_proj"
+                    modules[t] = Module(place, t, "linear", a, b, like.scale)
+
+    def _make_portable(self) -> None:
+        """One rank, a scale of one, and zeros where a suffix names more modules."""
+        other = [
+            p for p, x in self.adapter.items() if isinstance(x, Full) or replaces(x)
+        ]
+        odd = [
+            m for m in self.parts.modules.values() if m.m is not None or m.c is not None
+        ]
+        kinds = [m for m in self.parts.modules.values() if m.kind != "linear"]
+        for found, what, do in (
+            (other, "trains besides factors", "merge it into the base"),
+            (
+                [m.name for m in odd],
+                "has a magnitude or an output bias",
+                "extract a plain adapter, jlora.extract(params, jlora.merge(tree), "
+                "rank=...)",
+            ),
+            ([m.name for m in kinds], "is no Linear", "leave it out of the adapter"),
+        ):
+            if found:
+                raise ValueError(
+                    f"peft.save: portable: {found[0]!r} {what}, which not every server "
+                    f"takes: {do}; or save without portable, and see "
+                    "jlora.peft.check(directory, server)."
+                )
+        most = max(m.rank for m in self.parts.modules.values())
+        if most > RANKS[-1]:
+            raise ValueError(
+                f"peft.save: portable: rank {most}: expected at most {RANKS[-1]}. "
+                "Lower it: jlora.truncate(adapter, rank)."
+            )
+        rank = next(r for r in RANKS if r >= most)
+        modules = {
+            t: _padded(_rescaled(m, 1.0), rank) for t, m in self.parts.modules.items()
+        }
+        suffixes = sorted({m.name.rpartition(".")[2] for m in modules.values()})
+        for tensor, shape in self.names.tensors.items():
+            name = tensor.removesuffix(".weight")
+            if tensor in modules or name == tensor or len(shape) != 2:
+                continue
+            if name.rpartition(".")[2] in suffixes and not self._is_table(tensor):
+                like = next(iter(modules.values()))
+                out, in_ = shape if self._is_turned(tensor) else shape[::-1]
+                a, b = (np.zeros(s, like.a.dtype) for s in ((in_, rank), (rank, out)))
+                modules[tensor] = Module(name, tensor, "linear", a, b, 1.0)
+        self.suffixes = suffixes
+        self.parts = Joined(modules, self.parts.ranks, self.parts.filled)
+
+    def _parts_of(self, tensor: str) -> list[Part]:
+        return [
+            p for own in self.names.found.values() for p in own if p.tensor == tensor
+        ]
+
+    def _is_table(self, tensor: str) -> bool:
+        return any(p.kind == "embed" for p in self._parts_of(tensor))
+
+    def _is_turned(self, tensor: str) -> bool:
+        own = self._parts_of(tensor)
+        return not own or own[0].tensor_axes == "oi"
+
+    # ---------------------------------------------------------------- what is whole
+
+    def _whole_arrays(self) -> None:
+        full = {p: x for p, x in self.adapter.items() if isinstance(x, Full)}
+        if not full:
+            return
+        tensors = {p.tensor for path in full for p in self.names[path]}
+        places = {m.name: m for m in self.parts.modules.values()}
+        adapted = {*places}
+        biases = {t for t in tensors if _is_bias(t)}
+        rest = tensors - biases
+        owned = {t for t in biases if t.rpartition(".")[0] in adapted}
+        free = (
+            biases
+            - owned
+            - {t for t in biases if f"{t.rpartition('.')[0]}.weight" in rest}
+        )
+        every = {p.tensor for own in self.names.found.values() for p in own}
+        every = {t for t in every if _is_bias(t)}
+        all_, mine = (
+            biases == every,
+            {t for t in every if t.rpartition(".")[0] in adapted},
+        )
+        if free and all_:
+            self.bias = "all"
+        elif owned:
+            self.bias = "lora_only"
+        saved = {t.rpartition(".")[0] for t in rest}
+        if self.bias != "all":
+            saved |= {t.rpartition(".")[0] for t in free}
+        wanted = {*tensors}
+        if self.bias == "lora_only":
+            wanted |= mine
+        for name in saved:
+            wanted |= {t for t in self._known() if t.rpartition(".")[0] == name}
+        self.saved = sorted(saved)
+        self.own = sorted(wanted - tensors)
+        values = self._values()
+        for tensor in sorted(wanted):
+            x = array_of(tensor, values, self.names)
+            if x is None:
+                raise ValueError(
+                    f"peft.save: {tensor!r} has to be saved whole, and names do not "
+                    "have weights for all of it: name them all, as match does."
+                )
+            name, _, last = tensor.rpartition(".")
+            if last == "in_proj_bias":
+                raise ValueError(
+                    f"peft.save: {tensor!r} trains, which is the bias of "
+                    "torch.nn.MultiheadAttention that no bias mode of peft reaches: "
+                    "expected it frozen. Leave it out of train= or bias=."
+                )
+            held = name
+            if name in adapted and _is_bias(tensor):
+                held = f"{self._place(places[name])}.base_layer"
+            self.tensors[f"{PREFIX}{held}.{last}"] = x
+
+    def _known(self) -> set[str]:
+        return {p.tensor for own in self.names.found.values() for p in own}
+
+    def _values(self) -> dict[str, Any]:
+        """Every array of the tree: what trains whole in its own dtype."""
+        out = {}
+        for path, x in by_path.flatten(self.tree)[0]:
+            if isinstance(x, Full):
+                out[path] = _Lazy(x.value)
+            elif is_adapted(x):
+                out[path] = _Lazy(None if x.w is None else base.array(x.w))
+            elif hasattr(x, "shape"):
+                out[path] = _Lazy(x)
+        return out
+
+    def _tokens(self) -> None:
+        for path, x in self.adapter.items():
+            if not (isinstance(x, LoRA) and replaces(x)):
+                continue
+            parts = self.names[path]
+            part = parts[0]
+            n = x.shape[1] if len(x.shape) == 2 else 0
+            if (
+                len(parts) > 1
+                or not part.columns.whole(n)
+                or not part.tensor_columns.whole(n)
+            ):
+                raise ValueError(
+                    f"peft.save: rows of {path!r} train, which is not one table (num, "
+                    "dim) of the checkpoint: expected one, as peft has it."
+                )
+            if float(host(x.scale)) != 1:
+                raise ValueError(
+                    f"peft.save: the rows of {path!r} are scaled, for which peft has "
+                    "no word: expected a scale of 1."
+                )
+            to = dict(
+                zip(
+                    part.rows.positions.tolist(),
+                    part.tensor_rows.positions.tolist(),
+                    strict=True,
+                )
+            )
+            rows = [int(to[k]) for k in rows_of(x)]
+            self.rows[part.module] = rows
+            self.tensors[f"{PREFIX}{part.module}.{TOKENS}"] = host(x.b)
+
+    # ---------------------------------------------------------------------- config
+
+    def hints(self) -> str:
+        """What `load` needs to take the ranks of one tensor apart again, as JSON."""
+        said: dict[str, Any] = {}
+        if self.parts.ranks:
+            said["ranks"] = self.parts.ranks
+        if self.parts.filled:
+            said["filled"] = self.parts.filled
+        if self.own:
+            said["base"] = self.own
+        return json.dumps(said) if said else ""
+
+    def config(self) -> dict[str, Any]:
+        """The object of ``adapter_config.json``."""
+        modules = list(self.parts.modules.values())
+        owners = {self._owner(m): m for m in modules}
+        ranks = {name: size_of(m) for name, m in owners.items()}
+        alphas = {name: m.scale * size_of(m) for name, m in owners.items()}
+        rank, alpha = _most(ranks.values(), 8), _most(alphas.values(), 8)
+        plain = [m for m in modules if not self._is_parameter(m)]
+        parameters = [m for m in modules if self._is_parameter(m)]
+        said: dict[str, Any] = {
+            "auto_mapping": None,
+            "base_model_name_or_path": None,
+            "bias": self.bias,
+            "fan_in_fan_out": any(
+                p.tensor_axes == "io" and p.kind == "dense"
+                for m in plain
+                for p in self._parts_of(m.tensor)
+            ),
+            "inference_mode": True,
+            "init_lora_weights": True,
+            "lora_alpha": _number(alpha),
+            "lora_bias": any(m.c is not None for m in modules),
+            "lora_dropout": 0.0,
+            "modules_to_save": self.saved or None,
+            "peft_type": "LORA",
+            "r": rank,
+            "rank_pattern": {_exactly(n): r for n, r in ranks.items() if r != rank},
+            "alpha_pattern": {
+                _exactly(n): _number(a) for n, a in alphas.items() if a != alpha
+            },
+            "target_modules": self._targets(plain),
+            "task_type": None,
+            "use_dora": any(m.m is not None for m in modules),
+            "use_rslora": False,
+        }
+        if parameters:
+            said["target_parameters"] = sorted({m.tensor for m in parameters})
+        if self.rows:
+            said["trainable_token_indices"] = dict(self.rows)
+        return said
+
+    def _owner(self, module: Module) -> str:
+        """The name by which peft looks up rank and alpha."""
+        if self._is_parameter(module):
+            return module.tensor
+        parent, _, last = module.name.rpartition(".")
+        if last == "out_proj" and f"{parent}.in_proj_weight" in self.parts.modules:
+            return parent
+        return module.name
+
+    def _targets(self, modules: Sequence[Module]) -> list[str]:
+        """Suffixes if they name no other module of the checkpoint; else whole paths."""
+        if self.suffixes is not None:
+            return self.suffixes
+        own = {self._owner(m) for m in modules}
+        every = {t.rpartition(".")[0] for t in self.names.tensors}
+        suffixes = {name.rpartition(".")[2] for name in own}
+        others = [n for n in every - own if n.rpartition(".")[2] in suffixes]
+        return sorted(suffixes if every and not others else own)
+
+
+class _Lazy:
+    """An array that is brought to the host when it is needed."""
+
+    def __init__(self, x: Any):
+        self._x = x
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+        if self._x is None:
+            raise ValueError(
+                "peft.save: what trains whole needs the rest of its module from the "
+                "base: expected the whole adapted tree, found an adapter alone."
+            )
+        x = host(self._x)
+        return x if dtype is None else x.astype(dtype)
+
+
+def _is_bias(tensor: str) -> bool:
+    return tensor.rpartition(".")[2] in ("bias", "in_proj_bias")
+
+
+def _padded(module: Module, rank: int) -> Module:
+    """The module with ranks of zeros up to this number."""
+    more = rank - module.rank
+    if not more:
+        return module
+    a = np.pad(module.a, [*[(0, 0)] * (module.a.ndim - 1), (0, more)])
+    b = np.pad(module.b, [*[(0, 0)] * (module.b.ndim - 2), (0, more), (0, 0)])
+    # alpha / r stays what it is.
+    return dataclasses.replace(module, a=a, b=b)
+
+
+def _rescaled(module: Module, scale: float) -> Module:
+    """The module with another scale, and the rest of it in b."""
+    if module.scale == scale:
+        return module
+    ratio = module.scale / scale
+    b = (module.b.astype(np.float64) * ratio).astype(module.b.dtype)
+    c = None if module.c is None else module.c * module.c.dtype.type(ratio)
+    return dataclasses.replace(module, b=b, c=c, scale=scale)
+
+
+def _most(values: Any, default: Any) -> Any:
+    """The most frequent value."""
+    counted = collections.Counter(values).most_common(1)
+    return counted[0][0] if counted else default
+
+
+def _number(x: float) -> float | int:
+    if not math.isfinite(x):
+        raise ValueError(f"peft.save: alpha {x}: expected a finite scale.")
+    return int(x) if x == int(x) else x
+
+
+def _exactly(name: str) -> str:
+    """The pattern that fits this module, and no other."""
+    return "^" + re.escape(name)
