@@ -13,11 +13,16 @@ What comes in: adapted trees, and directories of ``adapter_config.json`` and
   it.  **A kind of layer** that peft adapts is a kind in `modules`.
 * `weights`: what is known of the arrays of a tree.  `to_torch`, `from_torch`: from
   leaves to modules, and back.  `save`, `load`: the two functions.
+* `check`, with `servers`: **a rule of a server's loader** is a line there.
 """
 
+from jlora.peft.check import Finding as Finding
+from jlora.peft.check import Report as Report
+from jlora.peft.check import check as check
 from jlora.peft.files import FormatError as FormatError
 from jlora.peft.load import load as load
 from jlora.peft.match import match as match
+from jlora.peft.merge import merge as merge
 from jlora.peft.names import Names as Names
 from jlora.peft.names import Part as Part
 from jlora.peft.order import Order as Order

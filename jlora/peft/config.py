@@ -30,7 +30,7 @@ _UNSUPPORTED: dict[str, str] = {
     "monteclora_config": "the factors are drawn from distributions",
 }
 # Initialisations that change the base when peft loads the adapter.
-_MOVES = "pissa", "olora", "corda", "loftq", "lora_ga"
+_MOVES = "pissa", "olora", "corda", "loftq"
 # Keys that say nothing of what the adapter computes.
 _HARMLESS = frozenset(
     "auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config "

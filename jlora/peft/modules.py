@@ -116,22 +116,27 @@ def read(directory: files.Where) -> Adapter:
         maths in a way that is not supported; tensors that do not fit each other.
     """
     where = pathlib.Path(directory)
-    if not where.is_dir():
-        raise FileNotFoundError(
-            f"there is no directory {where}: expected one with {_config.FILE} and "
-            f"{WEIGHTS}, as peft's save_pretrained makes it."
-        )
-    config, weights = (files.inside(where, n) for n in (_config.FILE, WEIGHTS))
-    said = _required(config, where)
-    _required(weights, where)
-    parsed = _config.parse(files.read_json(said), said)
+    config, weights = (required(where, n) for n in (_config.FILE, WEIGHTS))
+    parsed = _config.parse(files.read_json(config), config)
     tensors = files.Tensors([weights])
     hints = tensors.metadata[weights].get("jlora", "")
     arrays = {name: tensors.read(name) for name in tensors}
     return _Reader(where, parsed, arrays).adapter(hints)
 
 
-def _required(path: pathlib.Path, where: pathlib.Path) -> pathlib.Path:
+def required(where: pathlib.Path, name: str) -> pathlib.Path:
+    """A file of an adapter's directory.
+
+    Raises:
+      FileNotFoundError: there is no such directory, or no such file in it.
+      FormatError: it leads out of the directory.
+    """
+    if not where.is_dir():
+        raise FileNotFoundError(
+            f"there is no directory {where}: expected one with {_config.FILE} and "
+            f"{WEIGHTS}, as peft's save_pretrained makes it."
+        )
+    path = files.inside(where, name)
     if path.is_file():
         return path
     pickle = where / "adapter_model.bin"

@@ -41,6 +41,11 @@ from jlora.peft.names import FILE, Names, Part
 from jlora.peft.to_torch import Joined, array_of, host, joined, pieces
 from jlora.peft.weights import completed, weights
 
+# Modules that servers fuse: where one is adapted, the others get zeros.
+_TOGETHER = (
+    frozenset({"q_proj", "k_proj", "v_proj"}),
+    frozenset({"gate_proj", "up_proj"}),
+)
 # Ranks that every server takes: vLLM compiles for these.
 RANKS = 8, 16, 32, 64, 128, 256, 512
 
@@ -317,7 +322,11 @@ class _Writer:
         odd = [
             m for m in self.parts.modules.values() if m.m is not None or m.c is not None
         ]
-        kinds = [m for m in self.parts.modules.values() if m.kind != "linear"]
+        kinds = [
+            m
+            for t, m in self.parts.modules.items()
+            if m.kind != "linear" or not t.endswith(".weight")
+        ]
         for found, what, do in (
             (other, "trains besides factors", "merge it into the base"),
             (
@@ -344,17 +353,24 @@ class _Writer:
         modules = {
             t: _padded(_rescaled(m, 1.0), rank) for t, m in self.parts.modules.items()
         }
-        suffixes = sorted({m.name.rpartition(".")[2] for m in modules.values()})
+        suffixes = {m.name.rpartition(".")[2] for m in modules.values()}
+        for group in _TOGETHER:  # servers keep them as one, and want all of them
+            if suffixes & group:
+                known = {
+                    t.removesuffix(".weight").rpartition(".")[2]
+                    for t in self.names.tensors
+                }
+                suffixes |= group & known
+        like = next(iter(modules.values()))
         for tensor, shape in self.names.tensors.items():
             name = tensor.removesuffix(".weight")
             if tensor in modules or name == tensor or len(shape) != 2:
                 continue
             if name.rpartition(".")[2] in suffixes and not self._is_table(tensor):
-                like = next(iter(modules.values()))
                 out, in_ = shape if self._is_turned(tensor) else shape[::-1]
                 a, b = (np.zeros(s, like.a.dtype) for s in ((in_, rank), (rank, out)))
                 modules[tensor] = Module(name, tensor, "linear", a, b, 1.0)
-        self.suffixes = suffixes
+        self.suffixes = sorted(suffixes)
         self.parts = Joined(modules, self.parts.ranks, self.parts.filled)
 
     def _parts_of(self, tensor: str) -> list[Part]:

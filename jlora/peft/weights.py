@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
 
 from jlora._leaf import LoRA, is_adapted
@@ -269,24 +269,31 @@ def _by_sizes(
 
 
 def prefixed(names: Names, wanted: Sequence[str]) -> Names:
-    """The names under the prefix that the tensors of an adapter have, if it is one.
+    """The names under the prefix that the tensors of an adapter have, if it is one."""
+    known = {p.tensor for parts in names.found.values() for p in parts}
+    add, cut = prefix(known, wanted)
+    if not (add or cut):
+        return names
+    return names.renamed(lambda n: add + n.removeprefix(cut))
+
+
+def prefix(known: Set[str], wanted: Sequence[str]) -> tuple[str, str]:
+    """(prefix to add, prefix to remove) that turn known names into the wanted ones.
 
     A checkpoint may have ``model.layers.0``, and the adapter of a larger model
     ``language_model.model.layers.0``; or the other way round.
     """
-    known = {p.tensor for parts in names.found.values() for p in parts}
     if not wanted or any(w in known for w in wanted):
-        return names
+        return "", ""
     for add, cut in _prefixes(known, wanted[0]):
-        renamed = names.renamed(lambda n, a=add, c=cut: a + n.removeprefix(c))
-        own = {p.tensor for parts in renamed.found.values() for p in parts}
+        own = {add + name.removeprefix(cut) for name in known}
         if sum(w in own for w in wanted) * 2 > len(wanted):
-            return renamed
-    return names
+            return add, cut
+    return "", ""
 
 
-def _prefixes(known: set[str], wanted: str) -> Iterator[tuple[str, str]]:
-    """(prefix to add, prefix to remove) that make a known name the wanted one."""
+def _prefixes(known: Set[str], wanted: str) -> Iterator[tuple[str, str]]:
+    """Those that make one of the known names the wanted one."""
     for name in sorted(known):
         if wanted.endswith("." + name):
             yield wanted[: -len(name)], ""
