@@ -80,7 +80,7 @@ def by_hand(
     Args:
       path: the weight's path, for errors.
       said: a module's path; several, or a mapping from module to its number of columns,
-        for a fused weight; or parts.  ``{}`` stands for the index along a batch axis.
+        for a fused weight.  ``{}`` stands for the index along a batch axis.
       shape: the weight's shape.
       axes: the roles of its axes.
       kind: "dense", "embed", "conv" or "vector".
@@ -88,11 +88,8 @@ def by_hand(
       torch: the roles of the tensor's axes, if they are not those of torch's layer.
       sizes: the number of columns of each module, if a file tells.
     """
-    if isinstance(said, Part):
-        return (said,)
-    if isinstance(said, (list, tuple)) and said and isinstance(said[0], Part):
-        return tuple(said)
-    modules = [said] if isinstance(said, str) else list(said)
+    several = isinstance(said, (list, tuple, Mapping))
+    modules = list(said) if several else [said]
     if not modules or not all(isinstance(m, str) for m in modules):
         raise ValueError(
             f"names of {path!r}: {said!r}: expected the path of a module, a list of "

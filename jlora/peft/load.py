@@ -83,7 +83,7 @@ def load(
     leaves = by_path.arrays(params)
     known = weights(params, plan)
     given = names_of(names, list(leaves), "peft.load")
-    found = completed(given, known, adapter.modules, "peft.load")
+    found = completed(given, known, "peft.load", adapter.modules)
     loader = _Loader(adapter, prefixed(found, adapter.tensors), known, leaves, strict)
     out = loader.leaves()
     loader.report()

@@ -358,7 +358,7 @@ class _Matcher:
             for sums, turned in ((columns, False), (rows, True)):
                 own = self._assigned(self.indices[precision], sums, turned)
                 if isinstance(own, str):
-                    why = own
+                    why = why if "several" in why or turned else own
                     continue
                 return [
                     _Claim(path, at, view, mine, theirs, turned)

@@ -100,7 +100,8 @@ def save(
     adapter = adapter_of(tree)
     known = weights(tree, plan)
     given = names_of(names, list(known), "peft.save")
-    whole = completed(given, known, {}, "peft.save")
+    low_rank = {p for p, x in adapter.items() if isinstance(x, LoRA)}
+    whole = completed(given, known, "peft.save", {}, low_rank)
     if head is not None:
         whole = dataclasses.replace(whole, heads=dict.fromkeys(whole.heads, head))
     writer = _Writer(tree, adapter, whole)

@@ -17,7 +17,7 @@ from jlora._tree.trace import is_array
 from jlora._tree.variables import opened
 from jlora.peft.given import by_hand
 from jlora.peft.modules import Module
-from jlora.peft.names import Names
+from jlora.peft.names import Names, Part
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Weight:
 
     Attributes:
       shape: its shape.
-      dtype: its dtype, by name.
+      dtype: its dtype, by name; empty if its base is not here.
       axes: the roles of its axes; None if nothing tells them.
       kind: "dense", "embed" or "conv"; "vector" for what is no matrix.
       groups: a convolution's number of groups.
@@ -77,7 +77,7 @@ def weights(tree: Any, plan: Plan | None = None) -> dict[str, Weight]:
             spec = plan[path]
             axes, kind, groups = spec.axes, spec.kind, spec.groups
             seen, tied = not spec.told, spec.tied
-        dtype = str(x.dtype) if getattr(x, "w", x) is not None else "float32"
+        dtype = str(x.dtype) if getattr(x, "w", x) is not None else ""
         found[path] = Weight(shapes[path], dtype, axes, kind, groups, seen, tied)
     return found
 
@@ -87,7 +87,11 @@ def _is_one(x: Any) -> bool:
 
 
 def completed(
-    names: Names, known: Mapping[str, Weight], file: Mapping[str, Module], what: str
+    names: Names,
+    known: Mapping[str, Weight],
+    what: str,
+    file: Mapping[str, Module],
+    needed: Set[str] = frozenset(),
 ) -> Names:
     """The names with what was said by hand made into parts.
 
@@ -96,10 +100,12 @@ def completed(
     Args:
       names: the names.
       known: the arrays of the tree.
-      file: the modules of a file, by tensor, whose sizes help; may be empty.
       what: the function that asks, for errors.
+      file: the modules of a file, by tensor, whose sizes help; may be empty.
+      needed: paths that have to get parts; others may have roles that nothing tells.
     """
-    if lost := [p for p in names.found if p not in known]:
+    lost = [p for p in names.found if p not in known]
+    if lost and all(w.dtype for w in known.values()):  # a whole tree, no adapter alone
         raise ValueError(
             f"{what}: names are of another tree: they have {lost[0]!r}; near paths: "
             f"{paths.near(lost[0], known)}."
@@ -112,9 +118,12 @@ def completed(
             )
     found = dict(names.found)
     for path, said in names.said.items():
-        found[path] = _parts(path, said, known[path], file)
+        parts = _parts(path, said, known[path], file, path in needed)
+        if parts is None:
+            continue
+        found[path] = parts
     for path, said in names.said.items():
-        if not isinstance(said, (str, list, tuple, Mapping)):
+        if path not in found or not isinstance(said, (str, list, tuple, Mapping)):
             continue
         bias = sibling_bias(path, known)
         if bias is None or bias in found or known[path].axes is None:
@@ -122,7 +131,7 @@ def completed(
         if all(p.kind != "vector" for p in found[path]):
             if (own := _bias_parts(path, found[path], known, bias)) is not None:
                 found[bias] = own
-    base = {p: w.said for p, w in known.items()}
+    base = dict(names.base) | {p: w.said for p, w in known.items() if w.dtype}
     heads = {p: "" for p, w in known.items() if w.tied and p in found} | names.heads
     return dataclasses.replace(names, found=found, said={}, base=base, heads=heads)
 
@@ -165,8 +174,13 @@ def bias_parts(parts: Any, weight: Weight, shape: Sequence[int]) -> Any:
     return tuple(out)
 
 
-def _parts(path: str, said: Any, weight: Weight, file: Mapping[str, Module]) -> Any:
-    """The parts of one weight that were said by hand."""
+def _parts(
+    path: str, said: Any, weight: Weight, file: Mapping[str, Module], needed: bool
+) -> Any:
+    """The parts of one weight that were said by hand; None if nothing tells them."""
+    parts = [said] if isinstance(said, Part) else said
+    if isinstance(parts, (list, tuple)) and all(isinstance(p, Part) for p in parts):
+        return tuple(parts)
     sizes = {m.name: m.b.shape[-1] for m in file.values()}
     own = _modules_of(said, file)
     axes, kind, groups = weight.axes, weight.kind, weight.groups
@@ -180,7 +194,10 @@ def _parts(path: str, said: Any, weight: Weight, file: Mapping[str, Module]) -> 
     if own and own[0].kind == "conv":
         groups = own[0].groups
     if axes is None:
-        if len(weight.shape) > 1 and not _told.is_called_vector(path):
+        matrix = len(weight.shape) > 1 and not _told.is_called_vector(path)
+        if matrix and not needed and not own:
+            return None
+        if matrix:
             raise ValueError(
                 f"{path!r} of shape {weight.shape}: nothing tells which axes are in or "
                 "out: take the names from jlora.peft.match(params, base), or "
@@ -196,7 +213,8 @@ def _parts(path: str, said: Any, weight: Weight, file: Mapping[str, Module]) -> 
 
 
 def _said(said: Any) -> list[str]:
-    return [said] if isinstance(said, str) else [str(x) for x in said]
+    several = isinstance(said, (list, tuple, Mapping))
+    return [str(x) for x in said] if several else [str(said)]
 
 
 def _modules_of(said: Any, file: Mapping[str, Module]) -> list[Module]:

@@ -1,0 +1,253 @@
+"""The command line: what each command prints and writes, and its exit codes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft_torch
+import pytest
+from helpers import normal, randomise
+from safetensors.numpy import load_file, save_file
+from test_peft_cases import WEIGHTS
+from test_peft_files import known, same
+
+import jlora
+import jlora.checkpoint
+import jlora.peft
+from jlora.__main__ import main
+
+LLAMA = peft_torch.FIXTURES / "llama"
+BASE = LLAMA / "model.safetensors"
+
+
+def run(*args, code=0):
+    """Runs a command; its exit code has to be this one."""
+    assert main([str(x) for x in args]) == code
+
+
+def wrong(capsys, *args, code=2):
+    """The one sentence that a command ends with."""
+    run(*args, code=code)
+    text = capsys.readouterr().err
+    assert "Traceback" not in text and text.startswith("jlora"), text
+    return text
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A checkpoint of an adapter, and the names of its model."""
+    params, args, plan, names = known("llama", "gemma")
+    tree = jlora.peft.load(LLAMA / "all", params, names=names)
+    jlora.checkpoint.save(tmp_path / "orbax", tree)
+    names.save(tmp_path / "names.json")
+    return params, tree, tmp_path
+
+
+def test_inspect(capsys, saved):
+    _, tree, where = saved
+    run("inspect", LLAMA / "patterns")
+    text = capsys.readouterr().out
+    assert "21 weights, 2,400 parameters" in text
+    assert "model.layers.1.mlp.up_proj.weight" in text
+    for place in (LLAMA / "all", where / "orbax"):
+        run("inspect", place, "--json")
+        said = json.loads(capsys.readouterr().out)
+        own = {row["path"]: row for row in said["weights"]}
+        key = "layers/attention/o/kernel"
+        if key in own:
+            leaf = jlora.adapter(tree)[key]
+            norm = np.sqrt(sum((x**2).sum() for x in jlora.spectrum({key: leaf})[key]))
+            assert abs(own[key]["norm"] - norm) < 1e-5 * norm
+            assert own[key]["rank"] == leaf.rank and own[key]["alpha"] == 6
+    run("inspect", LLAMA / "all", "--png", where / "s.png")
+    assert (where / "s.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_convert_there_and_back(saved, capsys):
+    params, tree, where = saved
+    names = ("--names", where / "names.json")
+    run("convert", where / "orbax", where / "peft", "--to", "peft", *names)
+    same(jlora.peft.load(where / "peft", params), tree)
+    run("convert", where / "peft", where / "again", "--to", "orbax")
+    same(jlora.checkpoint.restore(where / "again", params), tree)
+    run("convert", where / "orbax", where / "p", "--to", "peft", "--portable", *names)
+    assert jlora.peft.check(where / "p", "sglang").ok
+    out = where / "l.safetensors"
+    run("convert", where / "peft", out, "--to", "loralib")
+    file, old = load_file(out), load_file(where / "peft" / WEIGHTS)
+    key = "model.layers.0.mlp.up_proj"
+    np.testing.assert_array_equal(
+        file[f"{key}.lora_A"], old[f"base_model.model.{key}.lora_A.weight"]
+    )
+    np.testing.assert_allclose(
+        file[f"{key}.lora_B"],
+        old[f"base_model.model.{key}.lora_B.weight"] * 1.5,
+        rtol=1e-6,
+    )
+    run("convert", out, where / "from", "--to", "peft")
+    capsys.readouterr()
+    run("diff", where / "from", where / "peft", "--tolerance", 1e-6, "--json")
+    assert all(r["relative"] < 1e-6 for r in json.loads(capsys.readouterr().out))
+
+
+def test_merge_diff_and_extract(tmp_path, capsys):
+    run("merge", BASE, LLAMA / "all", tmp_path / "m.safetensors")
+    assert "21 tensors changed" in capsys.readouterr().out
+    run(
+        "diff",
+        BASE,
+        tmp_path / "m.safetensors",
+        "--rank",
+        4,
+        "--out",
+        tmp_path / "x",
+        code=1,
+    )
+    assert "21 of 30 tensors differ" in capsys.readouterr().out
+    run("diff", BASE, BASE)
+    run("diff", tmp_path / "x", LLAMA / "all", "--tolerance", 1e-5)
+    run("diff", LLAMA / "qv", LLAMA / "all", "--tolerance", 0.1, code=1)
+
+
+def test_combine(tmp_path, capsys, saved):
+    _, tree, where = saved
+    run(
+        "combine",
+        LLAMA / "all",
+        LLAMA / "all",
+        "--weights",
+        0.5,
+        0.5,
+        "--method",
+        "svd",
+        "--rank",
+        4,
+        "--out",
+        tmp_path / "mixed",
+    )
+    run("diff", tmp_path / "mixed", LLAMA / "all", "--tolerance", 1e-5)
+    run("combine", where / "orbax", "--weights", 2, "--out", tmp_path / "two")
+    params, _, _, _ = known("llama", "gemma")
+    got = jlora.adapter(jlora.checkpoint.restore(tmp_path / "two", params))
+    assert got.keys() == jlora.adapter(tree).keys()
+
+
+def test_match(tmp_path, capsys):
+    import flax.serialization
+    import orbax.checkpoint as ocp
+
+    w = normal(6, 8)
+    save_file({"fc.weight": np.asarray(w).T.copy()}, tmp_path / "m.safetensors")
+    params = {"fc": {"kernel": w}}
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "flax", params)
+    (tmp_path / "flax.msgpack").write_bytes(
+        flax.serialization.msgpack_serialize(params)
+    )
+    (tmp_path / "my_params.py").write_text(
+        f"import numpy as np\ndef make():\n    w = np.array({np.asarray(w).tolist()}, "
+        "np.float32)\n    return {'fc': {'kernel': w}}\n"
+    )
+    here = os.getcwd()
+    os.chdir(tmp_path)
+    try:
+        for said in ("flax", "flax.msgpack", "my_params:make"):
+            run("match", said, "m.safetensors", "--out", "names.json")
+            assert "fc.weight  transposed" in capsys.readouterr().out
+            assert jlora.peft.Names.load("names.json")["fc/kernel"]
+    finally:
+        os.chdir(here)
+    save_file({"fc.weight": np.ones((8, 6), np.float32)}, tmp_path / "o.safetensors")
+    run("match", tmp_path / "flax", tmp_path / "o.safetensors", code=1)
+    assert "its values are in no tensor" in capsys.readouterr().out
+
+
+def test_check(capsys):
+    run("check", LLAMA / "all", "--server", "vllm")
+    run("check", LLAMA / "dora", "--server", "vllm", code=1)
+    assert "use_dora: True: it has no DoRA" in capsys.readouterr().out
+
+
+def test_wrong_use(tmp_path, capsys, saved):
+    _, _, where = saved
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "adapter_config.json").write_text("{")
+    (tmp_path / "bad" / WEIGHTS).write_bytes(b"no")
+    out = "--out", tmp_path / "x"
+    cases = [
+        (["inspect", tmp_path / "none"], 2, "there is no"),
+        (["inspect", LLAMA], 2, "is no adapter: expected"),
+        (["inspect", tmp_path / "bad"], 1, "is no JSON file"),
+        (["check", tmp_path / "bad", "--server", "vllm"], 1, "no whole safetensors"),
+        (["merge", BASE, LLAMA / "all", tmp_path / "bad"], 2, "exists"),
+        (["merge", BASE, tmp_path / "none", tmp_path / "x"], 2, "no directory"),
+        (["convert", where / "orbax", tmp_path / "x", "--to", "peft"], 2, "--names"),
+        (["convert", LLAMA / "all", tmp_path / "x", "--to", "orbax"], 2, "--names"),
+        (["convert", LLAMA / "all", tmp_path / "x", "--to", "loralib"], 2, "ends in"),
+        (["combine", LLAMA / "all", where / "orbax", *out], 2, "one format"),
+        (["combine", LLAMA / "all", "--weights", 1, 2, *out], 2, "2 weights"),
+        (["diff", BASE, LLAMA / "all"], 2, "one of each"),
+        (["match", "no_such_module:x", BASE], 2, "no_such_module"),
+        (["match", "no_such_thing", BASE], 2, "expected a checkpoint of Flax"),
+    ]  # fmt: skip
+    for args, code, part in cases:
+        text = wrong(capsys, *args, code=code)
+        assert part in text, text
+        assert len(text.splitlines()) == 1, text
+        assert not (tmp_path / "x").exists()
+    for args in ([], ["merge"], ["check", "x", "--server", "none"]):
+        with pytest.raises(SystemExit) as error:
+            main(args)
+        assert error.value.code == 2
+
+
+def test_help_has_examples(capsys):
+    for command in "inspect convert merge combine diff match check".split():
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        text = capsys.readouterr().out
+        assert f"example:\n  jlora {command}" in text and "exit codes" in text
+
+
+def test_stopped_by_ctrl_c_leaves_nothing(tmp_path):
+    """A merge that is interrupted while it copies leaves no file, and no traceback."""
+    big = {f"w{k}.weight": np.zeros((4096, 4096), np.float32) for k in range(6)}
+    save_file(big, tmp_path / "m.safetensors")
+    tree = jlora.wrap({"m": {"kernel": jnp.zeros((4096, 4096))}}, rank=2)
+    jlora.peft.save(tmp_path / "b", randomise(tree), names={"m/kernel": "w0"})
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from jlora.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    )
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        "merge",
+        "m.safetensors",
+        "b",
+        "out.safetensors",
+    ]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not list(tmp_path.glob(".out*")):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    _, text = process.communicate(timeout=60)
+    left = sorted(p.name for p in tmp_path.iterdir())
+    assert left == ["b", "m.safetensors"], (left, text)
+    assert process.returncode == 130 and "Traceback" not in text, text
+
+
+def test_python_m_jlora_is_light():
+    """``--help`` needs no JAX backend and is there at once."""
+    found = subprocess.run(
+        [sys.executable, "-m", "jlora", "--help"], capture_output=True, text=True
+    )
+    assert found.returncode == 0 and "merge" in found.stdout
+    assert jax.__version__ not in found.stderr
