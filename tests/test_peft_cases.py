@@ -457,7 +457,7 @@ LOADS = [
     ({"lora_alpha": "4"}, ["lora_alpha is '4'", "a number"]),
     ({"lora_alpha": float("nan")}, ["lora_alpha is nan"]),
     ({"rank_pattern": {"(": 2}}, ["the pattern '('"]),
-    ({"rank_pattern": {"(a+)+$": 2}}, ["repeats what repeats"]),
+    ({"rank_pattern": {"(a+)+$": 2}}, ["repeats a group"]),
     ({"alpha_pattern": [1]}, ["alpha_pattern is [1]"]),
     ({"use_dora": True}, ["use_dora", "no magnitude"]),
     ({"use_dora": "yes"}, ["use_dora is 'yes'"]),

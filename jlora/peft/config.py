@@ -43,7 +43,8 @@ _READ = frozenset(
     "alpha_pattern bias init_lora_weights lora_alpha lora_bias r rank_pattern "
     "target_parameters trainable_token_indices use_dora use_rslora".split()
 )
-_MOST = 0.5  # seconds that all patterns of a file may take together
+_MOST = 0.8  # seconds that all patterns of a file may take together
+_LONGEST = 256  # characters of a module's name that meets a pattern
 _LITERAL = re.compile(r"\^?[\w.\\-]+\$?")
 
 
@@ -68,6 +69,7 @@ class Config:
     rslora: bool
     ranks: Mapping[str, int]
     alphas: Mapping[str, float]
+    _spent: list[float] = dataclasses.field(default_factory=list)
 
     @property
     def ignored(self) -> list[str]:
@@ -89,13 +91,22 @@ class Config:
         return self.alpha_of(module) / (math.sqrt(rank) if self.rslora else rank)
 
     def _of(self, table: Mapping[str, Any], module: str, default: Any) -> Any:
-        start = time.monotonic()
         for pattern, value in table.items():
-            if _fits(pattern, module):
+            found = _literally(pattern, module)
+            if found is None:
+                found = self._matched(pattern, module)
+            if found:
                 return value
-            if time.monotonic() - start > _MOST:
-                refuse(self.where, "its patterns take too long to match")
         return default
+
+    def _matched(self, pattern: str, module: str) -> bool:
+        """Whether a pattern fits, as peft matches it; not for ever."""
+        if len(module) > _LONGEST or sum(self._spent) > _MOST:
+            refuse(self.where, "its patterns take too long to match")
+        start = time.monotonic()
+        found = re.match(rf"(.*\.)?({pattern})$", module) is not None
+        self._spent.append(time.monotonic() - start)
+        return found
 
     def target_list(self) -> list[str] | None:
         """The target modules, if they are listed by name; else None."""
@@ -121,24 +132,32 @@ def _suffix(names: Sequence[str], module: str) -> bool:
     return any(module == n or module.endswith(f".{n}") for n in names)
 
 
-def _fits(pattern: str, module: str) -> bool:
-    """Whether a key of a pattern table fits a module, as ``peft`` matches it."""
-    if _LITERAL.fullmatch(pattern):
-        plain = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
-        if "\\" not in plain and "." not in pattern.replace("\\.", ""):
-            whole = module == plain
-            return whole or (pattern[0] != "^" and module.endswith("." + plain))
-    return re.match(rf"(.*\.)?({pattern})$", module) is not None
+def _literally(pattern: str, module: str) -> bool | None:
+    """Whether a pattern without signs fits; None if it has some."""
+    if not _LITERAL.fullmatch(pattern):
+        return None
+    plain = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
+    if "\\" in plain or "." in pattern.replace("\\.", ""):
+        return None
+    return module == plain or (pattern[0] != "^" and module.endswith("." + plain))
 
 
 def _hazard(pattern: str) -> str:
-    """Why a pattern could take for ever; empty if it cannot."""
+    """Why a pattern could take for ever; empty if it cannot.
+
+    A group that repeats may take exponential time, and each wildcard multiplies it by
+    the length of the name.
+    """
     if len(pattern) > 1000:
         return "it has over 1,000 characters"
-    if re.search(r"\([^()]*[*+{][^()]*\)\??[*+{]", pattern):
-        return "it repeats what repeats"
-    if len(re.findall(r"(?<!\\)[*+{]", pattern)) > 3:
-        return "it has over three repetitions"
+    if re.search(r"\)[*+{]", pattern):
+        return "it repeats a group"
+    if re.search(r"(?<!\\)\\[1-9]", pattern):
+        return "it refers to a group"
+    repeated = re.findall(r"(?<![\\(])[*+{?]", pattern)
+    wide = re.findall(r"(?:(?<!\\)\.|\]|\\[wWDSs])[*+{]", pattern)
+    if len(wide) > 2 or len(repeated) > 4:
+        return "it has too many repetitions"
     return ""
 
 

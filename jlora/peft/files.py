@@ -63,12 +63,12 @@ def inside(folder: pathlib.Path, name: Any) -> pathlib.Path:
 def read_json(path: pathlib.Path) -> dict[str, Any]:
     """The object of a JSON file, of a reasonable size and depth."""
     try:
-        if path.stat().st_size > _MOST_JSON:
+        if (size := path.stat().st_size) > _MOST_JSON:
             refuse(
                 path, f"it has over {_MOST_JSON:,} bytes: expected a small JSON file"
             )
         with open(path, "rb") as f:
-            said = json.loads(f.read(_MOST_JSON).decode("utf-8"))
+            said = json.loads(f.read(size).decode("utf-8"))
     except FileNotFoundError:
         raise
     except (OSError, ValueError, RecursionError) as e:
