@@ -251,3 +251,57 @@ def test_python_m_jlora_is_light():
     )
     assert found.returncode == 0 and "merge" in found.stdout
     assert jax.__version__ not in found.stderr
+
+
+@pytest.mark.slow
+def test_merge_of_a_large_base_needs_little_memory(tmp_path):
+    """2.1 GB in four shards: at most 1.3 of the largest tensor and 300 MB are needed.
+
+    Each number is the one that float32 gives, rounded once.
+    """
+    large, small = (16384, 8192), (4096, 4096)
+    base, shards = tmp_path / "base", {}
+    base.mkdir()
+    drawn = np.random.default_rng(0).standard_normal(small, np.float32)
+    drawn = drawn.astype(jnp.bfloat16)
+    for k in range(4):
+        own = {f"{k}.large.weight": np.tile(drawn, (4, 2))}
+        own |= {f"{k}.{n}.weight": drawn for n in "xyzuvst"}
+        shards |= dict.fromkeys(own, f"{k}.safetensors")
+        save_file(own, base / f"{k}.safetensors")
+    index = json.dumps({"weight_map": shards})
+    (base / "model.safetensors.index.json").write_text(index)
+    size = sum(p.stat().st_size for p in base.iterdir())
+    assert size > 2e9, size
+    factors = {}
+    for name in shards:
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        out, in_ = large if "large" in name else small
+        factors[f"{module}.lora_A.weight"] = np.asarray(normal(4, in_))
+        factors[f"{module}.lora_B.weight"] = np.asarray(normal(out, 4))
+    where = tmp_path / "a"
+    where.mkdir()
+    said = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["x"]}
+    (where / "adapter_config.json").write_text(json.dumps(said))
+    save_file(factors, where / WEIGHTS)
+    code = (
+        "import sys; from jlora.__main__ import main; "
+        "code = main(['merge', 'base', 'a', 'out']); "
+        "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]); "
+        "sys.exit(code)"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert found.returncode == 0, found.stderr
+    peak = int(found.stdout.split()[-1]) * 1024
+    largest = 2 * large[0] * large[1]
+    assert peak <= 1.3 * largest + 300e6, (peak / 1e6, largest / 1e6)
+    from jlora.peft.files import tensors
+
+    old, new = tensors(base), tensors(tmp_path / "out")
+    for name in ("0.large.weight", "3.y.weight"):
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        a, b = (factors[f"{module}.lora_{n}.weight"][:256] for n in "AB")
+        want = old.view(name)[:256].astype(np.float32) + 2 * (b @ a)
+        np.testing.assert_array_equal(new.view(name)[:256], want.astype(jnp.bfloat16))

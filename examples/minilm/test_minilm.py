@@ -14,6 +14,7 @@ import training
 from sentences import Tokens, pretrained, read_tsv
 
 import jlora
+import jlora.peft
 
 WIDTHS = [16, 64]
 
@@ -40,6 +41,22 @@ def test_sentence_embeddings_are_minilms(snapshot, loaded):
     x = model.apply({"params": params}, ids, mask, method="embed")
     x /= np.linalg.norm(x, axis=-1, keepdims=True)
     np.testing.assert_allclose(x[0] @ x[1:].T, [0.6888, -0.0044], atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_names_are_found_by_the_values(snapshot, loaded, dtype):
+    """Every array of the encoder is a tensor of its file; the new head is none."""
+    model, params = loaded
+    params = {"params": jax.tree.map(lambda x: x.astype(dtype), params)}
+    ids, mask = np.zeros((1, 8), int), np.ones((1, 8), bool)
+    plan = jlora.plan(model.apply, params, ids, mask, targets="**")
+    names = jlora.peft.match(params, snapshot / "model.safetensors", plan=plan)
+    assert {p.split("/")[1] for p in names.missing} == {"head"}, names
+    query = names["params/encoder/layer_0/attention/query/kernel"]
+    assert query[0].tensor == "encoder.layer.0.attention.self.query.weight"
+    spare = {*names.tensors} - {p.tensor for own in names.values() for p in own}
+    pooler = {"pooler.dense.bias", "pooler.dense.weight"}
+    assert spare == {"embeddings.position_ids"} | pooler
 
 
 @pytest.fixture(scope="module")

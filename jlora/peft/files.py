@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -111,6 +112,7 @@ class Tensors(Mapping[str, Any]):
         self.metadata: dict[pathlib.Path, dict[str, str]] = {}
         self._infos: dict[str, tuple[tuple[int, ...], str]] = {}
         self._open: dict[pathlib.Path, Any] = {}
+        self._offsets: dict[pathlib.Path, dict[str, int]] = {}
         for path in paths:
             with _checked(path):
                 f = safetensors.safe_open(path, framework="np")
@@ -147,8 +149,52 @@ class Tensors(Mapping[str, Any]):
         words = {"F64": "float64", "F32": "float32", "F16": "float16"}
         return jnp.dtype(words.get(self._infos[name][1], "bfloat16"))
 
+    def offset(self, name: str) -> int:
+        """Where in its file the values of a tensor start."""
+        path = self.files[name]
+        if path not in self._offsets:
+            with _checked(path), open(path, "rb") as f:
+                size = int.from_bytes(f.read(8), "little")
+                header = json.loads(f.read(size))
+            self._offsets[path] = {
+                name: 8 + size + own["data_offsets"][0]
+                for name, own in header.items()
+                if name != "__metadata__"
+            }
+        return self._offsets[path][name]
+
+    def view(self, name: str) -> np.ndarray:
+        """The values of a tensor as they lie in the file, mapped: nothing is copied."""
+        self._check(name)
+        shape, path = self.shape(name), self.files[name]
+        if 0 in shape:
+            return np.zeros(shape, self.dtype(name))
+        place = self.offset(name)
+        with _checked(path):
+            flat = np.memmap(path, np.uint8, "r", place, self._bytes(name))
+        return flat.view(self.dtype(name)).reshape(shape)
+
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Some rows of a tensor, in memory; nothing else of the file is touched."""
+        self._check(name)
+        shape = self.shape(name)[1:]
+        row = math.prod(shape) * self.dtype(name).itemsize
+        path, place = self.files[name], self.offset(name) + start * row
+        with _checked(path):
+            flat = np.fromfile(path, np.uint8, (stop - start) * row, offset=place)
+            return flat.view(self.dtype(name)).reshape(stop - start, *shape)
+
+    def _bytes(self, name: str) -> int:
+        return math.prod(self.shape(name)) * self.dtype(name).itemsize
+
     def read(self, name: str) -> np.ndarray:
-        """The values of a tensor."""
+        """The values of a tensor, in memory."""
+        self._check(name)
+        path = self.files[name]
+        with _checked(path):
+            return self._open[path].get_tensor(name)
+
+    def _check(self, name: str) -> None:
         path = self.files[name]
         if not self.is_float(name):
             refuse(
@@ -156,8 +202,6 @@ class Tensors(Mapping[str, Any]):
                 f"{name!r} is {self._infos[name][1]}: expected floating-point numbers "
                 "of 16 bits or more",
             )
-        with _checked(path):
-            return self._open[path].get_tensor(name)
 
 
 def tensors(base: Where | Sequence[Where]) -> Tensors:

@@ -280,7 +280,7 @@ class _Matcher:
     # ----------------------------------------------------------------- the checkpoint
 
     def _enter(self, name: str, precisions: set[str]) -> None:
-        x = self.files.read(name)
+        x = self.files.view(name)
         own = str(x.dtype)
         for precision in {_lower(own, p) for p in precisions}:
             for view in self._views(name, x, precision):
@@ -445,7 +445,7 @@ class _Matcher:
         parts: dict[str, list[Part]] = collections.defaultdict(list)
         failed: dict[str, str] = {}
         for tensor, own in by.items():
-            x = self.files.read(tensor)
+            x = self.files.view(tensor)
             for claim in own:
                 part = self._part(claim, x)
                 if isinstance(part, str):
@@ -577,7 +577,7 @@ class _Matcher:
     def _line(
         self, x: np.ndarray, tensor: str, at: tuple[int, ...], axes: str, precision: str
     ) -> Part | str:
-        t = self.files.read(tensor)
+        t = self.files.view(tensor)
         n = t.ndim
         along = self._along(x[:, None], t.reshape(-1, 1), precision)
         if along is None:
@@ -592,7 +592,7 @@ class _Matcher:
         for part in parts:
             if part.tensor not in self.files or not self.files.is_float(part.tensor):
                 return False
-            t = self.files.read(part.tensor)
+            t = self.files.view(part.tensor)
             if t.ndim != len(part.tensor_axes):
                 return False
             theirs = matrix(t, part.tensor_axes, part.item)

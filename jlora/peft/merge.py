@@ -7,16 +7,13 @@ rounded once.
 
 from __future__ import annotations
 
-import json
 import os
 import pathlib
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
-import safetensors
 
 from jlora._tree.paths import near
 from jlora.peft import files
@@ -88,18 +85,12 @@ def _copy_rest(source: pathlib.Path, part: pathlib.Path) -> None:
 
 def _rewrite(new: pathlib.Path, shard: pathlib.Path, changes: _Changes) -> None:
     """Writes the changed tensors of a shard into its copy, in their places."""
+    tensors = changes.tensors
     with open(new, "r+b") as f:
-        size = int.from_bytes(f.read(8), "little")
-        header = json.loads(f.read(size))
-        with safetensors.safe_open(shard, framework="np") as old:
-            for name in header:
-                if name not in changes.names:
-                    continue
-                start = 8 + size + header[name]["data_offsets"][0]
-                part = old.get_slice(name)
-                for row, values in changes.of(name, part):
-                    width = values.dtype.itemsize * values[0].size
-                    f.seek(start + row * width)
+        for name in sorted(changes.names):
+            if tensors.files[name] == shard:
+                for row, values in changes.of(name):
+                    f.seek(tensors.offset(name) + row * values[0].nbytes)
                     f.write(np.ascontiguousarray(values).tobytes())
         f.flush()
         os.fsync(f.fileno())
@@ -209,26 +200,31 @@ class _Changes:
             "they lie as (in, out) or (out, in): merge it in peft, or with a model."
         )
 
-    def of(self, name: str, part: Any) -> Iterator[tuple[int, np.ndarray]]:
+    def of(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
         """(first row, new values) of some rows of a tensor after others."""
-        shape = tuple(part.get_shape())
+        shape = self.tensors.shape(name)
         if not shape:
-            yield 0, np.asarray(self.whole[name]).astype(part[:].dtype).reshape(1)
+            dtype = self.tensors.dtype(name)
+            yield 0, np.asarray(self.whole[name]).astype(dtype).reshape(1)
             return
-        row = max(int(np.prod(shape[1:])), 1)
-        step = max(1, _CHUNK // row)
-        for k in range(0, shape[0], step):
-            old = part[k : min(k + step, shape[0])]
-            yield k, self._new(name, k, old, part, step)
+        for k, old in self._rows(name):
+            yield k, self._new(name, k, old)
 
-    def _new(self, name: str, k: int, old: Any, part: Any, step: int) -> np.ndarray:
+    def _rows(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
+        """The old rows, as many at once as are computed at once."""
+        shape = self.tensors.shape(name)
+        step = max(1, _CHUNK // max(int(np.prod(shape[1:])), 1))
+        for k in range(0, shape[0], step):
+            yield k, self.tensors.rows(name, k, min(k + step, shape[0]))
+
+    def _new(self, name: str, k: int, old: np.ndarray) -> np.ndarray:
         n, dtype = len(old), old.dtype
         out = old
         if name in self.whole:
             out = self.whole[name][k : k + n].astype(dtype)
         if name in self.modules:
             wide = np.result_type(dtype, np.float32)
-            out = self._merged(name, k, old.astype(wide), part, step)
+            out = self._merged(name, k, old.astype(wide))
         if name in self.biases:
             m = self.biases[name]
             assert m.c is not None
@@ -242,16 +238,14 @@ class _Changes:
                     out[index - k] = value.astype(dtype)
         return out.astype(dtype)
 
-    def _merged(
-        self, name: str, k: int, old: np.ndarray, part: Any, step: int
-    ) -> np.ndarray:
+    def _merged(self, name: str, k: int, old: np.ndarray) -> np.ndarray:
         """Rows of a weight with the delta, and DoRA's magnitude."""
         m, turned = self.modules[name], self.turned[name]
         new = old + self._delta(m, turned, k, old)
         if m.m is None:
             return new
         if turned:
-            return new * (m.m / self._norms(name, part, step))
+            return new * (m.m / self._norms(name))
         axes = tuple(range(1, new.ndim))
         norm = np.sqrt((new.astype(np.float64) ** 2).sum(axes, keepdims=True))
         own = m.m[k : k + len(old)].reshape(norm.shape)
@@ -267,14 +261,12 @@ class _Changes:
             d = a[own] @ b if turned else (a @ b[:, own]).T
         return (d * old.dtype.type(m.scale)).reshape(old.shape)
 
-    def _norms(self, name: str, part: Any, step: int) -> np.ndarray:
+    def _norms(self, name: str) -> np.ndarray:
         """The norm of each column of a merged weight that lies as (in, out)."""
         if getattr(self, "_last", ("", None))[0] != name:
             m = self.modules[name]
             total = np.zeros(m.b.shape[-1])
-            n = part.get_shape()[0]
-            for k in range(0, n, step):
-                old = part[k : min(k + step, n)]
+            for k, old in self._rows(name):
                 old = old.astype(np.result_type(old.dtype, np.float32))
                 new = old + self._delta(m, True, k, old)
                 total += (new.astype(np.float64) ** 2).sum(0)

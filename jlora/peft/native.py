@@ -24,10 +24,10 @@ def leaves(adapter: Adapter) -> Leaves:
     """The leaves of an adapter's directory, by the names of torch's tensors."""
     out: Leaves = {t: _leaf(m) for t, m in adapter.modules.items()}
     for tensor, x in adapter.whole.items():
-        out[tensor] = Full(None, jnp.asarray(x))
+        out[tensor] = Full(None, jnp.array(x))
     for tensor, (indices, values) in adapter.rows.items():
         form, one = Rows(indices, max(indices) + 1), jnp.ones(())
-        rows = jnp.asarray(values)
+        rows = jnp.array(values)
         out[tensor] = LoRA(
             None, None, rows, one, roles="io", form=form, layer=Note("embed")
         )
@@ -39,11 +39,11 @@ def _leaf(module: Module) -> LoRA:
     kind = _KINDS[module.kind]
     return LoRA(
         None,
-        jnp.asarray(module.a),
-        jnp.asarray(module.b),
+        jnp.array(module.a),
+        jnp.array(module.b),
         jnp.full(batch, module.scale, jnp.float32),
-        None if module.c is None else jnp.asarray(module.c),
-        None if module.m is None else jnp.asarray(module.m),
+        None if module.c is None else jnp.array(module.c),
+        None if module.m is None else jnp.array(module.m),
         roles="io",
         layer=Note(f"{kind}/{module.groups}" if module.groups > 1 else kind),
     )
