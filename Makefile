@@ -3,7 +3,7 @@
 #
 #   make test                          all tests             ARGS="-k lift -n 0" some
 #   make interop                       against PyTorch's loralib and peft
-#   make faults                        kill training 50 times, and see it go on
+#   make faults                        kill training 50 times; 25,000 damaged files
 #   make demo                          fine-tune MiniLM      ARGS=--help lists the options
 #   make docs                          build the documentation, with every cell run
 #   make lint                          ruff and mypy
@@ -44,10 +44,11 @@ interop: $(READY)
 	@sed -n 's/^\([A-Za-z0-9_.-]*==[^ ]*\).*/\1/p' $(LOCK) > $(VENV)/pins.txt
 	@$(PY) -m pip install --quiet --timeout 60 --constraint $(VENV)/pins.txt \
 		torch==2.13.0 loralib==0.1.2 peft==0.21.2
-	@$(PY) -m pytest tests/test_loralib.py tests/test_peft.py $(ARGS)
+	@$(PY) -m pytest tests/test_loralib.py tests/test_peft.py tests/test_peft_files.py $(ARGS)
 
-# Many more kills of training runs than `make test` has.
+# Many more kills of training runs, and hostile files, than `make test` has.
 faults: $(READY)
+	@JLORA_MUTANTS=25000 $(PY) -m pytest tests/test_peft_hostile.py -n logical $(ARGS)
 	@JLORA_KILLS=50 $(PY) -m pytest tests/test_pod.py -n 0 $(ARGS)
 
 demo: $(READY)

@@ -122,8 +122,13 @@ def resolve(name):
     return found
 
 
+def python(path):
+    """The cells of a page without commands of the shell."""
+    return re.sub(r"(?m)^!.*$", "", "\n".join(cells(path)))
+
+
 SOURCES = [
-    *(pytest.param("\n".join(cells(p)), id=page(p)) for p in NOTEBOOKS),
+    *(pytest.param(python(p), id=page(p)) for p in NOTEBOOKS),
     *(
         pytest.param(p.read_text(encoding="utf-8"), id=page(p))
         for p in sorted(DOCS.glob("beside/*_ours.py"))
