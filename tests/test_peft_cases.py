@@ -127,9 +127,11 @@ def test_portable(layout, tmp_path):
     assert config["target_modules"] == ["down_proj", "k_proj", "q_proj", "v_proj"]
     file = load_file(tmp_path / "a" / WEIGHTS)
     assert len(file) == 2 * 4 * 3
-    for server in ("vllm", "sglang", "tensorrt-llm", "transformers"):
+    for server in ("vllm", "sglang", "tensorrt-llm"):
         report = jlora.peft.check(tmp_path / "a", server)
         assert report.ok and not len(report), report
+    (finding,) = jlora.peft.check(tmp_path / "a", "transformers")
+    assert finding.level == "needs" and "base_model_name_or_path" in finding.found
     again = jlora.peft.load(tmp_path / "a", params)
     close(jlora.lift(fn)(again, *args), jlora.lift(fn)(tree, *args), 1e-5)
 
@@ -299,7 +301,8 @@ def test_embeddings_resized_by_added_tokens(tmp_path):
         base={},
         tensors={k: v for k, v in names.tensors.items() if "embed" not in k},
     )
-    tree = jlora.peft.load(where, larger, names=grown)
+    with pytest.warns(UserWarning, match=r"'model\.embed_tokens\.weight', which"):
+        tree = jlora.peft.load(where, larger, names=grown)
     leaf = tree["embed"]["embedding"]
     assert isinstance(leaf, jlora.Full)
     np.testing.assert_array_equal(leaf.value, table)
@@ -528,7 +531,7 @@ def test_files_that_are_not_there(tmp_path):
         jlora.peft.load(where, params, names=names)
     with pytest.raises(FileNotFoundError, match=r"There is one in 'a'"):
         jlora.peft.load(tmp_path, params, names=names)
-    with pytest.raises(ValueError, match=r"server 'vlm'.*'vllm'"):
+    with pytest.raises(ValueError, match=r"server 'vlm': expected one of vllm, sglang"):
         jlora.peft.check(where, "vlm")
 
 

@@ -22,7 +22,7 @@ from jlora.checkpoint import orbax as _orbax
 from jlora.peft import modules as _modules
 from jlora.peft import native
 from jlora.peft.config import FILE as CONFIG_FILE
-from jlora.peft.files import write
+from jlora.peft.files import refuse, write, writing
 from jlora.peft.load import load
 from jlora.peft.names import FILE as NAMES
 from jlora.peft.names import Names
@@ -80,7 +80,7 @@ def read(where: str | os.PathLike[str], alpha: float | None = None) -> Found:
       where: a directory or a file.
       alpha: loralib's ``lora_alpha``, which its files do not have.
     """
-    path = pathlib.Path(where)
+    path = pathlib.Path(where).expanduser()
     kind = format_of(path)
     if kind == "peft":
         own = _modules.read(path)
@@ -89,6 +89,10 @@ def read(where: str | os.PathLike[str], alpha: float | None = None) -> Found:
         base = base_of(path)
         leaves = adapter_of(jlora.checkpoint.restore(path, base))
         return Found(path, kind, leaves, base=base)
+    try:
+        jlora.loralib.read(path)
+    except ValueError as e:
+        refuse(path, f"it is no file of loralib ({e})")
     leaves = jlora.loralib.load(os.fspath(path), alpha=alpha)
     return Found(path, kind, leaves, _names_of_loralib(leaves))
 
@@ -149,7 +153,18 @@ def write_loralib(found: Found, out: str, names: Names | None) -> None:
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: expected a file that ends in .safetensors")
     arrays = {}
-    for module in _all_modules(found, names):
+    own = _torch_side(found, names)
+    if more := [*own.whole, *own.rows]:
+        raise ValueError(
+            f"{more[0]} is trained whole, which loralib's files have no form for: "
+            "expected factors alone"
+        )
+    for module in own.modules.values():
+        if module.c is not None and module.c.any():
+            raise ValueError(
+                f"{module.name} has an output bias (lora_bias), which loralib's files "
+                "have no form for"
+            )
         if module.kind not in ("linear", "embedding") or module.m is not None:
             raise ValueError(
                 f"{module.name} is {module.kind}"
@@ -160,19 +175,22 @@ def write_loralib(found: Found, out: str, names: Names | None) -> None:
         arrays[f"{module.name}.lora_A"] = module.a.T
         arrays[f"{module.name}.lora_B"] = b.T
     part = path.with_name(f".{path.name}.part")
-    try:
-        write(part, arrays)
-        os.rename(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with writing("convert", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write(part, arrays)
+            os.rename(part, path)
+        finally:
+            part.unlink(missing_ok=True)
 
 
-def _all_modules(found: Found, names: Names | None) -> list[Any]:
+def _torch_side(found: Found, names: Names | None) -> Any:
+    """An adapter as PEFT's directory has it."""
     if found.format == "peft":
-        return list(_modules.read(found.path).modules.values())
+        return _modules.read(found.path)
     with tempfile.TemporaryDirectory() as folder:
         write_peft(found, f"{folder}/a", names)
-        return list(_modules.read(f"{folder}/a").modules.values())
+        return _modules.read(f"{folder}/a")
 
 
 def write_like(found: Found, leaves: Adapter, out: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect as inspect_module
 import json
 import math
 import os
@@ -11,9 +12,11 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 
 from jlora._arithmetic.extract import extract
 from jlora._arithmetic.mix import mix
@@ -38,6 +41,9 @@ def inspect(args: Any, progress: Progress) -> int:
     found = adapters.read(args.adapter, args.alpha)
     rows = [_row(path, x) for path, x in found.leaves.items()]
     if args.png:
+        place = pathlib.Path(args.png).absolute().parent
+        if not place.is_dir():
+            raise FileNotFoundError(f"there is no directory {place}")
         own = {p: x for p, x in found.leaves.items() if _has_spectrum(x)}
         if not own:
             raise ValueError(
@@ -108,7 +114,12 @@ def convert(args: Any, progress: Progress) -> int:
     names = Names.load(args.names) if args.names else adapters.stored_names(found.path)
     if args.to == "peft":
         adapters.write_peft(
-            found, args.out, names, portable=args.portable, head=args.head
+            found,
+            args.out,
+            names,
+            portable=args.portable,
+            head=args.head,
+            config={"base_model_name_or_path": args.base, "task_type": args.task},
         )
     elif args.to == "orbax":
         adapters.write_orbax(found, args.out, names)
@@ -138,6 +149,8 @@ def combine(args: Any, progress: Progress) -> int:
     options = {
         k: getattr(args, k) for k in ("rank", "density") if getattr(args, k) is not None
     }
+    if not all(map(math.isfinite, weights)):
+        raise ValueError(f"weights {weights}: expected finite numbers")
     mixed = mix([x.leaves for x in found], weights, args.method, **options)
     adapters.write_like(found[0], mixed, args.out)
     print(f"wrote {args.out}: {len(mixed)} weights")
@@ -171,19 +184,41 @@ def _compared(path: str, x: Any, y: Any) -> dict[str, Any]:
     """The norms of two deltas and of their difference."""
     norms = [_norm(path, z) for z in (x, y)]
     gap: float | None = None
-    if x is None or y is None:
+    if _same(x, y):
+        gap = 0.0
+    elif x is None or y is None:
         gap = max(norms)
     elif isinstance(x, Full) and isinstance(y, Full):
         gap = float(jnp.linalg.norm(x.value.astype(float) - y.value.astype(float)))
     elif _has_spectrum(x) and _has_spectrum(y):
         gap = _norm(path, mix([{path: x}, {path: y}], [1, -1])[path])
+    elif not _alike(x, y):
+        gap = math.inf  # one has a magnitude, or other rows
     else:  # a magnitude, or rows: their arrays are compared
         pairs = zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True)
         gap = math.sqrt(sum(float(((a - b) ** 2).sum()) for a, b in pairs))
     most = max(norms)
-    relative = gap / most if most else 0.0
+    relative = gap / most if most else gap
+    if math.isnan(relative):
+        relative = math.inf
     keys = ("path", "first", "second", "difference", "relative")
     return dict(zip(keys, (path, *norms, gap, relative), strict=True))
+
+
+def _same(x: Any, y: Any) -> bool:
+    """Whether two leaves are equal, number by number."""
+    pairs = zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=False)
+    return _alike(x, y) and all(bool((a == b).all()) for a, b in pairs)
+
+
+def _alike(x: Any, y: Any) -> bool:
+    """Whether two leaves have the same fields, of the same shapes."""
+    return _shapes(x) == _shapes(y) and str(x) == str(y)
+
+
+def _shapes(x: Any) -> list[Any]:
+    pairs, _ = jax.tree_util.tree_flatten_with_path(x)
+    return [(jax.tree_util.keystr(keys), a.shape) for keys, a in pairs]
 
 
 def _norm(path: str, x: Any) -> float:
@@ -210,44 +245,55 @@ def _is_base(path: str) -> bool:
 
 def _diff_bases(args: Any, progress: Progress) -> int:
     one, two = files.tensors(args.first), files.tensors(args.second)
-    rows, leaves, far = [], {}, 0.0
-    both = [n for n in one if n in two]
-    others = sorted({*one} ^ {*two})
-    total = sum(math.prod(one.shape(n)) for n in both)
-    done = 0
+    both = [n for n in one if n in two and one.shape(n) == two.shape(n)]
+    others = sorted({*one, *two} - {*both})
+    total, done = sum(math.prod(one.shape(n)) for n in both), 0
+    rows, leaves = [], {}
     for name in both:
         done += math.prod(one.shape(name))
         progress(done, total)
-        if one.shape(name) != two.shape(name):
-            others.append(name)
+        own = _compared_tensors(name, one, two)
+        if own is None:
             continue
-        if not (one.is_float(name) and two.is_float(name)):
-            continue
-        x, y = (t.read(name).astype(np.float32) for t in (one, two))
-        gap, size = float(np.linalg.norm(y - x)), float(np.linalg.norm(x))
-        if gap == 0:
-            continue
-        far = max(far, gap / size if size else math.inf)
-        rows.append(
-            (
-                name,
-                _cell(list(x.shape)),
-                f"{size:.4g}",
-                f"{gap:.4g}",
-                f"{gap / size if size else math.inf:.3g}",
-            )
-        )
-        if args.out and x.ndim == 2 and name.endswith(".weight"):
-            own = extract({"w": x.T}, {"w": y.T}, rank=args.rank, targets="w")
-            leaves[name] = own["w"]
-    if rows:
-        print(table(("tensor", "shape", "norm", "difference", "relative"), rows))
-    print(f"{len(rows)} of {len(both)} tensors differ")
-    for name in others:
-        print(f"  only in one, or of another shape: {name}")
+        rows.append(own)
+        if args.out and len(own["shape"]) == 2 and name.endswith(".weight"):
+            x, y = (t.read(name).astype(np.float32) for t in (one, two))
+            tree = extract({"w": x.T}, {"w": y.T}, rank=args.rank, targets="w")
+            leaves[name] = tree["w"]
+    far = max((row["relative"] for row in rows), default=0.0)
+    if args.json:
+        print(json.dumps({"tensors": rows, "only in one": others}, indent=1))
+    else:
+        if rows:
+            cells = [[_cell(x) for x in row.values()] for row in rows]
+            print(table(("tensor", "shape", "norm", "difference", "relative"), cells))
+        within = f", by at most {far:.3g}" if rows else ""
+        print(f"{len(rows)} of {len(both)} tensors differ{within}")
+        for name in others:
+            print(f"  only in one, or of another shape: {name}")
     if args.out:
         _save_extracted(args.out, leaves, one)
     return int(far > args.tolerance or bool(others))
+
+
+def _compared_tensors(
+    name: str, one: files.Tensors, two: files.Tensors
+) -> dict[str, Any] | None:
+    """How far a tensor of two bases differs; None if it does not."""
+    shape = list(one.shape(name))
+    row = {"path": name, "shape": shape, "norm": 0.0}
+    if not (one.is_float(name) and two.is_float(name)):
+        if one[name][1] == two[name][1] and one.same_bytes(name, two):
+            return None
+        return row | {"difference": math.inf, "relative": math.inf}
+    x, y = (t.read(name).astype(np.float32) for t in (one, two))
+    if np.array_equal(x, y):
+        return None
+    gap, size = float(np.linalg.norm(y - x)), float(np.linalg.norm(x))
+    relative = gap / size if size else math.inf
+    if math.isnan(relative):
+        gap = relative = math.inf
+    return row | {"norm": size, "difference": gap, "relative": relative}
 
 
 def _save_extracted(out: str, leaves: dict[str, Any], base: files.Tensors) -> None:
@@ -271,31 +317,51 @@ def match(args: Any, progress: Progress) -> int:
     if args.out:
         names.save(args.out)
         print(f"wrote {args.out}")
-    return int(bool(names.missing))
+    lost = [p for p in names.missing if len(names.base[p][0]) > 1]
+    return int(bool(lost) or not names.found)
 
 
 def _params(said: str) -> Any:
     """Params from a Flax checkpoint, or from ``module:attribute``."""
-    path = pathlib.Path(said)
-    if path.is_dir():
-        import orbax.checkpoint as ocp
-
-        with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore(path.absolute())
-    if path.is_file():
-        import flax.serialization
-
-        return flax.serialization.msgpack_restore(path.read_bytes())
+    path = pathlib.Path(said).expanduser()
+    if path.exists():
+        return _restored(path)
     name, colon, attribute = said.partition(":")
-    if not colon:
+    if not (colon and attribute and name.replace(".", "").replace("_", "").isalnum()):
         raise FileNotFoundError(
             f"there is no {said}: expected a checkpoint of Flax, or module:attribute"
         )
     sys.path.insert(0, os.getcwd())
-    found: Any = importlib.import_module(name)
-    for key in attribute.split("."):
-        found = getattr(found, key)
-    return found() if callable(found) else found
+    try:
+        found: Any = importlib.import_module(name)
+        for key in attribute.split("."):
+            found = getattr(found, key)
+        return found() if inspect_module.isroutine(found) else found
+    except (Exception, SystemExit) as e:
+        raise ValueError(f"{said} gives no params ({type(e).__name__}: {e})") from None
+
+
+def _restored(path: pathlib.Path) -> Any:
+    """The params of a Flax checkpoint: Orbax's directory, or a file of msgpack."""
+    for file, what in ((CONFIG_FILE, "an adapter"), ("document", "jlora's checkpoint")):
+        if (path / file).exists():
+            raise ValueError(f"{path} is {what}: expected the params of a model")
+    try:
+        if path.is_dir():
+            with ocp.StandardCheckpointer() as checkpointer:
+                return _without_values(checkpointer.restore(path.absolute()))
+        return _without_values(flax.serialization.msgpack_restore(path.read_bytes()))
+    except Exception as e:
+        files.refuse(path, f"it is no checkpoint of Flax ({str(e).splitlines()[0]})")
+
+
+def _without_values(tree: Any) -> Any:
+    """A tree in which NNX's variables, saved as {"value": array}, are their arrays."""
+    if not isinstance(tree, dict):
+        return tree
+    if [*tree] == ["value"]:
+        return tree["value"]
+    return {key: _without_values(x) for key, x in tree.items()}
 
 
 def check(args: Any, progress: Progress) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import re
 import sys
 import time
 import warnings
@@ -84,6 +85,8 @@ def _convert(command: Any) -> None:
     p.add_argument(
         "--portable", action="store_true", help="PEFT files that every server takes"
     )
+    p.add_argument("--base", help="base_model_name_or_path of the PEFT config")
+    p.add_argument("--task", help="task_type of the PEFT config, such as CAUSAL_LM")
     p.add_argument("--head", help="torch's module of a tied head, such as lm_head")
     p.add_argument("--alpha", type=float, help="lora_alpha of a loralib file")
 
@@ -113,6 +116,13 @@ def _combine(command: Any) -> None:
     p.add_argument("--out", required=True, help="a new directory")
 
 
+def _tolerance(text: str) -> float:
+    x = float(text)
+    if not x >= 0:
+        raise argparse.ArgumentTypeError(f"{text}: expected a number, zero or more")
+    return x
+
+
 def _diff(command: Any) -> None:
     p = command(
         "diff",
@@ -121,12 +131,12 @@ def _diff(command: Any) -> None:
     )
     p.add_argument("first", help="an adapter, or a base as safetensors")
     p.add_argument("second", help="another of its kind")
-    p.add_argument("--json", action="store_true", help="as JSON (of adapters)")
+    p.add_argument("--json", action="store_true", help="as JSON")
     p.add_argument(
         "--tolerance",
-        type=float,
-        default=0.0,
-        help="the largest relative difference that counts as none; default 0",
+        type=_tolerance,
+        default=1e-6,
+        help="the largest relative difference that counts as none; default 1e-6",
     )
     p.add_argument("--out", help="write the difference of two bases as an adapter")
     p.add_argument("--rank", type=int, default=16, help="its rank; default 16")
@@ -204,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (OSError, ValueError, TypeError, ImportError, AttributeError) as e:
+    except Exception as e:  # one sentence for all: a traceback helps no user
         bar.close()
         print(f"jlora {args.command}: {_sentence(e)}", file=sys.stderr)
         return _code(e)
@@ -213,9 +223,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _sentence(e: Exception) -> str:
-    text = str(e) or type(e).__name__
+    text = " ".join(str(e).split()) or type(e).__name__
     if isinstance(e, OSError) and e.strerror and e.filename:
         text = f"{e.filename}: {e.strerror}"
+    if not isinstance(e, (OSError, ValueError, TypeError)):
+        text = f"{type(e).__name__}: {text}"
+    text = re.sub(r"^(?:peft\.)?\w+(?:\.\w+)?: ", "", text)  # the function's name
     return text if text.endswith((".", "!")) else text + "."
 
 

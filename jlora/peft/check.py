@@ -9,7 +9,6 @@ from typing import Any
 
 from jlora._plan.plan import listed
 from jlora._printed import Printed
-from jlora._tree.paths import near
 from jlora.peft import config as _config
 from jlora.peft import files, modules
 from jlora.peft.servers import RULES, VERSIONS, Facts
@@ -99,8 +98,7 @@ def check(directory: files.Where, server: str) -> Report:
     """
     if server not in VERSIONS:
         raise ValueError(
-            f"peft.check: server {server!r}: expected one of {', '.join(VERSIONS)}; "
-            f"near: {near(str(server), VERSIONS)}."
+            f"peft.check: server {server!r}: expected one of {', '.join(VERSIONS)}."
         )
     where = pathlib.Path(directory)
     facts = _facts(where)

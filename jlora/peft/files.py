@@ -36,6 +36,30 @@ def refuse(where: Any, why: str, do: str = "") -> NoReturn:
     raise FormatError(f"{os.fspath(where)}: {why}{'. ' + do if do else ''}".rstrip())
 
 
+def folder(what: str, directory: Any) -> pathlib.Path:
+    """The path of a directory that a user passed to a function."""
+    if not isinstance(directory, (str, os.PathLike)):
+        raise TypeError(
+            f"{what}: expected the path of a directory first, then the tree; found a "
+            f"{type(directory).__name__}."
+        )
+    return pathlib.Path(directory).expanduser()
+
+
+@contextlib.contextmanager
+def writing(what: str, where: Any) -> Iterator[None]:
+    """Names the place in every error of writing there."""
+    try:
+        yield
+    except (OSError, safetensors.SafetensorError) as e:
+        why = getattr(e, "strerror", None) or str(e)
+        kind = type(e) if isinstance(e, OSError) else OSError
+        raise kind(
+            f"{what}: {os.fspath(where)} cannot be written ({why}): expected a place "
+            "with room, in which files may be made."
+        ) from None
+
+
 def inside(folder: pathlib.Path, name: Any) -> pathlib.Path:
     """The file of this name in a folder; raises if it is not really in there.
 
@@ -88,6 +112,8 @@ def _checked(path: pathlib.Path) -> Iterator[None]:
     except FormatError:
         raise
     except (safetensors.SafetensorError, OSError, ValueError, OverflowError) as e:
+        if path.exists() and not os.access(path, os.R_OK):
+            raise PermissionError(f"{path} may not be read: mind its mode.") from None
         if isinstance(e, FileNotFoundError):
             raise FileNotFoundError(f"there is no file {path}") from None
         refuse(
@@ -113,6 +139,7 @@ class Tensors(Mapping[str, Any]):
         self._infos: dict[str, tuple[tuple[int, ...], str]] = {}
         self._open: dict[pathlib.Path, Any] = {}
         self._offsets: dict[pathlib.Path, dict[str, int]] = {}
+        self._ends: dict[str, int] = {}
         for path in paths:
             with _checked(path):
                 f = safetensors.safe_open(path, framework="np")
@@ -156,11 +183,10 @@ class Tensors(Mapping[str, Any]):
             with _checked(path), open(path, "rb") as f:
                 size = int.from_bytes(f.read(8), "little")
                 header = json.loads(f.read(size))
-            self._offsets[path] = {
-                name: 8 + size + own["data_offsets"][0]
-                for name, own in header.items()
-                if name != "__metadata__"
-            }
+            header.pop("__metadata__", None)
+            at = {name: own["data_offsets"] for name, own in header.items()}
+            self._offsets[path] = {n: 8 + size + x[0] for n, x in at.items()}
+            self._ends |= {n: 8 + size + x[1] for n, x in at.items()}
         return self._offsets[path][name]
 
     def view(self, name: str) -> np.ndarray:
@@ -183,6 +209,20 @@ class Tensors(Mapping[str, Any]):
         with _checked(path):
             flat = np.fromfile(path, np.uint8, (stop - start) * row, offset=place)
             return flat.view(self.dtype(name)).reshape(stop - start, *shape)
+
+    def same_bytes(self, name: str, other: Tensors) -> bool:
+        """Whether a tensor of any dtype is the same in both, byte by byte."""
+        place, theirs = self.offset(name), other.offset(name)
+        with open(self.files[name], "rb") as f, open(other.files[name], "rb") as g:
+            f.seek(place)
+            g.seek(theirs)
+            left = self._ends[name] - place
+            while left > 0:
+                n = min(left, 1 << 22)
+                if f.read(n) != g.read(n):
+                    return False
+                left -= n
+        return True
 
     def _bytes(self, name: str) -> int:
         return math.prod(self.shape(name)) * self.dtype(name).itemsize
@@ -214,9 +254,14 @@ def tensors(base: Where | Sequence[Where]) -> Tensors:
       FormatError: a file that is not whole, another format, a name that leads out of
         the folder, or a tensor that is there twice.
     """
-    if isinstance(base, (str, os.PathLike)):
-        return Tensors(shards(pathlib.Path(base)))
-    return Tensors([path for one in base for path in shards(pathlib.Path(one))])
+    given: list[Any] = list(base) if isinstance(base, (list, tuple)) else [base]
+    if not all(isinstance(one, (str, os.PathLike)) for one in given):
+        raise TypeError(
+            f"base is a {type(base).__name__}: expected a safetensors file, a folder "
+            "of shards, or a list of them."
+        )
+    paths = [pathlib.Path(one).expanduser() for one in given]
+    return Tensors([path for one in paths for path in shards(one)])
 
 
 def shards(base: pathlib.Path) -> list[pathlib.Path]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from jlora.peft.modules import Module
 from jlora.peft.names import Part
-from jlora.peft.to_torch import Layer
+from jlora.peft.to_torch import Layer, promoted
 
 Spans = Mapping[str, Sequence[Any]]
 
@@ -43,49 +43,54 @@ def layer_of(
     blocks: list[tuple[np.ndarray, np.ndarray]] = []
     c: np.ndarray | None = None
     m: np.ndarray | None = None
-    scale: float | None = None
+    known = [modules[p.tensor] for p in parts if p.tensor in modules]
+    if not known:
+        return None
+    scale = next((module.scale for module in known if module.scale), 0.0)
     for part in parts:
         module = modules.get(part.tensor)
         if module is None:
             continue
-        scale = module.scale if scale is None else scale
         a, b = _cut(module, part, spans, path)
         wide_a = np.zeros((rows, a.shape[1]), a.dtype)
         wide_a[part.rows.positions] = a
         wide_b = np.zeros((b.shape[0], columns), b.dtype)
         at = part.columns.positions
         ratio = module.scale / scale if scale else 1.0
-        wide_b[:, at] = b if ratio == 1 else b * ratio
-        same = [k for k, (x, y) in enumerate(blocks) if _shares(x, y, wide_a, at)]
-        if same and part.rows.whole(rows):
-            k = same[0]
-            blocks[k] = wide_a, blocks[k][1] + wide_b
+        wide_b[:, at] = b if ratio == 1 else b * b.dtype.type(ratio)
+        rows_at = part.rows.positions
+        for k, (x, y) in enumerate(blocks):
+            if _alike(x, wide_a) and not np.any(y[:, at]) and len(rows_at) == rows:
+                blocks[k] = x, y + wide_b
+                break
+            if _alike(y, wide_b) and not np.any(x[rows_at]) and len(rows_at) < rows:
+                blocks[k] = x + wide_a, y
+                break
         else:
             blocks.append((wide_a, wide_b))
         theirs = part.tensor_columns.positions
         if module.c is not None:
             c = np.zeros(columns, module.c.dtype) if c is None else c
-            c[at] = module.c[theirs] if ratio == 1 else module.c[theirs] * ratio
+            c[at] = module.c[theirs] * module.c.dtype.type(ratio)
         if module.m is not None:
             m = norms().astype(module.m.dtype) if m is None else m
             m[at] = module.m[theirs]
-    if scale is None:
-        return None
-    a = np.concatenate([x for x, _ in blocks], 1)
-    return Layer(a, np.concatenate([x for _, x in blocks], 0), scale, c, m)
+    wide = [promoted(*(x[k].dtype for x in blocks)) for k in (0, 1)]
+    a = np.concatenate([x.astype(wide[0]) for x, _ in blocks], 1)
+    b = np.concatenate([x.astype(wide[1]) for _, x in blocks], 0)
+    return Layer(a, b, scale, c, m)
 
 
-def _shares(x: Any, y: Any, a: np.ndarray, at: np.ndarray) -> bool:
-    """Whether a block has the same a, and none of these columns."""
-    equal = x.shape == a.shape and x.dtype == a.dtype and bool((x == a).all())
-    return equal and not np.any(y[:, at])
+def _alike(x: np.ndarray, y: np.ndarray) -> bool:
+    """Whether two factors are equal: parts of one weight share them."""
+    return x.shape == y.shape and x.dtype == y.dtype and bool((x == y).all())
 
 
 def _cut(module: Module, part: Part, spans: Spans, path: str) -> Any:
     """The rows of a and the columns of b of a part, with its own ranks."""
     a, b = module.a, module.b
     if module.kind == "experts":
-        a, b = a[part.item], b[part.item]
+        a, b = (x[part.item if part.item else 0] for x in (a, b))
     own = [
         slice(start, stop)
         for p, at, item, start, stop in spans.get(part.tensor, ())
@@ -104,12 +109,14 @@ def _cut(module: Module, part: Part, spans: Spans, path: str) -> Any:
 
 
 def stacked(
-    layers: Mapping[tuple[int, ...], Layer | None], batch: Sequence[int]
+    layers: Mapping[tuple[int, ...], Layer | None],
+    batch: Sequence[int],
+    norms: Callable[[tuple[int, ...]], np.ndarray],
 ) -> dict[str, np.ndarray]:
     """The fields of a leaf, (*batch, ...), from the adapter of each of its matrices.
 
-    Layers without an adapter get factors of zeros: nothing is added, and nothing ever
-    trains there.
+    Layers without an adapter get factors of zeros, which add nothing and never train;
+    their magnitudes, if there are any, are the norms of the base's columns.
     """
     known = [x for x in layers.values() if x is not None]
     rank = max(x.a.shape[1] for x in known)
@@ -118,12 +125,14 @@ def stacked(
         own = [getattr(x, name) for x in known]
         if all(x is None for x in own):
             return None
-        dtype = np.result_type(*[x for x in own if x is not None])
+        dtype = promoted(*[x.dtype for x in own if x is not None])
         out = np.zeros((*batch, *shape), dtype)
         for at, layer in layers.items():
             x = None if layer is None else getattr(layer, name)
             if x is not None:
                 out[at][tuple(slice(n) for n in x.shape)] = x
+            elif name == "m":
+                out[at] = norms(at)
         return out
 
     first = known[0]

@@ -45,6 +45,8 @@ def names_of(given: Any, paths: Sequence[str], what: str) -> Names:
     if isinstance(given, Sequence):
         try:
             pairs = [(re.compile(pattern), to) for pattern, to in given]
+            if not all(callable(to) or isinstance(to, str) for _, to in pairs):
+                raise TypeError("a replacement is a text or a function of the match")
         except (TypeError, ValueError, re.error) as e:
             raise ValueError(
                 f"{what}: names: expected pairs of (regular expression, replacement), "
@@ -54,7 +56,7 @@ def names_of(given: Any, paths: Sequence[str], what: str) -> Names:
         for path in paths:
             for pattern, to in pairs:
                 if found_ := pattern.fullmatch(path):
-                    said[path] = found_.expand(to)
+                    said[path] = _expanded(found_, to, what)
                     break
         return Names({}, said=said)
     raise TypeError(
@@ -62,6 +64,42 @@ def names_of(given: Any, paths: Sequence[str], what: str) -> Names:
         "gives, a mapping from path to module, pairs of (regular expression, "
         "replacement), or a function from path to module."
     )
+
+
+def _expanded(found: re.Match[str], to: Any, what: str) -> Any:
+    try:
+        return to(found) if callable(to) else found.expand(to)
+    except (re.error, IndexError) as e:
+        raise ValueError(
+            f"{what}: names: the replacement {to!r} does not fit {found.re.pattern!r} "
+            f"({e})."
+        ) from None
+
+
+_NAME = re.compile(r"[^\s.\0]+(\.[^\s.\0]+)*")
+
+
+def _check_said(path: str, said: Any, modules: Sequence[Any]) -> None:
+    """Raises unless what was said of a weight are names of modules."""
+    good = modules and all(
+        isinstance(m, str)
+        and _NAME.fullmatch(m)
+        and not {*"{}"} & {*m.replace("{}", "")}
+        for m in modules
+    )
+    if not good:
+        raise ValueError(
+            f"names of {path!r}: {said!r}: expected the path of a module, such as "
+            "'model.layers.{}.mlp.up_proj', a list of them for a fused weight, or a "
+            "mapping from each to its number of columns."
+        )
+    if isinstance(said, Mapping):
+        for n in said.values():
+            if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+                raise ValueError(
+                    f"names of {path!r}: {said!r}: expected a positive number of "
+                    f"columns for each module, found {n!r}."
+                )
 
 
 def by_hand(
@@ -90,11 +128,7 @@ def by_hand(
     """
     several = isinstance(said, (list, tuple, Mapping))
     modules = list(said) if several else [said]
-    if not modules or not all(isinstance(m, str) for m in modules):
-        raise ValueError(
-            f"names of {path!r}: {said!r}: expected the path of a module, a list of "
-            "them for a fused weight, or a mapping from each to its number of columns."
-        )
+    _check_said(path, said, modules)
     by = {
         role: [n for n, c in zip(shape, axes, strict=True) if c == role]
         for role in "bio"
@@ -110,9 +144,10 @@ def by_hand(
     if isinstance(said, Mapping):
         sizes = {m: int(n) for m, n in said.items()}
     rows_in_order = _in_order(by["i"], axes, kind)
+    window = _window(by["i"], axes) if kind == "conv" else ()
     parts = []
     for at in np.ndindex(*by["b"]):
-        own = [m.format(*at) for m in modules]
+        own = [_filled(m, at) for m in modules]
         widths = _widths(path, said, own, modules, columns, sizes)
         start = 0
         for module, width in zip(own, widths, strict=True):
@@ -120,9 +155,24 @@ def by_hand(
             mine = Order(start, ((width, 1),))
             orders = rows_in_order, mine, Order.all(rows), Order.all(width)
             index = tuple(map(int, at))
-            parts.append(Part(tensor, roles, axes, kind, index, (), *orders, groups))
+            parts.append(
+                Part(tensor, roles, axes, kind, index, (), *orders, groups, window)
+            )
             start += width
     return tuple(parts)
+
+
+def _filled(template: str, at: Sequence[int]) -> str:
+    """The template with the index along each batch axis in its holes."""
+    for k in at:
+        template = template.replace("{}", str(k), 1)
+    return template
+
+
+def _window(sizes: Sequence[int], axes: str) -> tuple[int, ...]:
+    """The sizes of a convolution's window, from those of its in axes."""
+    last = axes.lstrip("b").startswith("o")  # (out, in, *k); else (*k, in, out)
+    return tuple(sizes[1:] if last else sizes[:-1])
 
 
 def _widths(

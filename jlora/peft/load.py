@@ -19,12 +19,14 @@ from jlora._leaf import Adapted, Full, LoRA, Note, Told, base
 from jlora._leaf.forms import Rows
 from jlora._plan.plan import Plan
 from jlora._tree import by_path, paths, sharding
+from jlora.peft import files
 from jlora.peft import modules as _modules
 from jlora.peft.files import FormatError, Where
 from jlora.peft.from_torch import in_axes_of_weight, layer_of, sizes, stacked
 from jlora.peft.given import Given, names_of
 from jlora.peft.names import FILE, Names, Part, from_matrix, matrix
-from jlora.peft.weights import Weight, completed, prefixed, weights
+from jlora.peft.to_torch import promoted
+from jlora.peft.weights import Weight, completed, prefixed, weights, with_head
 
 
 def load(
@@ -32,6 +34,7 @@ def load(
     params: Any,
     *,
     names: Given | None = None,
+    head: str | None = None,
     plan: Plan | None = None,
     strict: bool = True,
     dtype: Any = None,
@@ -51,6 +54,8 @@ def load(
         (regular expression, replacement) over paths, or a function from path to module
         (None for a path without one).  None for those that `save` left beside the
         adapter.
+      head: torch's module of the head, such as "lm_head", if the checkpoint ties it to
+        the embedding and params have it by itself.
       plan: a plan of params, if ``names`` were written by hand and nothing else tells
         the roles of a weight's axes.
       strict: whether a tensor that is missing, that has no place in params, or that
@@ -76,14 +81,14 @@ def load(
       >>> jlora.peft.load(where, params)["fc"]["kernel"].rank
       2
     """
-    adapter = _modules.read(directory)
+    adapter = _modules.read(files.folder("peft.load", directory))
     _warn_ignored(adapter)
     if names is None:
         names = _beside(adapter.where)
     leaves = by_path.arrays(params)
     known = weights(params, plan)
     given = names_of(names, list(leaves), "peft.load")
-    found = completed(given, known, "peft.load", adapter.modules)
+    found = with_head(completed(given, known, "peft.load", adapter.modules), head)
     loader = _Loader(adapter, prefixed(found, adapter.tensors), known, leaves, strict)
     out = loader.leaves()
     loader.report()
@@ -170,9 +175,21 @@ class _Loader:
         modules = self.adapter.modules
         for tensor, own in spans.items():
             rank = modules[tensor].rank if tensor in modules else 0
-            if not all(0 <= start < stop <= rank for *_, start, stop in own):
+            good = all(0 <= start < stop <= rank for *_, start, stop in own)
+            covered = {k for *_, start, stop in own for k in range(start, stop)}
+            alone = len({(*map(str, x[:3]),) for x in own}) == len(own)
+            if not (good and alone and covered >= self._live(modules.get(tensor))):
                 return {}, set(), set()
         return spans, filled, own_
+
+    @staticmethod
+    def _live(module: Any) -> set[int]:
+        """The ranks of a module that are not zeros only."""
+        if module is None:
+            return set()
+        a, b = (np.any(x != 0, axis) for x, axis in ((module.a, -2), (module.b, -1)))
+        live = (a | b).reshape(-1, module.rank).any(0)
+        return {*np.flatnonzero(live).tolist()}
 
     def leaves(self) -> dict[str, Adapted]:
         """Every leaf that the adapter has, by path."""
@@ -195,8 +212,7 @@ class _Loader:
         whole = {**self.adapter.tables, **self.adapter.whole}
         for tensor in whole:
             if tensor not in self.tensors and tensor in self.adapter.whole:
-                near = paths.near(tensor, self.tensors)
-                self._wrong(f"{tensor!r} has no array in names; near: {near}")
+                self._wrong(f"{tensor!r} has no array in names{self._why(tensor)}")
         for path, parts in self.names.found.items():
             if own := [p for p in parts if p.tensor in whole]:
                 leaf = self._full(path, own, whole)
@@ -219,7 +235,7 @@ class _Loader:
         modules = self.adapter.modules
         for path in self.names.heads:
             tensor = self.names[path][0].tensor
-            if tensor not in modules:
+            if tensor not in modules or self.names[path][0].kind != "embed":
                 continue
             table = modules[tensor]
             same = [
@@ -253,11 +269,23 @@ class _Loader:
             )
         warnings.warn(f"{text}\nLeft out.", stacklevel=4)
 
+    def _why(self, tensor: str) -> str:
+        """Why a tensor has no place, as far as names know."""
+        known = [p for p, why in self.names.missing.items() if repr(tensor) in why]
+        if known:
+            return f"; it may be {known[0]!r}, but others are equal: say it by hand"
+        if any(self.names[p][0].kind != "embed" for p in self.names.heads):
+            return "; if it is the head, which is tied: pass head="
+        if not self.tensors:
+            return ", which are empty"
+        return f"; near: {paths.near(tensor, self.tensors)}"
+
     def _fits(self, module: Any) -> bool:
         """Whether a module has a place of its sizes."""
         if module.tensor not in self.tensors:
-            near = paths.near(module.tensor, self.tensors)
-            self._wrong(f"{module.tensor!r} has no weight in names; near: {near}")
+            self._wrong(
+                f"{module.tensor!r} has no weight in names{self._why(module.tensor)}"
+            )
             return False
         a, b = module.a.shape[-2], module.b.shape[-1]
         items = len(module.a) if module.kind == "experts" else 1
@@ -317,7 +345,11 @@ class _Loader:
         for at, own in by.items():
             norms = functools.partial(self._norms, path, axes, at)
             layers[at] = layer_of(own, usable, rows, columns, self.spans, path, norms)
-        found: dict[str, Any] = in_axes_of_weight(stacked(layers, batch), shape, axes)
+        found: dict[str, Any] = in_axes_of_weight(
+            stacked(layers, batch, functools.partial(self._norms, path, axes)),
+            shape,
+            axes,
+        )
         kind, groups = parts[0].kind, parts[0].groups
         bias = self._bias(path, parts)
         seen = self.known[path].seen or bool(self.names.tensors)
@@ -369,7 +401,7 @@ class _Loader:
                 "the shape"
             )
             return None
-        dtype = np.result_type(*(whole[p.tensor].dtype for p in own))
+        dtype = promoted(*(whole[p.tensor].dtype for p in own))
         shape, axes = self.known[path].shape, own[0].axes
         batch, rows, columns = sizes(shape, axes)
         start = np.zeros(shape, dtype) if values is None else values.astype(dtype)

@@ -15,7 +15,9 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import itertools
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora._leaf import base as _base
+from jlora._plan.names import is_called_vector
 from jlora._plan.plan import Plan, check
 from jlora._tree import by_path
 from jlora.peft.files import Tensors, Where, tensors
@@ -72,6 +75,10 @@ def match(
       fc/kernel         fc.weight  transposed
       1 weight, 1 part
     """
+    if isinstance(params, (str, os.PathLike)):
+        raise TypeError(
+            "peft.match: expected params, then the base's files; found a path first."
+        )
     leaves = by_path.arrays(params)
     if plan is not None:
         check(plan, leaves, "peft.match")
@@ -82,6 +89,10 @@ def match(
         )
     known = weights(params, plan)
     files = tensors(base)
+    if all(".lora_" in name for name in files):
+        raise ValueError(
+            f"peft.match: {base} is an adapter: expected the base's own safetensors."
+        )
     return _Matcher(leaves, known, files, progress).names()
 
 
@@ -127,9 +138,15 @@ def _hashed(x: np.ndarray, precision: str) -> np.ndarray:
 _PRECISIONS = "bfloat16", "float16", "float32", "float64"
 
 
-def _lower(one: str, other: str) -> str:
-    """The coarser of two precisions."""
-    return min(one, other, key=_PRECISIONS.index)
+def _common(file: str, params: str) -> str:
+    """The precision in which a tensor and a weight made from it are equal.
+
+    It is the coarser one.  Of float16 and bfloat16 neither is: there it is the
+    weight's, which the tensor was rounded to.
+    """
+    if {file, params} == {"bfloat16", "float16"}:
+        return params
+    return min(file, params, key=_PRECISIONS.index)
 
 
 def _rounded(x: np.ndarray, precision: str) -> np.ndarray:
@@ -165,7 +182,7 @@ class View:
 
     Attributes:
       tensor: its name.
-      axes: the roles of its axes; "*" for all of it as one line.
+      axes: the roles of its axes.
       item: the index along its batch axes.
       sums: the sums of its columns, which are looked up, in one precision.
     """
@@ -245,7 +262,11 @@ class _Matcher:
         floats = [name for name in self.files if self.files.is_float(name)]
         self.total = sum(math.prod(self.files.shape(n)) for n in floats) * 2
         self.total += sum(math.prod(w.shape) for w in self.known.values()) * 2
-        self.indices: dict[str, _Index] = collections.defaultdict(_Index)
+        # By the tensors' dtype, and the precision of the sums.
+        self.indices: dict[tuple[str, str], _Index] = collections.defaultdict(_Index)
+        # The tensors of each sum over all numbers, by the same.
+        self.wholes: dict[tuple[str, str], dict[int, list[str]]] = {}
+        self.zeros: list[str] = []
         self.floats = floats
 
     def _tick(self, n: int) -> None:
@@ -268,8 +289,28 @@ class _Matcher:
         shapes = {name: self.files.shape(name) for name in self.files}
         found = {p: self.found[p] for p in self.known if p in self.found}
         self.missing = {p: w for p, w in self.missing.items() if p not in found}
-        heads = {p: "" for p, w in self.known.items() if w.tied and p in found}
+        heads = dict.fromkeys(self._heads(found), "")
         return Names(found, self.missing, base, shapes, heads)
+
+    def _heads(self, found: Mapping[str, tuple[Part, ...]]) -> list[str]:
+        """Embeddings that are the head, too; and heads whose tensor is an embedding."""
+        tables = {
+            p.tensor for parts in found.values() for p in parts if p.kind == "embed"
+        }
+        return [
+            path
+            for path, parts in found.items()
+            if self.known[path].tied
+            or (parts[0].kind == "dense" and parts[0].tensor in tables)
+        ]
+
+    def _keys(self, dtype: str) -> list[tuple[str, str]]:
+        """The indices in which a weight of this dtype may be, the finest first."""
+        fits = [k for k in self.indices if k[1] == _common(k[0], dtype)]
+        fits += [
+            k for k in self.wholes if k not in fits and k[1] == _common(k[0], dtype)
+        ]
+        return sorted(fits, key=lambda k: (-_PRECISIONS.index(k[1]), k[0]))
 
     def _is_matrix(self, path: str, w: Weight) -> bool:
         if str(self.leaves[path].dtype) not in _PRECISIONS:
@@ -282,9 +323,15 @@ class _Matcher:
     def _enter(self, name: str, precisions: set[str]) -> None:
         x = self.files.view(name)
         own = str(x.dtype)
-        for precision in {_lower(own, p) for p in precisions}:
+        for precision in sorted({_common(own, p) for p in precisions}):
+            key = own, precision
+            total = _sums(x.reshape(1, -1), precision)[0][0] if x.ndim < 2 else 0
             for view in self._views(name, x, precision):
-                self.indices[precision].add(view)
+                self.indices[key].add(view)
+                total = view.sums.sum()
+            self.wholes.setdefault(key, {}).setdefault(int(total), []).append(name)
+            if total == 0 and x.ndim > 1 and not x.any():
+                self.zeros.append(name)
         self._tick(x.size)
 
     def _views(self, name: str, x: np.ndarray, precision: str) -> Iterator[View]:
@@ -300,7 +347,6 @@ class _Matcher:
             rows, columns = _sums(x, precision)
             yield View(name, "oi", (), rows)
             yield View(name, "io", (), columns)
-            total = rows.sum()
         elif x.ndim > 2:
             rest = "i" * (x.ndim - 2)
             first = np.empty(x.shape[0], np.uint64)
@@ -314,11 +360,6 @@ class _Matcher:
                 second += rows
             yield View(name, "oi" + rest, (), first)
             yield View(name, "io" + rest, (), second)
-            total = first.sum()
-        else:
-            total = _sums(x.reshape(1, -1), precision)[0][0]
-        # Every tensor is one line, too: that of a vector, or of an array of any shape.
-        yield View(name, "*", (), np.array([total]))
 
     # --------------------------------------------------------------------- the weights
 
@@ -336,8 +377,8 @@ class _Matcher:
             m = matrix(x, w.axes, at)
             own = self._layer(path, at, m)
             if isinstance(own, str):
-                where = f"{path}{list(at)}" if at else path
-                self.missing[path] = f"{where}: {own}" if at else own
+                where = f"at {list(map(int, at))}: " if at else ""
+                self.missing[path] = where + own
                 return []
             out += own
             self._tick(m.size)
@@ -348,15 +389,14 @@ class _Matcher:
     ) -> list[_Claim] | str:
         """The claims of one matrix; or why it has none."""
         why = "its values are in no tensor"
-        precisions = sorted(
-            {p for p in self.indices if p == _lower(p, str(m.dtype))},
-            key=_PRECISIONS.index,
-            reverse=True,
-        )
-        for precision in precisions:
+        for key in self._keys(str(m.dtype)):
+            if key not in self.indices:
+                continue
+            precision = key[1]
             rows, columns = _sums(m, precision)
             for sums, turned in ((columns, False), (rows, True)):
-                own = self._assigned(self.indices[precision], sums, turned)
+                kind = self.known[path].kind
+                own = self._assigned(self.indices[key], sums, kind, m, turned)
                 if isinstance(own, str):
                     why = why if "several" in why or turned else own
                     continue
@@ -367,67 +407,90 @@ class _Matcher:
         return why
 
     def _assigned(
-        self, index: _Index, sums: np.ndarray, turned: bool
+        self, index: _Index, sums: np.ndarray, kind: str, m: np.ndarray, turned: bool
     ) -> list[tuple[View, np.ndarray, np.ndarray]] | str:
         """For each view: which lines of a matrix are which of its lines; or why not.
 
-        Lines that are in one view only show the views; equal lines are shared out among
-        these, and inside of a view keep their order.
+        Lines that are in one tensor only show the tensors; equal lines are shared out
+        among these.  Lines of zeros may be padding.
         """
         start, stop = index.find(sums)
         count = stop - start
         zero = sums == 0  # equal to any other line of zeros, or padding
+        if zero.all():
+            return "all of it is zero"
         if not (count[~zero]).any():
             return "its values are in no tensor"
         if n := int(((count == 0) & ~zero).sum()):
             return f"{n:,} of its {len(sums):,} columns are in no tensor"
-        if (count == 1).all():
+        if (count == 1).all() and not zero.any():
             return [
                 (index.views[v], np.flatnonzero(own == v), columns[own == v])
                 for own, columns in [index.at(start)]
                 for v in dict.fromkeys(own.tolist())
             ]
-        return self._shared_out(index, sums, start, stop)
-
-    def _shared_out(
-        self, index: _Index, sums: np.ndarray, start: np.ndarray, stop: np.ndarray
-    ) -> list[tuple[View, np.ndarray, np.ndarray]] | str:
-        """As `_assigned`, where some lines are equal to others."""
         candidates = [index.entries(a, b) for a, b in zip(start, stop, strict=True)]
-        single = {
-            k: int(v[0])
-            for k, (v, _) in enumerate(candidates)
-            if sums[k] and len({*v.tolist()}) == 1
-        }
-        views = {*single.values()}
-        if not views:
-            return self._ambiguous(
-                index, [x for x, n in zip(candidates, sums, strict=True) if n]
-            )
-        near = single[min(single)]
-        free: dict[tuple[int, int], collections.deque[int]] = {}
-        chosen: dict[int, tuple[list[int], list[int]]] = {}
-        for k, (own, columns) in enumerate(candidates):
-            mine = [v for v in dict.fromkeys(own.tolist()) if v in views]
-            if not mine and sums[k]:
+        views = self._chosen(index, candidates, zero, kind)
+        if isinstance(views, str):
+            return views
+        found = _shared_out(sums, candidates, views)
+        if isinstance(found, str):
+            return found
+        lost = len(sums) - sum(len(mine) for mine, _ in found.values())
+        size = m.shape[1] if turned else m.shape[0]
+        if lost and (why := self._padding(lost, size)):
+            return why
+        out = []
+        for v, (mine, theirs) in found.items():
+            ordered = _in_order(mine, theirs, sums[mine], index.views[v].sums)
+            if ordered is None:
+                return "it has equal columns, and nothing tells their order"
+            out.append((index.views[v], mine, ordered))
+        return out
+
+    def _padding(self, lost: int, size: int) -> str:
+        """Why lines of zeros may be no padding; empty if they can be nothing else."""
+        like = [n for n in self.zeros if size in self.files.shape(n)]
+        if not like:
+            return ""
+        return (
+            f"{lost:,} of its lines are zero: padding, or the tensor of zeros "
+            f"{like[0]!r}. Say its parts by hand"
+        )
+
+    def _chosen(
+        self, index: _Index, candidates: Sequence[Any], zero: np.ndarray, kind: str
+    ) -> list[int] | str:
+        """The views that a matrix is made of: one reading for each tensor."""
+        tensors: dict[str, set[int]] = {}
+        for k, (views, _) in enumerate(candidates):
+            if zero[k]:
+                continue
+            own = {index.views[v].tensor for v in views.tolist()}
+            if len(own) == 1:
+                tensors.setdefault(own.pop(), set()).update(views.tolist())
+        if not tensors:
+            own = [x for x, z in zip(candidates, zero, strict=True) if not z]
+            return self._ambiguous(index, own)
+        every = {v for own in tensors.values() for v in own}
+        for k, (views, _) in enumerate(candidates):
+            if not zero[k] and not every & {*views.tolist()}:
                 return self._ambiguous(index, [candidates[k]])
-            near = single.get(k, near)
-            # A line that several of the views have goes where its neighbour is.
-            for view in sorted(mine, key=lambda v: v != near):
-                key = view, int(sums[k])
-                if key not in free:
-                    free[key] = collections.deque(columns[own == view].tolist())
-                if free[key]:
-                    lines = chosen.setdefault(view, ([], []))
-                    lines[0].append(k)
-                    lines[1].append(free[key].popleft())
-                    break
-            else:
-                if sums[k]:
-                    return "it has a column more often than the checkpoint"
-        return [
-            (index.views[v], np.array(a), np.array(b)) for v, (a, b) in chosen.items()
-        ]
+        # A tensor that may be read in several ways is read in the first that has all
+        # of the lines that it alone has; those of other items are other matrices.
+        chosen: list[int] = []
+        for tensor, own in tensors.items():
+            lines = [
+                {*views.tolist()}
+                for k, (views, _) in enumerate(candidates)
+                if not zero[k]
+                and {index.views[v].tensor for v in views.tolist()} == {tensor}
+            ]
+            ways = sorted(own, key=lambda v: _preferred(index.views[v], kind))
+            whole = [v for v in ways if all(v in line for line in lines)]
+            needed = [v for v in own if any(line == {v} for line in lines)]
+            chosen += whole[:1] or needed or ways
+        return chosen
 
     def _ambiguous(self, index: _Index, candidates: Sequence[Any]) -> str:
         names = sorted({index.views[v].tensor for own, _ in candidates for v in own})
@@ -469,7 +532,7 @@ class _Matcher:
         axes = claim.view.axes
         if claim.turned:  # its lines are rows: the tensor's roles the other way round
             t, axes = t.T, axes.translate(str.maketrans("io", "oi"))
-        precision = _lower(str(m.dtype), str(t.dtype))
+        precision = _common(str(t.dtype), str(m.dtype))
         mine, theirs = Order.of(claim.mine), Order.of(claim.theirs)
         if claim.turned:
             m, t = m.T, t.T
@@ -478,6 +541,8 @@ class _Matcher:
             return (
                 f"{claim.view.tensor!r} has the same columns in sum, and other values"
             )
+        if isinstance(along, str):
+            return along
         own, other = along
         rows, t_rows = (mine, theirs) if claim.turned else (own, other)
         columns, t_columns = (own, other) if claim.turned else (mine, theirs)
@@ -499,8 +564,8 @@ class _Matcher:
 
     def _along(
         self, m: np.ndarray, t: np.ndarray, precision: str
-    ) -> tuple[Order, Order] | None:
-        """The orders along the first axis by which two matrices are equal; or None."""
+    ) -> tuple[Order, Order] | str | None:
+        """The orders along the first axis by which two are equal; or why not."""
         n, k = len(m), len(t)
         if n == k and _equal(m, t, precision):
             return Order.all(n), Order.all(n)
@@ -512,10 +577,17 @@ class _Matcher:
         a, b = (np.delete(x, np.s_[kept:z]) for x, z in zip((a, b), zeros, strict=True))
         if len(a) != len(b):
             return None
+        if zeros[0] > kept and (why := self._padding(zeros[0] - kept, m.shape[1])):
+            return why
         if not (ours[a] == theirs[b]).all():
             return None
-        order = np.argsort(b, kind="stable")
+        order = np.argsort(a, kind="stable")
         a, b = a[order], b[order]
+        ordered = _in_order(a, b, ours[a], theirs)
+        if ordered is None:
+            return "it has equal rows, and nothing tells their order"
+        order = np.argsort(ordered, kind="stable")
+        a, b = a[order], ordered[order]
         if not _equal(m, t, precision, a, b):
             return None
         return Order.of(a), Order.of(b)
@@ -535,13 +607,15 @@ class _Matcher:
             self.missing[path] = "it is empty"
             return
         self._tick(x.size)
-        for split in range(min(x.ndim, 3)):
+        unknown = x.ndim > 1 and w.axes is None and not is_called_vector(path)
+        for split in range(max(min(x.ndim, 3), 1)):
             own = self._arrays(path, x, split)
             if isinstance(own, tuple):
                 self.found[path] = own
                 return
             if split == 0 or "several" in own:
-                self.missing[path] = own
+                more = "; nothing tells the roles of its axes: pass plan=" * unknown
+                self.missing[path] = own + more
             if "several" in own:
                 return
 
@@ -559,19 +633,14 @@ class _Matcher:
     def _array(
         self, path: str, x: np.ndarray, at: tuple[int, ...], axes: str
     ) -> Part | str:
-        for precision in self.indices:
-            if precision != _lower(precision, str(x.dtype)):
-                continue
-            index = self.indices[precision]
-            total = _sums(x.reshape(1, -1), precision)[0]
-            start, stop = index.find(total)
-            views, _ = index.entries(int(start[0]), int(stop[0]))
-            lines = [index.views[v] for v in views if index.views[v].axes == "*"]
-            same = [v for v in lines if math.prod(self.files.shape(v.tensor)) == x.size]
+        for key in self._keys(str(x.dtype)):
+            total = int(_sums(x.reshape(1, -1), key[1])[0][0])
+            found = self.wholes.get(key, {}).get(total, [])
+            same = [n for n in found if math.prod(self.files.shape(n)) == x.size]
             if len(same) > 1:
-                return _several(v.tensor for v in same)
+                return _several(same)
             if same:
-                return self._line(x, same[0].tensor, at, axes, precision)
+                return self._line(x, same[0], at, axes, key[1])
         return "its values are in no tensor"
 
     def _line(
@@ -582,6 +651,8 @@ class _Matcher:
         along = self._along(x[:, None], t.reshape(-1, 1), precision)
         if along is None:
             return f"{tensor!r} has the same sum, and other values"
+        if isinstance(along, str):
+            return along
         own, other = along
         one = Order.all(1)
         return Part(tensor, "o" * n, axes, "vector", at, (), one, own, one, other)
@@ -600,7 +671,7 @@ class _Matcher:
                 return False
             mine = cut(matrix(x, part.axes, part.at), part.rows, part.columns)
             theirs = cut(theirs, part.tensor_rows, part.tensor_columns)
-            precision = _lower(str(mine.dtype), str(theirs.dtype))
+            precision = _common(str(theirs.dtype), str(mine.dtype))
             if not _equal(mine, theirs, precision):
                 return False
         return True
@@ -676,6 +747,88 @@ def _by_mine(mine: Order, theirs: Order) -> tuple[Order, Order]:
         return mine, theirs
     order = np.argsort(mine.positions, kind="stable")
     return Order.of(mine.positions[order]), Order.of(theirs.positions[order])
+
+
+def _preferred(view: View, kind: str) -> tuple[int, str]:
+    """The order in which readings of one tensor are tried, by the kind of a weight."""
+    first = {"embed": ("io",), "conv": ("oii", "oiii", "oiiii")}.get(
+        kind, ("oi", "boi")
+    )
+    return int(view.axes not in first), view.axes
+
+
+def _shared_out(
+    sums: np.ndarray, candidates: Sequence[Any], views: Sequence[int]
+) -> dict[int, tuple[np.ndarray, np.ndarray]] | str:
+    """For each view the lines of a matrix, and the line of the view that each is.
+
+    A line that several views have goes where its neighbour is.
+    """
+    free: dict[tuple[int, int], collections.deque[int]] = {}
+    chosen: dict[int, tuple[list[int], list[int]]] = {}
+    alone = [
+        [v for v in dict.fromkeys(own.tolist()) if v in views] for own, _ in candidates
+    ]
+    near = next(
+        (v[0] for k, v in enumerate(alone) if len(v) == 1 and sums[k]), views[0]
+    )
+    for k, (own, columns) in enumerate(candidates):
+        if len(alone[k]) == 1 and sums[k]:
+            near = alone[k][0]
+        for view in sorted(alone[k], key=lambda v: v != near):
+            key = view, int(sums[k])
+            if key not in free:
+                free[key] = collections.deque(columns[own == view].tolist())
+            if free[key]:
+                lines = chosen.setdefault(view, ([], []))
+                lines[0].append(k)
+                lines[1].append(free[key].popleft())
+                break
+        else:
+            if sums[k]:
+                return "it has a column more often than the checkpoint"
+    return {v: (np.array(a), np.array(b)) for v, (a, b) in chosen.items()}
+
+
+def _in_order(
+    mine: np.ndarray, theirs: np.ndarray, sums: np.ndarray, of: np.ndarray
+) -> np.ndarray | None:
+    """The lines that are each of ours, where some are equal; None if nothing tells.
+
+    Lines that are equal keep their order, if those that are not do.  Else they follow
+    the regular order that the others have, such as that of interleaved halves.
+
+    Args:
+      mine: our lines, in order.
+      theirs: a line that each of them is, among equal ones the next.
+      sums: the sum of each of ours.
+      of: the sums of all of theirs.
+    """
+    _, where, counts = np.unique(sums, return_inverse=True, return_counts=True)
+    known = (counts[where] == 1) & (sums != 0)
+    if known.all() or (np.diff(theirs[known]) > 0).all():
+        ordered = known.all() or (np.diff(theirs) > 0).all()
+        return theirs if ordered else _regular(theirs, known, sums, of)
+    return _regular(theirs, known, sums, of)
+
+
+def _regular(
+    theirs: np.ndarray, known: np.ndarray, sums: np.ndarray, of: np.ndarray
+) -> np.ndarray | None:
+    """The regular order of all positions that the known ones have; None without one."""
+    n, start = len(theirs), int(theirs.min())
+    if int(theirs.max()) - start + 1 != n or known.sum() < 2:
+        return None
+    at = np.flatnonzero(known)
+    for a in (d for d in range(1, n + 1) if n % d == 0):
+        for b in (d for d in range(1, n // a + 1) if n // a % d == 0):
+            x = np.arange(n).reshape(a, b, n // (a * b))
+            for axes in itertools.permutations(range(3)):
+                order = x.transpose(axes).reshape(-1) + start
+                same = (order[at] == theirs[at]).all()
+                if same and (of[order] == sums).all():
+                    return order
+    return None
 
 
 def _several(names: Iterable[str]) -> str:

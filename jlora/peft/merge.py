@@ -7,6 +7,7 @@ rounded once.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pathlib
 import shutil
@@ -46,32 +47,48 @@ def merge(
       FileNotFoundError, FormatError: as of the files.
       ValueError: a tensor of the adapter that the base has not, or in another shape.
     """
-    source, target = pathlib.Path(base), pathlib.Path(out).expanduser().absolute()
+    source, target = (files.folder("merge", x) for x in (base, out))
+    target = target.absolute()
     if target.exists() or target.is_symlink():
         raise FileExistsError(f"merge: {target} exists: expected a new place.")
     shards = files.shards(source)
     tensors = files.Tensors(shards)
-    changes = _Changes(read(adapter), tensors)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    total, done = sum(p.stat().st_size for p in shards), 0
+    changes = _Changes(read(files.folder("merge", adapter)), tensors)
+    with files.writing("merge", target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        place = tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent)
+    part = pathlib.Path(place)
     try:
-        for shard in shards:
-            new = part / shard.name
-            shutil.copyfile(shard, new)
-            _rewrite(new, shard, changes)
-            done += shard.stat().st_size
-            if progress is not None:
-                progress(done, total)
-        if source.is_dir():
-            _copy_rest(source, part)
-            os.chmod(part, 0o755)
-            os.rename(part, target)
-        else:
-            os.rename(part / source.name, target)
+        with files.writing("merge", target):
+            _fill(part, source, shards, changes, progress)
+            if source.is_dir():
+                os.chmod(part, 0o755)
+                os.rename(part, target)
+            else:
+                os.rename(part / source.name, target)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return sorted(changes.names)
+
+
+def _fill(
+    part: pathlib.Path,
+    source: pathlib.Path,
+    shards: list[pathlib.Path],
+    changes: _Changes,
+    progress: Progress | None,
+) -> None:
+    """Writes all files of the result into a folder."""
+    total, done = sum(p.stat().st_size for p in shards), 0
+    for shard in shards:
+        new = part / shard.name
+        shutil.copyfile(shard, new)
+        _rewrite(new, shard, changes)
+        done += shard.stat().st_size
+        if progress is not None:
+            progress(done, total)
+    if source.is_dir():
+        _copy_rest(source, part)
 
 
 def _copy_rest(source: pathlib.Path, part: pathlib.Path) -> None:
@@ -107,7 +124,9 @@ class _Changes:
             return cut + name.removeprefix(add)
 
         self.where = adapter.where
-        self.modules = {own(t): m for t, m in adapter.modules.items()}
+        self.modules = {
+            own(t): self._as_stored(own(t), m) for t, m in adapter.modules.items()
+        }
         self.whole = {own(t): x for t, x in adapter.whole.items()}
         self.rows = {own(t): x for t, x in adapter.rows.items()}
         self.biases = {
@@ -120,6 +139,13 @@ class _Changes:
         self._check()
         fan = bool(adapter.config.said.get("fan_in_fan_out"))
         self.turned = {t: self._turned(t, m, fan) for t, m in self.modules.items()}
+
+    def _as_stored(self, name: str, m: Module) -> Module:
+        """A module of one expert as one of several, if its tensor is that."""
+        single = name in self.tensors and len(self.tensors.shape(name)) == 3
+        if m.kind != "linear" or not single or name.endswith(".weight"):
+            return m
+        return dataclasses.replace(m, kind="experts", a=m.a[None], b=m.b[None])
 
     def _drop_ties(self) -> None:
         """Leaves out a head that the base keeps as its table, if both are the same."""
@@ -159,7 +185,7 @@ class _Changes:
             shape = self.tensors.shape(name)
             if max(indices) >= shape[0] or values.shape[1:] != shape[1:]:
                 raise ValueError(
-                    f"merge: rows {max(indices)} of {values.shape[1:]} do not fit "
+                    f"merge: row {max(indices)} of {values.shape[1:]} does not fit "
                     f"{name!r} of shape {shape}: expected the adapter's own base."
                 )
 
@@ -187,7 +213,16 @@ class _Changes:
             )
         if len(fits) == 1:
             return fits[0]
-        return self._as_others(name, m) if m.kind == "experts" else fan
+        return self._as_others(name, m) if m.kind == "experts" else self._as_most(fan)
+
+    def _as_most(self, fan: bool) -> bool:
+        """How square matrices lie: as the others do; else as the file says."""
+        seen = set()
+        for name, m in self.modules.items():
+            sizes = m.a.shape[-2], m.b.shape[-1]
+            if m.kind == "linear" and sizes[0] != sizes[1]:
+                seen.add(self.tensors.shape(name) == sizes)
+        return seen.pop() if len(seen) == 1 else fan
 
     def _as_others(self, name: str, m: Module) -> bool:
         """How experts lie whose matrices are square: as the others of their module."""

@@ -50,6 +50,7 @@ class Part:
       tensor_rows: which rows of the tensor's matrix these are, in the same order.
       tensor_columns: which columns.
       groups: a convolution's number of groups.
+      window: the sizes of its window, if no shape of the tensor tells them.
     """
 
     tensor: str
@@ -63,6 +64,7 @@ class Part:
     tensor_rows: Order
     tensor_columns: Order
     groups: int = 1
+    window: tuple[int, ...] = ()
 
     @property
     def module(self) -> str:
@@ -83,7 +85,7 @@ class Part:
         own = dict(said)
         for name in ("rows", "columns", "tensor_rows", "tensor_columns"):
             own[name] = Order.from_document(own[name])
-        for name in ("at", "item"):
+        for name in ("at", "item", "window"):
             own[name] = tuple(map(int, own[name]))
         return cls(**own)
 
@@ -220,12 +222,13 @@ class Names(PrintedByPath[tuple[Part, ...]]):
           >>> names.renamed([("^", "model.")])["fc/kernel"][0].tensor
           'model.fc.weight'
         """
+        pairs = [] if callable(how) else _compiled(how)
 
         def new(name: str) -> str:
             if callable(how):
                 return str(how(name))
-            for pattern, to in how:
-                name = re.sub(pattern, to, name)
+            for pattern, to in pairs:
+                name = pattern.sub(to, name)
             return name
 
         found = {
@@ -243,10 +246,15 @@ class Names(PrintedByPath[tuple[Part, ...]]):
                 "hand, and only a tree tells what they mean: expected names that match "
                 "found. Those beside an adapter that jlora.peft.save wrote are whole."
             )
-        place = os.fspath(file)
-        with open(f"{place}.part", "w", encoding="utf-8") as f:
-            json.dump(self.document(), f, indent=1)
-        os.replace(f"{place}.part", place)
+        place = pathlib.Path(file)
+        part = place.with_name(f".{place.name}.part")
+        with files.writing("Names.save", place):
+            try:
+                with open(part, "w", encoding="utf-8") as f:
+                    json.dump(self.document(), f, indent=1)
+                os.replace(part, place)
+            finally:
+                part.unlink(missing_ok=True)
 
     def document(self) -> dict[str, Any]:
         """As JSON."""
@@ -332,6 +340,8 @@ class Names(PrintedByPath[tuple[Part, ...]]):
             f"{len(self.found)} weight{'s' * (len(self.found) != 1)}, {n} "
             f"part{'s' * (n != 1)}"
         )
+        if self.missing and not (self.found or self.said):
+            lines.append("nothing was found: are these the params of this base?")
         used = {p.tensor for parts in self.found.values() for p in parts}
         if spare := [name for name in self.tensors if name not in used]:
             some = ", ".join(spare[:6])
@@ -356,6 +366,16 @@ class Names(PrintedByPath[tuple[Part, ...]]):
             where = ", ".join(filter(None, [at, columns and f"out {columns}"]))
             item = _span([p.item for p in own])
             yield path, where, _joined([p.tensor for p in own]) + item, how
+
+
+def _compiled(pairs: Any) -> list[tuple[re.Pattern[str], Any]]:
+    try:
+        return [(re.compile(pattern), to) for pattern, to in pairs]
+    except (re.error, TypeError, ValueError) as e:
+        raise ValueError(
+            f"Names.renamed: {pairs!r}: expected a function, or pairs of (regular "
+            f"expression, replacement) ({e})."
+        ) from None
 
 
 _KINDS = "dense", "embed", "conv", "vector"

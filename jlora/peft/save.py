@@ -16,11 +16,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from jlora._adapter import adapter as adapter_of
 from jlora._algebra.rows import replaces, rows_of
 from jlora._leaf import Full, LoRA, base, is_adapted
-from jlora._leaf.fields import lacking
+from jlora._leaf.fields import lacking, trained
 from jlora._leaf.forms import NotFactored
 from jlora._plan.plan import Plan
 from jlora._tree import by_path, paths
@@ -39,7 +40,7 @@ from jlora.peft.modules import (
 )
 from jlora.peft.names import FILE, Names, Part
 from jlora.peft.to_torch import Joined, array_of, host, joined, pieces
-from jlora.peft.weights import completed, weights
+from jlora.peft.weights import completed, weights, with_head
 
 # Modules that servers fuse: where one is adapted, the others get zeros.
 _TOGETHER = (
@@ -77,8 +78,9 @@ def save(
         take: one rank of 8, 16, 32, ..., padded with zeros, alpha = r with the scale in
         B, and plain suffixes for targets.  What trains besides factors is then an
         error.
-      head: the module of the head in torch, such as "lm_head", if an embedding is
-        adapted that is the head, too.  peft adapts the two by themselves.
+      head: the module of the head in torch, such as "lm_head", if head and embedding
+        are one tensor (tied), and one of them is adapted.  peft adapts the two by
+        themselves.
       plan: a plan of the params, if nothing else tells the kind of a layer.
       config: more keys of ``adapter_config.json``, such as
         ``{"base_model_name_or_path": "org/model", "task_type": "CAUSAL_LM"}``.
@@ -91,7 +93,7 @@ def save(
 
     Example: see `load`.
     """
-    where = pathlib.Path(directory).expanduser().absolute()
+    where = files.folder("peft.save", directory).expanduser().absolute()
     if where.exists() or where.is_symlink():
         raise FileExistsError(
             f"peft.save: {where} exists: expected a new directory, so that no earlier "
@@ -102,19 +104,31 @@ def save(
     given = names_of(names, list(known), "peft.save")
     low_rank = {p for p, x in adapter.items() if isinstance(x, LoRA)}
     whole = completed(given, known, "peft.save", {}, low_rank)
-    if head is not None:
-        whole = dataclasses.replace(whole, heads=dict.fromkeys(whole.heads, head))
+    whole = with_head(whole, head)
     writer = _Writer(tree, adapter, whole)
     writer.run(portable)
     said = writer.config()
-    if config:
+    if config is not None:
         _check_more(config, said)
         said |= dict(config)
+        _config.parse(json.loads(json.dumps(said)), "config")
     if jax.process_index() == 0:
         _write(where, said, writer.tensors, writer.hints(), whole)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("jlora.peft.save")
 
 
 def _check_more(config: Mapping[str, Any], said: Mapping[str, Any]) -> None:
+    if not isinstance(config, Mapping) or not all(isinstance(k, str) for k in config):
+        raise TypeError(
+            f"peft.save: config is {config!r}: expected a mapping from key to value."
+        )
+    try:
+        json.dumps(dict(config))
+    except (TypeError, ValueError) as e:
+        raise TypeError(
+            f"peft.save: config has what JSON has no form for ({e})."
+        ) from None
     own = "base_model_name_or_path revision task_type inference_mode lora_dropout"
     if wrong := [k for k in config if k in said and k not in own.split()]:
         raise ValueError(
@@ -131,18 +145,31 @@ def _write(
     names: Names,
 ) -> None:
     """Writes all files into a directory beside, and renames it."""
-    where.parent.mkdir(parents=True, exist_ok=True)
-    part = pathlib.Path(tempfile.mkdtemp(prefix=f".{where.name}.", dir=where.parent))
+    with files.writing("peft.save", where):
+        where.parent.mkdir(parents=True, exist_ok=True)
+        place = tempfile.mkdtemp(prefix=f".{where.name}.", dir=where.parent)
+    part = pathlib.Path(place)
     try:
-        files.write(part / WEIGHTS, tensors, **({"jlora": hints} if hints else {}))
-        text = json.dumps(said, indent=2, sort_keys=True)
-        (part / _config.FILE).write_text(text + "\n", encoding="utf-8")
-        names.save(part / FILE)
-        os.chmod(part, 0o777 & ~_umask())
-        os.rename(part, where)
+        with files.writing("peft.save", where):
+            _fill(part, said, tensors, hints, names)
+            os.rename(part, where)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
+
+
+def _fill(
+    part: pathlib.Path,
+    said: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    hints: str,
+    names: Names,
+) -> None:
+    files.write(part / WEIGHTS, tensors, **({"jlora": hints} if hints else {}))
+    text = json.dumps(said, indent=2, sort_keys=True)
+    (part / _config.FILE).write_text(text + "\n", encoding="utf-8")
+    names.save(part / FILE)
+    os.chmod(part, 0o777 & ~_umask())
 
 
 def _umask() -> int:
@@ -198,7 +225,15 @@ class _Writer:
             leaf = self.adapter.get(path)
             if not isinstance(leaf, LoRA) or replaces(leaf):
                 continue
-            (part,) = self.names[path]
+            part = self.names[path][0]
+            if part.kind != "embed":
+                if not head:
+                    raise ValueError(
+                        f"peft.save: {path!r} is {part.tensor!r} in the file, "
+                        "which is the embedding (tied), but torch's model has a module "
+                        "for the head: say which, head='lm_head'."
+                    )
+                continue
             module = self.parts.modules[part.tensor]
             if not head or module.m is not None:
                 why = (
@@ -217,11 +252,25 @@ class _Writer:
 
     def _check(self, path: str, leaf: Any) -> None:
         if path not in self.names.found:
+            near = "; names are empty"
+            if self.names.found:
+                near = f"; near: {paths.near(path, self.names.found)}"
             why = self.names.missing.get(path)
-            why = f": {why}" if why else f"; near: {paths.near(path, self.names.found)}"
+            why = f": {why.partition('. Say which')[0]}" if why else near
             raise ValueError(
                 f"peft.save: names have nothing for {path!r}{why}. Say it by hand: "
                 f"names | {{{path!r}: 'path.of.the.module'}}."
+            )
+        if any(x.dtype.itemsize < 2 for x in jax.tree.leaves(fields_of(leaf))):
+            raise ValueError(
+                f"peft.save: {path!r} has factors of 8 bits, which peft's files have "
+                "not: expected 16 or more. Cast them first."
+            )
+        own = self.names[path][0].axes
+        if isinstance(leaf, LoRA) and own != leaf.axes:
+            raise ValueError(
+                f"peft.save: {path!r} has the roles {leaf.axes!r}, and names were "
+                f"found for {own!r}: pass the plan of the tree to match, plan=plan."
             )
         if lacks := lacking(leaf):
             raise ValueError(
@@ -289,7 +338,8 @@ class _Writer:
                         for p in parts
                         if p.tensor == m.tensor
                     ]
-                new = _rescaled(_padded(m, rank), own[0].scale)
+                scale = next((x.scale for x in own if x.scale), 0.0)
+                new = _rescaled(_padded(m, rank), scale)
                 self.parts.modules[m.tensor] = new
 
     def _complete_heads(self) -> None:
@@ -553,7 +603,7 @@ class _Writer:
             return parent
         return module.name
 
-    def _targets(self, modules: Sequence[Module]) -> list[str]:
+    def _targets(self, modules: Sequence[Module]) -> list[str] | str:
         """Suffixes if they name no other module of the checkpoint; else whole paths."""
         if self.suffixes is not None:
             return self.suffixes
@@ -561,7 +611,17 @@ class _Writer:
         every = {t.rpartition(".")[0] for t in self.names.tensors}
         suffixes = {name.rpartition(".")[2] for name in own}
         others = [n for n in every - own if n.rpartition(".")[2] in suffixes]
-        return sorted(suffixes if every and not others else own)
+        if every and not others:
+            return sorted(suffixes)
+        # peft takes a path for a suffix, too: where it is one of another, a pattern.
+        if any(other.endswith(f".{n}") for other in every - own for n in own):
+            return "|".join(map(re.escape, sorted(own)))
+        return sorted(own)
+
+
+def fields_of(leaf: Any) -> list[Any]:
+    """The arrays of a leaf that train."""
+    return [getattr(leaf, name) for name in trained(leaf)]
 
 
 class _Lazy:

@@ -379,4 +379,22 @@ RULES = (
         "takes ranks up to 64 unless it is told",
         "set max_lora_rank in its LoraConfig",
     ),
+    Rule(
+        "transformers",
+        "needs",
+        _lacks("base_model_name_or_path", "task_type"),
+        "loads it onto a model that is there, PeftModel.from_pretrained(model, "
+        "directory); the Auto classes look for the base by these keys",
+        "save with config={'base_model_name_or_path': 'org/name', 'task_type': "
+        "'CAUSAL_LM'}",
+    ),
+    Rule(
+        f"{_SERVERS} transformers",
+        "refused",
+        lambda f: f.keys(
+            r".*\.(?:embed_tokens|wte|word_embeddings)\.lora_[AB]\.weight"
+        ),
+        "takes lora_embedding_A and lora_embedding_B for a table of words",
+        "match with a plan, and save with head='lm_head' if it is the (tied) head",
+    ),
 )

@@ -12,7 +12,9 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from jlora._algebra.delta import low_rank
 from jlora._leaf import LoRA
@@ -55,11 +57,17 @@ class Piece:
     layer: Layer
 
 
+def promoted(*dtypes: Any) -> Any:
+    """The dtype that holds all of these, as JAX has it."""
+    out = dtypes[0]
+    for own in dtypes[1:]:
+        out = jnp.promote_types(out, own)
+    return jnp.dtype(out)
+
+
 def host(x: Any) -> np.ndarray:
     """An array on the host; one that several processes share is gathered."""
     if hasattr(x, "is_fully_addressable") and not x.is_fully_addressable:
-        from jax.experimental import multihost_utils
-
         x = multihost_utils.process_allgather(x, tiled=True)
     return np.asarray(x)
 
@@ -98,21 +106,28 @@ def pieces(path: str, leaf: LoRA, parts: Sequence[Part]) -> list[Piece]:
     used = {at: _used(layer) for at, layer in layers.items()}
     rank = next(iter(layers.values())).a.shape[1]
     full = max(used.values(), default=0) == rank
-    owners = _owners(layers, by) if _aligned(by) else None
+    trains_more = leaf.c is not None or leaf.m is not None
+    owners = _owners(layers, by) if _aligned(by) and not trains_more else None
     found = []
     for at, own in by.items():
         layer = layers[at]
         top = used[at] if full else rank
+        top = max(top, 1) if trains_more else top  # a bias or a magnitude is its own
         for k, part in enumerate(own):
             ranks = range(top)
             if owners is not None:
                 ranks = range(min(owners[k], top), min(owners[k + 1], top))
             if len(ranks):
-                found.append(Piece(path, part, _cut(layer, part, ranks)))
+                found.append(Piece(path, part, _cut(path, layer, part, ranks)))
     return found
 
 
-def _cut(layer: Layer, part: Part, ranks: range) -> Layer:
+def _cut(path: str, layer: Layer, part: Part, ranks: range) -> Layer:
+    if len(part.rows) < layer.a.shape[0] and not (layer.c is None and layer.m is None):
+        raise ValueError(
+            f"peft.save: {path!r} has a magnitude or an output bias, and "
+            f"{part.tensor!r} has some of its inputs only: expected plain factors."
+        )
     own = slice(ranks.start, ranks.stop)
     rows, columns = part.rows.positions, part.columns.positions
     vectors = [None if x is None else x[columns] for x in (layer.c, layer.m)]
@@ -229,7 +244,8 @@ def _module(
     by: dict[tuple[int, ...], list[Piece]] = {}
     for piece in own:
         by.setdefault(piece.part.item, []).append(piece)
-    scale = own[0].layer.scale
+    # One scale for all; that of a weight which is turned off would lose the others.
+    scale = next((p.layer.scale for p in own if p.layer.scale), 0.0)
     layers, spans = {}, []
     for item, these in by.items():
         layers[item], own_spans = _one(tensor, these, rows, columns, scale)
@@ -277,6 +293,8 @@ def _window(part: Part, names: Names, piece: Piece) -> tuple[int, ...]:
     """The sizes of a convolution's window, along the tensor's last axes."""
     if _kind(part) != "conv":
         return ()
+    if part.window:
+        return part.window
     shape = names.tensors.get(part.tensor)
     if shape is None:
         raise ValueError(
@@ -298,13 +316,14 @@ def _one(
     c: np.ndarray | None = None
     m: np.ndarray | None = None
     covered = np.zeros(columns, bool)
+    _check_apart(tensor, own)
     for piece in own:
         x, part = piece.layer, piece.part
         at_rows, at = part.tensor_rows.positions, part.tensor_columns.positions
         a = np.zeros((rows, x.a.shape[1]), x.a.dtype)
         a[at_rows] = x.a
         b = np.zeros((x.b.shape[0], columns), x.b.dtype)
-        b[:, at] = x.b if x.scale == scale else x.b * (x.scale / scale)
+        b[:, at] = _rescaled(x.b, x.scale, scale)
         hot = np.zeros(columns, bool)
         hot[at] = True
         k = next(
@@ -318,13 +337,14 @@ def _one(
         if k == len(blocks):
             blocks.append((a, b, hot))
         else:
-            wide = np.result_type(blocks[k][1], b)
-            blocks[k] = a, blocks[k][1].astype(wide) + b, blocks[k][2] | hot
+            wide = promoted(blocks[k][1].dtype, b.dtype)
+            both = blocks[k][1].astype(wide) + b.astype(wide)
+            blocks[k] = a, both, blocks[k][2] | hot
         chosen.append(k)
         covered[at] = True
         if x.c is not None:
             c = np.zeros(columns, x.c.dtype) if c is None else c
-            c[at] = x.c if x.scale == scale else x.c * (x.scale / scale)
+            c[at] = _rescaled(x.c, x.scale, scale)
         if x.m is not None:
             m = np.zeros(columns, x.m.dtype) if m is None else m
             m[at] = x.m
@@ -335,8 +355,9 @@ def _one(
             "outputs. Adapt all of them, or extract a plain adapter: "
             "jlora.extract(params, jlora.merge(tree), rank=...)."
         )
-    a = np.concatenate([x for x, _, _ in blocks], 1)
-    b = np.concatenate([x for _, x, _ in blocks], 0)
+    wide_a, wide_b = (promoted(*(x[k].dtype for x in blocks)) for k in (0, 1))
+    a = np.concatenate([x.astype(wide_a) for x, _, _ in blocks], 1)
+    b = np.concatenate([x.astype(wide_b) for _, x, _ in blocks], 0)
     ends = np.cumsum([0, *(x.shape[1] for x, _, _ in blocks)]).tolist()
     spans = [
         [piece.path, [*piece.part.at], [*piece.part.item], ends[k], ends[k + 1]]
@@ -347,6 +368,27 @@ def _one(
 
 def _equal(x: np.ndarray, y: np.ndarray) -> bool:
     return x.shape == y.shape and x.dtype == y.dtype and bool((x == y).all())
+
+
+def _rescaled(x: np.ndarray, scale: float, to: float) -> np.ndarray:
+    """The array for another scale, in its dtype."""
+    return x if scale == to else (x.astype(np.float64) * (scale / to)).astype(x.dtype)
+
+
+def _check_apart(tensor: str, own: Sequence[Piece]) -> None:
+    """Raises if two weights are the same numbers of a tensor, as copies of it are."""
+    for k, one in enumerate(own):
+        for other in own[:k]:
+            pairs = [
+                (one.part.tensor_rows, other.part.tensor_rows),
+                (one.part.tensor_columns, other.part.tensor_columns),
+            ]
+            if all(np.intersect1d(x.positions, y.positions).size for x, y in pairs):
+                raise ValueError(
+                    f"peft.save: {other.path!r} and {one.path!r} are both {tensor!r}: "
+                    "expected one weight for each number of a tensor. Adapt one of "
+                    "them, or tie them in the model."
+                )
 
 
 def array_of(tensor: str, values: Mapping[str, Any], names: Names) -> np.ndarray | None:
@@ -360,7 +402,7 @@ def array_of(tensor: str, values: Mapping[str, Any], names: Names) -> np.ndarray
     parts = [
         (p, x) for p, own in names.found.items() for x in own if x.tensor == tensor
     ]
-    if not parts:
+    if not parts or any(p not in values for p, _ in parts):
         return None
     items, rows, columns = sizes_of(tensor, [x for _, x in parts], names)
     axes = parts[0][1].tensor_axes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
 
@@ -116,12 +117,19 @@ def completed(
                 f"{what}: names are of another model: {path!r} has shape "
                 f"{tuple(shape)} there and {known[path].shape} here."
             )
+    if lost := [p for p in names.said if p not in known]:
+        raise ValueError(
+            f"{what}: names has {lost[0]!r}, which the tree has not; near paths: "
+            f"{paths.near(lost[0], known)}."
+        )
+    _check_sizes(names, known, what)
     found = dict(names.found)
     for path, said in names.said.items():
         parts = _parts(path, said, known[path], file, path in needed)
         if parts is None:
             continue
         found[path] = parts
+        _warn_unknown(path, parts, names, what)
     for path, said in names.said.items():
         if path not in found or not isinstance(said, (str, list, tuple, Mapping)):
             continue
@@ -134,6 +142,53 @@ def completed(
     base = dict(names.base) | {p: w.said for p, w in known.items() if w.dtype}
     heads = {p: "" for p, w in known.items() if w.tied and p in found} | names.heads
     return dataclasses.replace(names, found=found, said={}, base=base, heads=heads)
+
+
+def _check_sizes(names: Names, known: Mapping[str, Weight], what: str) -> None:
+    """Raises for parts that are beyond their weight."""
+    for path, parts in names.found.items():
+        for p in parts if path in known else ():
+            shape = known[path].shape
+            if len(p.axes) != len(shape):
+                sizes = None
+            else:
+                pairs = list(zip(shape, p.axes, strict=True))
+                sizes = [math.prod(n for n, c in pairs if c == role) for role in "io"]
+            most = [int(x.positions.max()) for x in (p.rows, p.columns)]
+            if sizes is None or most[0] >= sizes[0] or most[1] >= sizes[1]:
+                raise ValueError(
+                    f"{what}: names of {path!r} say {p.axes!r}, with (in, out) up to "
+                    f"{(most[0] + 1, most[1] + 1)}: expected those of shape {shape}."
+                )
+
+
+def _warn_unknown(path: str, parts: Any, names: Names, what: str) -> None:
+    """Warns of a module said by hand that the checkpoint does not have."""
+    lost = [p.tensor for p in parts if p.tensor not in names.tensors]
+    if names.tensors and lost and path not in names.heads:
+        warnings.warn(
+            f"{what}: names say that {path!r} is {lost[0]!r}, which the checkpoint has "
+            f"not; near: {paths.near(lost[0], names.tensors)}.",
+            stacklevel=4,
+        )
+
+
+def with_head(names: Names, head: str | None) -> Names:
+    """The names with the module of a tied head: of a table that is one, and of a copy.
+
+    A checkpoint that ties both has the table alone, but torch's model has the module.
+    """
+    if head is None:
+        return names
+    found = dict(names.found)
+    for path in names.heads:
+        found[path] = tuple(
+            p if p.kind == "embed" else dataclasses.replace(p, tensor=f"{head}.weight")
+            for p in found[path]
+        )
+    return dataclasses.replace(
+        names, found=found, heads=dict.fromkeys(names.heads, head)
+    )
 
 
 def _bias_parts(path: str, parts: Any, known: Any, bias: str) -> Any:
@@ -179,7 +234,8 @@ def _parts(
 ) -> Any:
     """The parts of one weight that were said by hand; None if nothing tells them."""
     parts = [said] if isinstance(said, Part) else said
-    if isinstance(parts, (list, tuple)) and all(isinstance(p, Part) for p in parts):
+    many = isinstance(parts, (list, tuple)) and parts
+    if many and all(isinstance(p, Part) for p in parts):
         return tuple(parts)
     sizes = {m.name: m.b.shape[-1] for m in file.values()}
     own = _modules_of(said, file)
@@ -193,6 +249,10 @@ def _parts(
         axes = axes if fits else _by_sizes(path, weight.shape, holes, own, said)
     if own and own[0].kind == "conv":
         groups = own[0].groups
+    holes = max((s.count("{}") for s in _said(said)), default=0)
+    if axes is None and _told.is_called_vector(path) and holes < len(weight.shape):
+        # A stack of vectors, such as the norms of layers.
+        axes, kind = "b" * holes + "o" * (len(weight.shape) - holes), "vector"
     if axes is None:
         matrix = len(weight.shape) > 1 and not _told.is_called_vector(path)
         if matrix and not needed and not own:
@@ -303,11 +363,20 @@ def prefix(known: Set[str], wanted: Sequence[str]) -> tuple[str, str]:
     """
     if not wanted or any(w in known for w in wanted):
         return "", ""
+    found: dict[tuple[str, str], int] = {}
     for add, cut in _prefixes(known, wanted[0]):
         own = {add + name.removeprefix(cut) for name in known}
-        if sum(w in own for w in wanted) * 2 > len(wanted):
-            return add, cut
-    return "", ""
+        fits = sum(w in own for w in wanted)
+        if fits * 2 > len(wanted):
+            found[add, cut] = fits
+    best = [pair for pair, fits in found.items() if fits == max(found.values())]
+    if len(best) > 1:
+        some = ", ".join(repr((cut or add).rstrip(".")) for add, cut in best[:4])
+        raise ValueError(
+            f"the adapter has {wanted[0]!r}, which may be under any of {some} of the "
+            "base: say which, names.renamed([('^prefix.', '')])."
+        )
+    return best[0] if best else ("", "")
 
 
 def _prefixes(known: Set[str], wanted: str) -> Iterator[tuple[str, str]]:
