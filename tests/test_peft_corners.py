@@ -478,3 +478,60 @@ def test_places_that_cannot_be_written(tmp_path):
     with pytest.raises(OSError, match=r"Names\.save: .*folder cannot be written"):
         stored.save(tmp_path / "folder")
     assert {p.name for p in tmp_path.iterdir()} == {"file", "b", "folder"}
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_property_what_is_found_is_what_was_laid_out(matched, seed):
+    """Random tensors, fused, permuted, padded, with zero and equal rows.
+
+    Each number of a weight that is found comes from where it was taken; what is left
+    out is padding.  A weight that cannot be told is missing, with a reason.
+    """
+    rng = np.random.default_rng(seed)
+    n, in_ = rng.integers(2, 5), int(rng.integers(2, 7))
+    tensors = {f"t{k}.weight": draw(int(rng.integers(1, 6)), in_) for k in range(n)}
+    for x in tensors.values():
+        if rng.random() < 0.3:
+            x[rng.integers(len(x))] = 0 if rng.random() < 0.5 else x[0]
+    params, truth = {}, {}
+    for k, own in enumerate(([*tensors][:2], [*tensors][2:])):
+        if not own:
+            continue
+        columns = [(name, i) for name in own for i in range(len(tensors[name]))]
+        order = np.arange(len(columns)), np.arange(in_)
+        if rng.random() < 0.4:
+            order = rng.permutation(len(columns)), rng.permutation(in_)
+        kernel = np.concatenate([tensors[name] for name in own])[order[0]][
+            :, order[1]
+        ].T
+        pads = rng.integers(0, 2, 2) if rng.random() < 0.4 else (0, 0)
+        params[f"w{k}"] = {"kernel": np.pad(kernel, [(0, pads[0]), (0, pads[1])])}
+        truth[f"w{k}/kernel"] = order[1], [columns[c] for c in order[0]]
+    _, names = matched(tensors, params)
+    assert {*names} | {*names.missing} == {*truth}
+    for path, parts in names.items():
+        rows, columns = truth[path]
+        found = {}
+        for part in parts:
+            ours = np.ix_(part.rows.positions, part.columns.positions)
+            theirs = np.ix_(part.tensor_rows.positions, part.tensor_columns.positions)
+            turned = part.tensor_axes == "io"
+            for i, j, a, b in zip(
+                *(np.broadcast_arrays(*ours)[k].ravel() for k in (0, 1)),
+                *(np.broadcast_arrays(*theirs)[k].ravel() for k in (0, 1)),
+                strict=True,
+            ):
+                assert (i, j) not in found
+                found[int(i), int(j)] = part.tensor, *((a, b) if turned else (b, a))
+        want = {
+            (i, j): (name, at, row)
+            for j, (name, at) in enumerate(columns)
+            for i, row in enumerate(rows)
+        }
+        assert {*found} == {*want}, (path, names)
+        for at, (name, row, column) in found.items():
+            # Of rows that are equal, and of which no other row tells the order, any.
+            x, own = tensors[name], want[at]
+            same = own[0] == name and own[2] == column
+            assert same and (x[own[1]] == x[row]).all(), (path, names)
+            assert own[1] == row or len({*map(bytes, x)}) < len(x)

@@ -450,7 +450,11 @@ class _Matcher:
 
     def _padding(self, lost: int, size: int) -> str:
         """Why lines of zeros may be no padding; empty if they can be nothing else."""
-        like = [n for n in self.zeros if size in self.files.shape(n)]
+        like = [  # of this size, or of one that was padded to it
+            n
+            for n in self.zeros
+            if any(k <= size < k + 256 for k in self.files.shape(n))
+        ]
         if not like:
             return ""
         return (

@@ -118,12 +118,23 @@ def pieces(path: str, leaf: LoRA, parts: Sequence[Part]) -> list[Piece]:
             if owners is not None:
                 ranks = range(min(owners[k], top), min(owners[k + 1], top))
             if len(ranks):
-                found.append(Piece(path, part, _cut(path, layer, part, ranks)))
+                found.append(Piece(path, part, _cut(path, layer, own, k, ranks)))
     return found
 
 
-def _cut(path: str, layer: Layer, part: Part, ranks: range) -> Layer:
-    if len(part.rows) < layer.a.shape[0] and not (layer.c is None and layer.m is None):
+def _cut(
+    path: str, layer: Layer, own_parts: Sequence[Part], k: int, ranks: range
+) -> Layer:
+    part = own_parts[k]
+    twice = any(
+        np.intersect1d(part.columns.positions, other.columns.positions).size
+        for other in own_parts
+        if other is not part
+    )
+    left = np.delete(layer.a, part.rows.positions, 0)
+    if (twice and layer.c is not None) or (
+        layer.m is not None and (twice or left.any())
+    ):
         raise ValueError(
             f"peft.save: {path!r} has a magnitude or an output bias, and "
             f"{part.tensor!r} has some of its inputs only: expected plain factors."
