@@ -535,3 +535,22 @@ def test_property_what_is_found_is_what_was_laid_out(matched, seed):
             same = own[0] == name and own[2] == column
             assert same and (x[own[1]] == x[row]).all(), (path, names)
             assert own[1] == row or len({*map(bytes, x)}) < len(x)
+
+
+def test_suffixes_that_name_a_list_of_layers_are_not_used(matched, tmp_path):
+    """peft adapts every module whose path ends in a target: 0 is a whole layer, too."""
+    each = [(k, n) for k in range(2) for n in (0, 2)]
+    tensors = {f"layers.{k}.mlp.{n}.weight": draw(6, 6) for k, n in each}
+    params = {}
+    for k in range(2):
+        params[f"layer_{k}"] = {
+            f"d{n}": {"kernel": tensors[f"layers.{k}.mlp.{n}.weight"].T} for n in (0, 2)
+        }
+    params, names = matched(tensors, params)
+    tree = randomise(jlora.wrap(params, rank=2))
+    for portable in (False, True):
+        where = tmp_path / f"a{portable}"
+        jlora.peft.save(where, tree, names=names, portable=portable)
+        said = json.loads((where / CONFIG).read_text())
+        assert said["target_modules"] == sorted(names.modules)
+        close(merged(jlora.peft.load(where, params)), merged(tree))

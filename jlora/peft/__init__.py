@@ -7,12 +7,12 @@
 What comes in: adapted trees, and directories of ``adapter_config.json`` and
 ``adapter_model.safetensors``.  What goes out: the same, the other way round.
 
-* `order`, `names`: which weight is which tensor.  `match` finds it by the values;
-  `given` reads what a user writes.
+* `order`, `names`: which weight is which tensor.  `match` finds it by the values,
+  with `sums` and `lines`; `given` reads what a user writes.
 * `files`: safetensors, read with care.  `config` and `modules`: an adapter as peft has
   it.  **A kind of layer** that peft adapts is a kind in `modules`.
 * `weights`: what is known of the arrays of a tree.  `to_torch`, `from_torch`: from
-  leaves to modules, and back.  `save`, `load`: the two functions.
+  leaves to modules, and back; `portable`: what every server takes.  `save`, `load`.
 * `check`, with `servers`: **a rule of a server's loader** is a line there.
 """
 

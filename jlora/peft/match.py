@@ -14,14 +14,11 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
-import itertools
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from jlora._leaf import base as _base
@@ -29,11 +26,26 @@ from jlora._plan.names import is_called_vector
 from jlora._plan.plan import Plan, check
 from jlora._tree import by_path
 from jlora.peft.files import Tensors, Where, tensors
+from jlora.peft.lines import (
+    Index,
+    View,
+    by_mine,
+    by_theirs,
+    in_order,
+    preferred,
+    shared_out,
+)
 from jlora.peft.names import Names, Part, cut, matrix
 from jlora.peft.order import Order
+from jlora.peft.sums import (
+    PRECISIONS,
+    columns_of,
+    common,
+    equal,
+    sums_of,
+    sums_of_lines,
+)
 from jlora.peft.weights import Weight, bias_parts, weights
-
-_CHUNK = 1 << 18  # numbers that are mixed at once, so that they stay in the cache
 
 
 def match(
@@ -96,144 +108,6 @@ def match(
     return _Matcher(leaves, known, files, progress).names()
 
 
-# ------------------------------------------------------------------------ mixed numbers
-
-_MIX = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F)
-
-
-def _mixed(bits: np.ndarray) -> np.ndarray:
-    """64 well mixed bits for each number of a few bits (two rounds of MurmurHash3).
-
-    Zero gives zero, so that padding with zeros changes no sum.
-    """
-    x = bits.astype(np.uint64)
-    x *= _MIX[0]
-    x ^= x >> np.uint64(29)
-    x *= _MIX[1]
-    x ^= x >> np.uint64(32)
-    return x
-
-
-@functools.cache
-def _table() -> np.ndarray:
-    """The mixed bits of every number of 16 bits."""
-    return _mixed(np.arange(1 << 16, dtype=np.uint32))
-
-
-def _hashed(x: np.ndarray, precision: str) -> np.ndarray:
-    """The mixed bits of an array's numbers, rounded to a precision; -0 is 0."""
-    x = _rounded(x, precision)
-    if x.dtype.itemsize == 2:
-        bits = np.ascontiguousarray(x).view(np.uint16)
-        bits = np.where(bits == 0x8000, np.uint16(0), bits)
-        return _table()[bits]
-    x = np.ascontiguousarray(x) + x.dtype.type(0)
-    if x.dtype.itemsize == 4:
-        return _mixed(x.view(np.uint32))
-    words = x.view(np.uint64)
-    return _mixed(words ^ (words >> np.uint64(32)))
-
-
-# From the coarsest to the finest, by the bits of their fractions.
-_PRECISIONS = "bfloat16", "float16", "float32", "float64"
-
-
-def _common(file: str, params: str) -> str:
-    """The precision in which a tensor and a weight made from it are equal.
-
-    It is the coarser one.  Of float16 and bfloat16 neither is: there it is the
-    weight's, which the tensor was rounded to.
-    """
-    if {file, params} == {"bfloat16", "float16"}:
-        return params
-    return min(file, params, key=_PRECISIONS.index)
-
-
-def _rounded(x: np.ndarray, precision: str) -> np.ndarray:
-    own = str(x.dtype)
-    if own == precision:
-        return x
-    if precision == "bfloat16" and own == "float64":
-        x = x.astype(np.float32)
-    with np.errstate(over="ignore", invalid="ignore"):
-        return x.astype(jnp.dtype(precision))
-
-
-def _sums(x: np.ndarray, precision: str) -> tuple[np.ndarray, np.ndarray]:
-    """The sums of the mixed numbers of a matrix: (of each row, of each column)."""
-    n, m = x.shape
-    if x.strides[0] < x.strides[1] and m > 1:
-        return _sums(x.T, precision)[::-1]
-    rows, columns = np.empty(n, np.uint64), np.zeros(m, np.uint64)
-    step = max(1, _CHUNK // max(m, 1))
-    for k in range(0, n, step):
-        h = _hashed(x[k : k + step], precision)
-        rows[k : k + step] = h.sum(1)
-        columns += h.sum(0)
-    return rows, columns
-
-
-# ---------------------------------------------------------------------------- the index
-
-
-@dataclasses.dataclass(frozen=True)
-class View:
-    """One way to read a tensor as matrices: its name, its axes' roles, and the item.
-
-    Attributes:
-      tensor: its name.
-      axes: the roles of its axes.
-      item: the index along its batch axes.
-      sums: the sums of its columns, which are looked up, in one precision.
-    """
-
-    tensor: str
-    axes: str
-    item: tuple[int, ...]
-    sums: np.ndarray
-
-
-class _Index:
-    """Where each sum of a column is: one entry for each column of each view."""
-
-    def __init__(self) -> None:
-        self.views: list[View] = []
-        self._keys: list[np.ndarray] = []
-
-    def add(self, view: View) -> None:
-        """Enters the columns of a view."""
-        self.views.append(view)
-        self._keys.append(view.sums)
-
-    @functools.cached_property
-    def _sorted(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Sums in order, with the view and the column of each."""
-        if not self._keys:
-            return np.zeros(0, np.uint64), np.zeros(0, np.int32), np.zeros(0, np.int32)
-        keys = np.concatenate(self._keys)
-        sizes = [len(k) for k in self._keys]
-        views = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
-        columns = np.concatenate([np.arange(n, dtype=np.int32) for n in sizes])
-        self._keys = []
-        order = np.argsort(keys, kind="stable")
-        return keys[order], views[order], columns[order]
-
-    def find(self, sums: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The range of entries that have each sum."""
-        keys = self._sorted[0]
-        return np.searchsorted(keys, sums, "left"), np.searchsorted(keys, sums, "right")
-
-    def at(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(views, columns) of single entries."""
-        _, views, columns = self._sorted
-        return views[places], columns[places]
-
-    def entries(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """(views, columns) of a range of entries."""
-        _, views, columns = self._sorted
-        return views[start:stop], columns[start:stop]
-
-
 @dataclasses.dataclass
 class _Claim:
     """Columns of a weight that are columns of a view, by their sums."""
@@ -263,7 +137,7 @@ class _Matcher:
         self.total = sum(math.prod(self.files.shape(n)) for n in floats) * 2
         self.total += sum(math.prod(w.shape) for w in self.known.values()) * 2
         # By the tensors' dtype, and the precision of the sums.
-        self.indices: dict[tuple[str, str], _Index] = collections.defaultdict(_Index)
+        self.indices: dict[tuple[str, str], Index] = collections.defaultdict(Index)
         # The tensors of each sum over all numbers, by the same.
         self.wholes: dict[tuple[str, str], dict[int, list[str]]] = {}
         self.zeros: list[str] = []
@@ -276,7 +150,7 @@ class _Matcher:
 
     def names(self) -> Names:
         """All that is found."""
-        mine = {str(x.dtype) for x in self.leaves.values()} & {*_PRECISIONS}
+        mine = {str(x.dtype) for x in self.leaves.values()} & {*PRECISIONS}
         for name in self.floats:
             self._enter(name, mine)
         weights_ = [p for p, w in self.known.items() if self._is_matrix(p, w)]
@@ -306,14 +180,14 @@ class _Matcher:
 
     def _keys(self, dtype: str) -> list[tuple[str, str]]:
         """The indices in which a weight of this dtype may be, the finest first."""
-        fits = [k for k in self.indices if k[1] == _common(k[0], dtype)]
+        fits = [k for k in self.indices if k[1] == common(k[0], dtype)]
         fits += [
-            k for k in self.wholes if k not in fits and k[1] == _common(k[0], dtype)
+            k for k in self.wholes if k not in fits and k[1] == common(k[0], dtype)
         ]
-        return sorted(fits, key=lambda k: (-_PRECISIONS.index(k[1]), k[0]))
+        return sorted(fits, key=lambda k: (-PRECISIONS.index(k[1]), k[0]))
 
     def _is_matrix(self, path: str, w: Weight) -> bool:
-        if str(self.leaves[path].dtype) not in _PRECISIONS:
+        if str(self.leaves[path].dtype) not in PRECISIONS:
             self.missing[path] = f"it is {self.leaves[path].dtype}: no weight"
             return False
         return w.axes is not None and "i" in w.axes and "o" in w.axes
@@ -323,9 +197,11 @@ class _Matcher:
     def _enter(self, name: str, precisions: set[str]) -> None:
         x = self.files.view(name)
         own = str(x.dtype)
-        for precision in sorted({_common(own, p) for p in precisions}):
+        for precision in sorted({common(own, p) for p in precisions}):
             key = own, precision
-            total = _sums(x.reshape(1, -1), precision)[0][0] if x.ndim < 2 else 0
+            total = (
+                sums_of_lines(x.reshape(1, -1), precision)[0][0] if x.ndim < 2 else 0
+            )
             for view in self._views(name, x, precision):
                 self.indices[key].add(view)
                 total = view.sums.sum()
@@ -344,7 +220,7 @@ class _Matcher:
         if not x.size:
             return
         if x.ndim == 2:
-            rows, columns = _sums(x, precision)
+            rows, columns = sums_of_lines(x, precision)
             yield View(name, "oi", (), rows)
             yield View(name, "io", (), columns)
         elif x.ndim > 2:
@@ -352,7 +228,7 @@ class _Matcher:
             first = np.empty(x.shape[0], np.uint64)
             second = np.zeros(x.shape[1], np.uint64)
             for k, item in enumerate(x):
-                rows, columns = _sums(item.reshape(x.shape[1], -1), precision)
+                rows, columns = sums_of_lines(item.reshape(x.shape[1], -1), precision)
                 if x.ndim == 3:
                     yield View(name, "boi", (k,), rows)
                     yield View(name, "bio", (k,), columns)
@@ -393,7 +269,7 @@ class _Matcher:
             if key not in self.indices:
                 continue
             precision = key[1]
-            rows, columns = _sums(m, precision)
+            rows, columns = sums_of_lines(m, precision)
             for sums, turned in ((columns, False), (rows, True)):
                 kind = self.known[path].kind
                 own = self._assigned(self.indices[key], sums, kind, m, turned)
@@ -407,7 +283,7 @@ class _Matcher:
         return why
 
     def _assigned(
-        self, index: _Index, sums: np.ndarray, kind: str, m: np.ndarray, turned: bool
+        self, index: Index, sums: np.ndarray, kind: str, m: np.ndarray, turned: bool
     ) -> list[tuple[View, np.ndarray, np.ndarray]] | str:
         """For each view: which lines of a matrix are which of its lines; or why not.
 
@@ -433,7 +309,7 @@ class _Matcher:
         views = self._chosen(index, candidates, zero, kind)
         if isinstance(views, str):
             return views
-        found = _shared_out(sums, candidates, views)
+        found = shared_out(sums, candidates, views)
         if isinstance(found, str):
             return found
         lost = len(sums) - sum(len(mine) for mine, _ in found.values())
@@ -442,7 +318,7 @@ class _Matcher:
             return why
         out = []
         for v, (mine, theirs) in found.items():
-            ordered = _in_order(mine, theirs, sums[mine], index.views[v].sums)
+            ordered = in_order(mine, theirs, sums[mine], index.views[v].sums)
             if ordered is None:
                 return "it has equal columns, and nothing tells their order"
             out.append((index.views[v], mine, ordered))
@@ -463,7 +339,7 @@ class _Matcher:
         )
 
     def _chosen(
-        self, index: _Index, candidates: Sequence[Any], zero: np.ndarray, kind: str
+        self, index: Index, candidates: Sequence[Any], zero: np.ndarray, kind: str
     ) -> list[int] | str:
         """The views that a matrix is made of: one reading for each tensor."""
         tensors: dict[str, set[int]] = {}
@@ -490,13 +366,13 @@ class _Matcher:
                 if not zero[k]
                 and {index.views[v].tensor for v in views.tolist()} == {tensor}
             ]
-            ways = sorted(own, key=lambda v: _preferred(index.views[v], kind))
+            ways = sorted(own, key=lambda v: preferred(index.views[v], kind))
             whole = [v for v in ways if all(v in line for line in lines)]
             needed = [v for v in own if any(line == {v} for line in lines)]
             chosen += whole[:1] or needed or ways
         return chosen
 
-    def _ambiguous(self, index: _Index, candidates: Sequence[Any]) -> str:
+    def _ambiguous(self, index: Index, candidates: Sequence[Any]) -> str:
         names = sorted({index.views[v].tensor for own, _ in candidates for v in own})
         if len(names) == 1:
             return f"it is {names[0]!r}, in more ways than one"
@@ -536,11 +412,11 @@ class _Matcher:
         axes = claim.view.axes
         if claim.turned:  # its lines are rows: the tensor's roles the other way round
             t, axes = t.T, axes.translate(str.maketrans("io", "oi"))
-        precision = _common(str(t.dtype), str(m.dtype))
+        precision = common(str(t.dtype), str(m.dtype))
         mine, theirs = Order.of(claim.mine), Order.of(claim.theirs)
         if claim.turned:
             m, t = m.T, t.T
-        along = self._along(_columns(m, mine), _columns(t, theirs), precision)
+        along = self._along(columns_of(m, mine), columns_of(t, theirs), precision)
         if along is None:
             return (
                 f"{claim.view.tensor!r} has the same columns in sum, and other values"
@@ -550,8 +426,8 @@ class _Matcher:
         own, other = along
         rows, t_rows = (mine, theirs) if claim.turned else (own, other)
         columns, t_columns = (own, other) if claim.turned else (mine, theirs)
-        rows, t_rows = _by_theirs(rows, t_rows)
-        columns, t_columns = _by_mine(columns, t_columns)
+        rows, t_rows = by_theirs(rows, t_rows)
+        columns, t_columns = by_mine(columns, t_columns)
         return Part(
             claim.view.tensor,
             axes,
@@ -569,11 +445,11 @@ class _Matcher:
     def _along(
         self, m: np.ndarray, t: np.ndarray, precision: str
     ) -> tuple[Order, Order] | str | None:
-        """The orders along the first axis by which two are equal; or why not."""
+        """The orders along the first axis by which two are equal, or why not."""
         n, k = len(m), len(t)
-        if n == k and _equal(m, t, precision):
+        if n == k and equal(m, t, precision):
             return Order.all(n), Order.all(n)
-        ours, theirs = _sums_of(m, precision), _sums_of(t, precision)
+        ours, theirs = sums_of(m, precision), sums_of(t, precision)
         a, b = np.argsort(ours, kind="stable"), np.argsort(theirs, kind="stable")
         # Lines of zeros, whose sums are zero and come first, may be padding.
         zeros = [int((x == 0).sum()) for x in (ours, theirs)]
@@ -587,12 +463,12 @@ class _Matcher:
             return None
         order = np.argsort(a, kind="stable")
         a, b = a[order], b[order]
-        ordered = _in_order(a, b, ours[a], theirs)
+        ordered = in_order(a, b, ours[a], theirs)
         if ordered is None:
             return "it has equal rows, and nothing tells their order"
         order = np.argsort(ordered, kind="stable")
         a, b = a[order], ordered[order]
-        if not _equal(m, t, precision, a, b):
+        if not equal(m, t, precision, a, b):
             return None
         return Order.of(a), Order.of(b)
 
@@ -638,7 +514,7 @@ class _Matcher:
         self, path: str, x: np.ndarray, at: tuple[int, ...], axes: str
     ) -> Part | str:
         for key in self._keys(str(x.dtype)):
-            total = int(_sums(x.reshape(1, -1), key[1])[0][0])
+            total = int(sums_of_lines(x.reshape(1, -1), key[1])[0][0])
             found = self.wholes.get(key, {}).get(total, [])
             same = [n for n in found if math.prod(self.files.shape(n)) == x.size]
             if len(same) > 1:
@@ -675,164 +551,10 @@ class _Matcher:
                 return False
             mine = cut(matrix(x, part.axes, part.at), part.rows, part.columns)
             theirs = cut(theirs, part.tensor_rows, part.tensor_columns)
-            precision = _common(str(theirs.dtype), str(mine.dtype))
-            if not _equal(mine, theirs, precision):
+            precision = common(str(theirs.dtype), str(mine.dtype))
+            if not equal(mine, theirs, precision):
                 return False
         return True
-
-
-def _columns(x: np.ndarray, order: Order) -> Any:
-    """Columns of a matrix; a view where they follow each other."""
-    if order.plain:
-        return x[:, order.start : order.start + len(order)]
-    return _Taken(x, order.positions)
-
-
-def _sums_of(x: Any, precision: str) -> np.ndarray:
-    """The sum of the mixed numbers of each row."""
-    if isinstance(x, np.ndarray):
-        return _sums(x, precision)[0]
-    step = max(1, _CHUNK // max(x.shape[1], 1))
-    return np.concatenate(
-        [_hashed(x[k : k + step], precision).sum(1) for k in range(0, len(x), step)]
-    )
-
-
-class _Taken:
-    """Columns of a matrix in some order, taken chunk by chunk: never all at once."""
-
-    def __init__(self, x: np.ndarray, columns: np.ndarray):
-        self._x, self._columns = x, columns
-        self.dtype = x.dtype
-        self.shape = x.shape[0], len(columns)
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, rows: Any) -> np.ndarray:
-        return self._x[rows][:, self._columns]
-
-
-def _equal(
-    m: Any, t: Any, precision: str, mine: Any = None, theirs: Any = None
-) -> bool:
-    """Whether the rows of two matrices are equal in a precision, chunk by chunk.
-
-    Args:
-      m: one.
-      t: the other.
-      precision: to which both are rounded.
-      mine: which rows of m; None for all.
-      theirs: which rows of t, in the same order.
-    """
-    if m.shape[1] != t.shape[1]:
-        return False
-    n, step = len(t) if theirs is None else len(theirs), max(1, _CHUNK // m.shape[1])
-    for k in range(0, n, step):
-        own = slice(k, k + step)
-        a = m[own if mine is None else mine[own]]
-        b = t[own if theirs is None else theirs[own]]
-        if not (_rounded(np.asarray(a), precision) == _rounded(b, precision)).all():
-            return False
-    return True
-
-
-def _by_theirs(mine: Order, theirs: Order) -> tuple[Order, Order]:
-    """Both orders, listed in the order of the tensor's positions."""
-    if theirs.plain:
-        return mine, theirs
-    order = np.argsort(theirs.positions, kind="stable")
-    return Order.of(mine.positions[order]), Order.of(theirs.positions[order])
-
-
-def _by_mine(mine: Order, theirs: Order) -> tuple[Order, Order]:
-    """Both orders, listed in the order of the weight's positions."""
-    if mine.plain:
-        return mine, theirs
-    order = np.argsort(mine.positions, kind="stable")
-    return Order.of(mine.positions[order]), Order.of(theirs.positions[order])
-
-
-def _preferred(view: View, kind: str) -> tuple[int, str]:
-    """The order in which readings of one tensor are tried, by the kind of a weight."""
-    first = {"embed": ("io",), "conv": ("oii", "oiii", "oiiii")}.get(
-        kind, ("oi", "boi")
-    )
-    return int(view.axes not in first), view.axes
-
-
-def _shared_out(
-    sums: np.ndarray, candidates: Sequence[Any], views: Sequence[int]
-) -> dict[int, tuple[np.ndarray, np.ndarray]] | str:
-    """For each view the lines of a matrix, and the line of the view that each is.
-
-    A line that several views have goes where its neighbour is.
-    """
-    free: dict[tuple[int, int], collections.deque[int]] = {}
-    chosen: dict[int, tuple[list[int], list[int]]] = {}
-    alone = [
-        [v for v in dict.fromkeys(own.tolist()) if v in views] for own, _ in candidates
-    ]
-    near = next(
-        (v[0] for k, v in enumerate(alone) if len(v) == 1 and sums[k]), views[0]
-    )
-    for k, (own, columns) in enumerate(candidates):
-        if len(alone[k]) == 1 and sums[k]:
-            near = alone[k][0]
-        for view in sorted(alone[k], key=lambda v: v != near):
-            key = view, int(sums[k])
-            if key not in free:
-                free[key] = collections.deque(columns[own == view].tolist())
-            if free[key]:
-                lines = chosen.setdefault(view, ([], []))
-                lines[0].append(k)
-                lines[1].append(free[key].popleft())
-                break
-        else:
-            if sums[k]:
-                return "it has a column more often than the checkpoint"
-    return {v: (np.array(a), np.array(b)) for v, (a, b) in chosen.items()}
-
-
-def _in_order(
-    mine: np.ndarray, theirs: np.ndarray, sums: np.ndarray, of: np.ndarray
-) -> np.ndarray | None:
-    """The lines that are each of ours, where some are equal; None if nothing tells.
-
-    Lines that are equal keep their order, if those that are not do.  Else they follow
-    the regular order that the others have, such as that of interleaved halves.
-
-    Args:
-      mine: our lines, in order.
-      theirs: a line that each of them is, among equal ones the next.
-      sums: the sum of each of ours.
-      of: the sums of all of theirs.
-    """
-    _, where, counts = np.unique(sums, return_inverse=True, return_counts=True)
-    known = (counts[where] == 1) & (sums != 0)
-    if known.all() or (np.diff(theirs[known]) > 0).all():
-        ordered = known.all() or (np.diff(theirs) > 0).all()
-        return theirs if ordered else _regular(theirs, known, sums, of)
-    return _regular(theirs, known, sums, of)
-
-
-def _regular(
-    theirs: np.ndarray, known: np.ndarray, sums: np.ndarray, of: np.ndarray
-) -> np.ndarray | None:
-    """The regular order of all positions that the known ones have; None without one."""
-    n, start = len(theirs), int(theirs.min())
-    if int(theirs.max()) - start + 1 != n or known.sum() < 2:
-        return None
-    at = np.flatnonzero(known)
-    for a in (d for d in range(1, n + 1) if n % d == 0):
-        for b in (d for d in range(1, n // a + 1) if n // a % d == 0):
-            x = np.arange(n).reshape(a, b, n // (a * b))
-            for axes in itertools.permutations(range(3)):
-                order = x.transpose(axes).reshape(-1) + start
-                same = (order[at] == theirs[at]).all()
-                if same and (of[order] == sums).all():
-                    return order
-    return None
 
 
 def _several(names: Iterable[str]) -> str:

@@ -77,6 +77,27 @@ class Module:
         """r."""
         return self.a.shape[-1]
 
+    def padded(self, rank: int) -> Module:
+        """The module with ranks of zeros up to this number; its scale stays."""
+        more = rank - self.rank
+        if not more:
+            return self
+        a = np.pad(self.a, [*[(0, 0)] * (self.a.ndim - 1), (0, more)])
+        b = np.pad(self.b, [*[(0, 0)] * (self.b.ndim - 2), (0, more), (0, 0)])
+        return dataclasses.replace(self, a=a, b=b)
+
+    def rescaled(self, scale: float) -> Module:
+        """The module with another scale, and the rest of it in b and c."""
+        if self.scale == scale:
+            return self
+        ratio = self.scale / scale
+
+        def times(x: np.ndarray) -> np.ndarray:
+            return (x.astype(np.float64) * ratio).astype(x.dtype)
+
+        c = None if self.c is None else times(self.c)
+        return dataclasses.replace(self, b=times(self.b), c=c, scale=scale)
+
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:

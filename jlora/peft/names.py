@@ -209,6 +209,15 @@ class Names(PrintedByPath[tuple[Part, ...]]):
         said = {**self.said, **other}
         return dataclasses.replace(self, found=left, missing=missing, said=said)
 
+    @property
+    def modules(self) -> set[str]:
+        """The path of every module of the checkpoint that has a tensor."""
+        return {tensor.rpartition(".")[0] for tensor in self.tensors}
+
+    def parts_of(self, tensor: str) -> list[Part]:
+        """The parts that are of a tensor, whatever their weight."""
+        return [p for own in self.found.values() for p in own if p.tensor == tensor]
+
     def renamed(self, how: Any) -> Names:
         """These names with the tensors of another checkpoint of the same model.
 

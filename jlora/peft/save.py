@@ -38,17 +38,10 @@ from jlora.peft.modules import (
     size_of,
     tensors_of,
 )
-from jlora.peft.names import FILE, Names, Part
+from jlora.peft.names import FILE, Names
+from jlora.peft.portable import MERGE, portable_of, refusal, suffixes_of
 from jlora.peft.to_torch import Joined, array_of, host, joined, pieces
 from jlora.peft.weights import completed, weights, with_head
-
-# Modules that servers fuse: where one is adapted, the others get zeros.
-_TOGETHER = (
-    frozenset({"q_proj", "k_proj", "v_proj"}),
-    frozenset({"gate_proj", "up_proj"}),
-)
-# Ranks that every server takes: vLLM compiles for these.
-RANKS = 8, 16, 32, 64, 128, 256, 512
 
 
 def save(
@@ -193,7 +186,7 @@ class _Writer:
         self.bias = "none"
         self.own: list[str] = []  # tensors of the base that have to be saved, too
         self.rows: dict[str, list[int]] = {}
-        self.suffixes: list[str] | None = None
+        self.targets: list[str] | None = None
 
     def run(self, portable: bool) -> None:
         """Makes all tensors."""
@@ -212,7 +205,8 @@ class _Writer:
         self.parts = joined(found, self.names)
         self._add_heads()
         if portable:
-            self._make_portable()
+            self._check_portable()
+            self.parts, self.targets = portable_of(self.parts, self.names)
         self._alike()
         for module in self.parts.modules.values():
             self.tensors |= tensors_of(module, self._place(module))
@@ -249,6 +243,12 @@ class _Writer:
             tensor, a, b = f"{head}.weight", module.b.T, module.a.T
             new = Module(head, tensor, "linear", a, b, module.scale)
             self.parts.modules[tensor] = new
+
+    def _check_portable(self) -> None:
+        """Raises for leaves that are no factors."""
+        for path, x in self.adapter.items():
+            if isinstance(x, Full) or replaces(x):
+                raise ValueError(refusal(path, "trains besides factors", MERGE))
 
     def _check(self, path: str, leaf: Any) -> None:
         if path not in self.names.found:
@@ -339,7 +339,7 @@ class _Writer:
                         if p.tensor == m.tensor
                     ]
                 scale = next((x.scale for x in own if x.scale), 0.0)
-                new = _rescaled(_padded(m, rank), scale)
+                new = m.padded(rank).rescaled(scale)
                 self.parts.modules[m.tensor] = new
 
     def _complete_heads(self) -> None:
@@ -364,77 +364,6 @@ class _Writer:
                     b = np.zeros((like.rank, 3 * dim if last else dim), like.b.dtype)
                     place = name if last else f"{name}.out_proj"
                     modules[t] = Module(place, t, "linear", a, b, like.scale)
-
-    def _make_portable(self) -> None:
-        """One rank, a scale of one, and zeros where a suffix names more modules."""
-        other = [
-            p for p, x in self.adapter.items() if isinstance(x, Full) or replaces(x)
-        ]
-        odd = [
-            m for m in self.parts.modules.values() if m.m is not None or m.c is not None
-        ]
-        kinds = [
-            m
-            for t, m in self.parts.modules.items()
-            if m.kind != "linear" or not t.endswith(".weight")
-        ]
-        for found, what, do in (
-            (other, "trains besides factors", "merge it into the base"),
-            (
-                [m.name for m in odd],
-                "has a magnitude or an output bias",
-                "extract a plain adapter, jlora.extract(params, jlora.merge(tree), "
-                "rank=...)",
-            ),
-            ([m.name for m in kinds], "is no Linear", "leave it out of the adapter"),
-        ):
-            if found:
-                raise ValueError(
-                    f"peft.save: portable: {found[0]!r} {what}, which not every server "
-                    f"takes: {do}; or save without portable, and see "
-                    "jlora.peft.check(directory, server)."
-                )
-        most = max(m.rank for m in self.parts.modules.values())
-        if most > RANKS[-1]:
-            raise ValueError(
-                f"peft.save: portable: rank {most}: expected at most {RANKS[-1]}. "
-                "Lower it: jlora.truncate(adapter, rank)."
-            )
-        rank = next(r for r in RANKS if r >= most)
-        modules = {
-            t: _padded(_rescaled(m, 1.0), rank) for t, m in self.parts.modules.items()
-        }
-        suffixes = {m.name.rpartition(".")[2] for m in modules.values()}
-        for group in _TOGETHER:  # servers keep them as one, and want all of them
-            if suffixes & group:
-                known = {
-                    t.removesuffix(".weight").rpartition(".")[2]
-                    for t in self.names.tensors
-                }
-                suffixes |= group & known
-        like = next(iter(modules.values()))
-        for tensor, shape in self.names.tensors.items():
-            name = tensor.removesuffix(".weight")
-            if tensor in modules or name == tensor or len(shape) != 2:
-                continue
-            if name.rpartition(".")[2] in suffixes and not self._is_table(tensor):
-                out, in_ = shape if self._is_turned(tensor) else shape[::-1]
-                a, b = (np.zeros(s, like.a.dtype) for s in ((in_, rank), (rank, out)))
-                modules[tensor] = Module(name, tensor, "linear", a, b, 1.0)
-        self.suffixes = sorted(suffixes)
-        self.parts = Joined(modules, self.parts.ranks, self.parts.filled)
-
-    def _parts_of(self, tensor: str) -> list[Part]:
-        return [
-            p for own in self.names.found.values() for p in own if p.tensor == tensor
-        ]
-
-    def _is_table(self, tensor: str) -> bool:
-        return any(p.kind == "embed" for p in self._parts_of(tensor))
-
-    def _is_turned(self, tensor: str) -> bool:
-        own = self._parts_of(tensor)
-        return not own or own[0].tensor_axes == "oi"
 
     # ---------------------------------------------------------------- what is whole
 
@@ -569,7 +498,7 @@ class _Writer:
             "fan_in_fan_out": any(
                 p.tensor_axes == "io" and p.kind == "dense"
                 for m in plain
-                for p in self._parts_of(m.tensor)
+                for p in self.names.parts_of(m.tensor)
             ),
             "inference_mode": True,
             "init_lora_weights": True,
@@ -605,14 +534,12 @@ class _Writer:
 
     def _targets(self, modules: Sequence[Module]) -> list[str] | str:
         """Suffixes if they name no other module of the checkpoint; else whole paths."""
-        if self.suffixes is not None:
-            return self.suffixes
+        if self.targets is not None:
+            return self.targets
         own = {self._owner(m) for m in modules}
-        every = {t.rpartition(".")[0] for t in self.names.tensors}
-        suffixes = {name.rpartition(".")[2] for name in own}
-        others = [n for n in every - own if n.rpartition(".")[2] in suffixes]
-        if every and not others:
-            return sorted(suffixes)
+        every = self.names.modules
+        if every and (suffixes := suffixes_of(own, every)):
+            return suffixes
         # peft takes a path for a suffix, too: where it is one of another, a pattern.
         if any(other.endswith(f".{n}") for other in every - own for n in own):
             return "|".join(map(re.escape, sorted(own)))
@@ -642,27 +569,6 @@ class _Lazy:
 
 def _is_bias(tensor: str) -> bool:
     return tensor.rpartition(".")[2] in ("bias", "in_proj_bias")
-
-
-def _padded(module: Module, rank: int) -> Module:
-    """The module with ranks of zeros up to this number."""
-    more = rank - module.rank
-    if not more:
-        return module
-    a = np.pad(module.a, [*[(0, 0)] * (module.a.ndim - 1), (0, more)])
-    b = np.pad(module.b, [*[(0, 0)] * (module.b.ndim - 2), (0, more), (0, 0)])
-    # alpha / r stays what it is.
-    return dataclasses.replace(module, a=a, b=b)
-
-
-def _rescaled(module: Module, scale: float) -> Module:
-    """The module with another scale, and the rest of it in b."""
-    if module.scale == scale:
-        return module
-    ratio = module.scale / scale
-    b = (module.b.astype(np.float64) * ratio).astype(module.b.dtype)
-    c = None if module.c is None else module.c * module.c.dtype.type(ratio)
-    return dataclasses.replace(module, b=b, c=c, scale=scale)
 
 
 def _most(values: Any, default: Any) -> Any:
