@@ -42,7 +42,7 @@ class Report(Printed):
       findings: what is not as it should be.
     """
 
-    directory: pathlib.Path
+    directory: str
     server: str
     findings: tuple[Finding, ...]
 
@@ -109,7 +109,7 @@ def check(directory: files.Where, server: str) -> Report:
     ]
     if server == "transformers":
         found += _unread(where)
-    return Report(where, VERSIONS[server], tuple(found))
+    return Report(str(where), VERSIONS[server], tuple(found))
 
 
 def _facts(where: pathlib.Path) -> Facts:
