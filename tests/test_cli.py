@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import peft_torch
 import pytest
-from helpers import normal, randomise
+from helpers import close, normal, randomise
 from safetensors.numpy import load_file, save_file
 from test_peft_cases import WEIGHTS
 from test_peft_files import known, same
@@ -89,6 +89,14 @@ def test_convert_there_and_back(saved, capsys):
         file[f"{key}.lora_B"],
         old[f"base_model.model.{key}.lora_B.weight"] * 1.5,
         rtol=1e-6,
+    )
+    run("inspect", out)
+    assert "21 weights" in capsys.readouterr().out
+    run("convert", out, where / "o", "--to", "orbax", *names)
+    close(
+        jlora.merge(jlora.checkpoint.restore(where / "o", params)),
+        jlora.merge(tree),
+        1e-6,
     )
     run("convert", out, where / "from", "--to", "peft")
     capsys.readouterr()

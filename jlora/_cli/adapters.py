@@ -139,10 +139,12 @@ def write_orbax(found: Found, out: str, names: Names | None) -> None:
         for p, (shape, dtype) in names.base.items()
     }
     if found.format == "peft":
-        tree = load(found.path, base, names=names)
-    else:
-        tree = attach(base, found.leaves)
-    jlora.checkpoint.save(out, tree)
+        jlora.checkpoint.save(out, load(found.path, base, names=names))
+        return
+    with tempfile.TemporaryDirectory() as folder:  # by the names of torch's modules
+        write_peft(found, f"{folder}/a", names)
+        tree = load(f"{folder}/a", base, names=names)
+        jlora.checkpoint.save(out, tree)
 
 
 def write_loralib(found: Found, out: str, names: Names | None) -> None:
