@@ -60,6 +60,7 @@ def test_inspect(capsys, saved):
         said = json.loads(capsys.readouterr().out)
         own = {row["path"]: row for row in said["weights"]}
         key = "layers/attention/o/kernel"
+        assert (key in own) == (said["format"] == "orbax")
         if key in own:
             leaf = jlora.adapter(tree)[key]
             norm = np.sqrt(sum((x**2).sum() for x in jlora.spectrum({key: leaf})[key]))

@@ -7,7 +7,6 @@ up.  In a stack, layers of lower rank are padded with zeros, which stay so in tr
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -148,31 +147,3 @@ def stacked(
         "scale": scale,
     }
     return {name: x for name, x in found.items() if x is not None}
-
-
-def in_axes_of_weight(
-    found: Mapping[str, np.ndarray], shape: Sequence[int], axes: str
-) -> dict[str, np.ndarray]:
-    """The fields in the shapes that a leaf has for a weight of this shape and roles."""
-    by = {
-        role: [n for n, c in zip(shape, axes, strict=True) if c == role]
-        for role in "bio"
-    }
-    rank = found["a"].shape[-1]
-    shapes = {
-        "a": (*by["b"], *by["i"], rank),
-        "b": (*by["b"], rank, *by["o"]),
-        "c": (*by["b"], *by["o"]),
-        "m": (*by["b"], *by["o"]),
-        "scale": tuple(by["b"]),
-    }
-    return {name: x.reshape(shapes[name]) for name, x in found.items()}
-
-
-def sizes(shape: Sequence[int], axes: str) -> tuple[list[int], int, int]:
-    """The batch axes, and the rows and columns of each matrix, of a weight."""
-    by = {
-        role: [n for n, c in zip(shape, axes, strict=True) if c == role]
-        for role in "bio"
-    }
-    return by["b"], math.prod(by["i"]), math.prod(by["o"])

@@ -13,6 +13,7 @@ import numpy as np
 from jlora._tree.by_path import is_bias
 from jlora._tree.paths import near
 from jlora.peft.names import Names, Part
+from jlora.peft.names import sizes as axes_of
 from jlora.peft.order import Order
 
 Given = Names | Mapping[str, Any] | Sequence[tuple[str, str]] | Callable[[str], Any]
@@ -129,29 +130,26 @@ def by_hand(
     several = isinstance(said, (list, tuple, Mapping))
     modules = list(said) if several else [said]
     _check_said(path, said, modules)
-    by = {
-        role: [n for n, c in zip(shape, axes, strict=True) if c == role]
-        for role in "bio"
-    }
-    rows, columns = math.prod(by["i"]), math.prod(by["o"])
+    batch, in_, out = axes_of(shape, axes)
+    rows, columns = math.prod(in_), math.prod(out)
     holes = {m.count("{}") for m in modules}
-    if holes != {len(by["b"])}:
+    if holes != {len(batch)}:
         raise ValueError(
-            f"names of {path!r}: {said!r}: expected {len(by['b'])} times {{}} in each, "
+            f"names of {path!r}: {said!r}: expected {len(batch)} times {{}} in each, "
             f"one for each batch axis of a weight of shape {tuple(shape)} and roles "
             f"{axes!r}."
         )
     if isinstance(said, Mapping):
         sizes = {m: int(n) for m, n in said.items()}
-    rows_in_order = _in_order(by["i"], axes, kind)
-    window = _window(by["i"], axes) if kind == "conv" else ()
+    rows_in_order = _in_order(in_, axes, kind)
+    window = _window(in_, axes) if kind == "conv" else ()
     parts = []
-    for at in np.ndindex(*by["b"]):
+    for at in np.ndindex(*batch):
         own = [_filled(m, at) for m in modules]
         widths = _widths(path, said, own, modules, columns, sizes)
         start = 0
         for module, width in zip(own, widths, strict=True):
-            tensor, roles = _tensor_of(module, path, kind, len(by["i"]), torch)
+            tensor, roles = _tensor_of(module, path, kind, len(in_), torch)
             mine = Order(start, ((width, 1),))
             orders = rows_in_order, mine, Order.all(rows), Order.all(width)
             index = tuple(map(int, at))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 import warnings
 from collections.abc import Mapping, Sequence
@@ -16,15 +17,16 @@ import numpy as np
 
 from jlora._adapter import attach
 from jlora._leaf import Adapted, Full, LoRA, Note, Told, base
+from jlora._leaf.fields import shapes
 from jlora._leaf.forms import Rows
 from jlora._plan.plan import Plan
 from jlora._tree import by_path, paths, sharding
 from jlora.peft import files
 from jlora.peft import modules as _modules
-from jlora.peft.files import FormatError, Where
-from jlora.peft.from_torch import in_axes_of_weight, layer_of, sizes, stacked
+from jlora.peft.files import Where
+from jlora.peft.from_torch import layer_of, stacked
 from jlora.peft.given import Given, names_of
-from jlora.peft.names import FILE, Names, Part, from_matrix, matrix
+from jlora.peft.names import FILE, Names, Part, from_matrix, matrix, sizes
 from jlora.peft.to_torch import promoted
 from jlora.peft.weights import Weight, completed, prefixed, weights, with_head
 
@@ -299,7 +301,8 @@ class _Loader:
             ]
             whole = self.names.tensors.get(module.tensor)
             if whole is not None and len(whole) == len(part.tensor_axes):
-                _, *need = sizes(whole, part.tensor_axes)
+                _, *both = sizes(whole, part.tensor_axes)
+                need = [*map(math.prod, both)]
             elif len(self.tensors[module.tensor]) > 1:
                 need = [max(need[0], a), max(need[1], b)]
             last = part.item[0] + 1 if part.item else 1
@@ -335,7 +338,8 @@ class _Loader:
     ) -> LoRA:
         axes = parts[0].axes
         shape = self.known[path].shape
-        batch, rows, columns = sizes(shape, axes)
+        batch, *both = sizes(shape, axes)
+        rows, columns = map(math.prod, both)
         by: dict[tuple[int, ...], list[Part]] = {
             tuple(map(int, at)): [] for at in np.ndindex(*batch)
         }
@@ -343,13 +347,14 @@ class _Loader:
             by[part.at].append(part)
         layers = {}
         for at, own in by.items():
-            norms = functools.partial(self._norms, path, axes, at)
-            layers[at] = layer_of(own, usable, rows, columns, self.spans, path, norms)
-        found: dict[str, Any] = in_axes_of_weight(
-            stacked(layers, batch, functools.partial(self._norms, path, axes)),
-            shape,
-            axes,
-        )
+            start = functools.partial(self._norms, path, axes, at)
+            layers[at] = layer_of(own, usable, rows, columns, self.spans, path, start)
+        norms = functools.partial(self._norms, path, axes)
+        own_fields = stacked(layers, batch, norms)
+        places = shapes(shape, axes, own_fields["a"].shape[-1])
+        found: dict[str, Any] = {
+            name: x.reshape(places[name]) for name, x in own_fields.items()
+        }
         kind, groups = parts[0].kind, parts[0].groups
         bias = self._bias(path, parts)
         seen = self.known[path].seen or bool(self.names.tensors)
@@ -403,7 +408,8 @@ class _Loader:
             return None
         dtype = promoted(*(whole[p.tensor].dtype for p in own))
         shape, axes = self.known[path].shape, own[0].axes
-        batch, rows, columns = sizes(shape, axes)
+        batch, *both = sizes(shape, axes)
+        rows, columns = map(math.prod, both)
         start = np.zeros(shape, dtype) if values is None else values.astype(dtype)
         every = np.stack([matrix(start, axes, at) for at in np.ndindex(*batch)])
         every = every.reshape(*batch, rows, columns)
@@ -505,7 +511,8 @@ def _count(part: Part, shape: Sequence[int] | None, x: np.ndarray) -> str | None
         return f"{part.tensor!r} has shape {x.shape}: expected {tuple(shape)}"
     if x.ndim != len(part.tensor_axes):
         return f"{part.tensor!r} has {x.ndim} axes: expected {len(part.tensor_axes)}"
-    _, rows, columns = sizes(x.shape, part.tensor_axes)
+    _, *both = sizes(x.shape, part.tensor_axes)
+    rows, columns = map(math.prod, both)
     need = (
         int(part.tensor_rows.positions.max()) + 1,
         int(part.tensor_columns.positions.max()) + 1,
@@ -513,6 +520,3 @@ def _count(part: Part, shape: Sequence[int] | None, x: np.ndarray) -> str | None
     if rows < need[0] or columns < need[1]:
         return f"{part.tensor!r} has {(rows, columns)} (in, out): expected {need}"
     return None
-
-
-__all__ = ["FormatError", "load"]

@@ -154,6 +154,7 @@ class _Changes:
                 t
                 for t in self.tensors
                 if self.tensors.shape(t) == self.whole[name].shape
+                and self.tensors.is_float(t)
                 and (np.asarray(self.whole[name]) == self.tensors.read(t)).all()
             ]
             if same:

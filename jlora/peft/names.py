@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from jlora._labels import by_role
 from jlora._plan.plan import table
 from jlora._printed import PrintedByPath
 from jlora.peft import files
@@ -119,6 +120,17 @@ class Part:
         return ", ".join(done)
 
 
+def sizes(shape: Sequence[int], axes: str) -> tuple[list[int], list[int], list[int]]:
+    """The sizes of the batch, in and out axes.
+
+    Example:
+      >>> sizes((3, 6, 2, 4), "bioo")
+      ([3], [6], [2, 4])
+    """
+    batch, in_, out = ([shape[k] for k in by_role(role, axes)] for role in "bio")
+    return batch, in_, out
+
+
 def matrix(x: np.ndarray, axes: str, at: tuple[int, ...] = ()) -> np.ndarray:
     """The matrix (in, out) of an array whose axes have these roles.
 
@@ -127,9 +139,8 @@ def matrix(x: np.ndarray, axes: str, at: tuple[int, ...] = ()) -> np.ndarray:
       axes: one letter for each axis.
       at: the index along its batch axes.
     """
-    by = {role: [k for k, c in enumerate(axes) if c == role] for role in "bio"}
-    x = np.transpose(x, [*by["b"], *by["i"], *by["o"]])[at]
-    return x.reshape(math.prod(x.shape[: len(by["i"])]), -1)
+    x = np.transpose(x, by_role("bio", axes))[at]
+    return x.reshape(math.prod(x.shape[: axes.count("i")]), -1)
 
 
 def from_matrix(x: np.ndarray, axes: str, shape: Sequence[int] | None) -> np.ndarray:
@@ -140,8 +151,7 @@ def from_matrix(x: np.ndarray, axes: str, shape: Sequence[int] | None) -> np.nda
       axes: the roles of the array's axes.
       shape: its shape; None if each role has one axis at most.
     """
-    by = {role: [k for k, c in enumerate(axes) if c == role] for role in "bio"}
-    order = [*by["b"], *by["i"], *by["o"]]
+    order = by_role("bio", axes)
     if shape is None:
         sizes = dict(zip("bio", x.shape, strict=True))
         shape = [sizes[c] for c in axes]

@@ -9,6 +9,7 @@ Nothing is rounded, unless weights of one tensor have different scales.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from jax.experimental import multihost_utils
 from jlora._algebra.delta import low_rank
 from jlora._leaf import LoRA
 from jlora.peft.modules import Module
-from jlora.peft.names import Names, Part, from_matrix, matrix
+from jlora.peft.names import Names, Part, from_matrix, matrix, sizes
 from jlora.peft.order import Order
 
 
@@ -232,10 +233,8 @@ def sizes_of(tensor: str, parts: Sequence[Part], names: Names) -> tuple[int, int
     """The number of items, rows and columns of a tensor's matrices."""
     shape = names.tensors.get(tensor)
     if shape is not None and len(shape) == len(parts[0].tensor_axes):
-        by = {role: 1 for role in "bio"}
-        for n, role in zip(shape, parts[0].tensor_axes, strict=True):
-            by[role] *= n
-        return by["b"], by["i"], by["o"]
+        items, rows, columns = map(math.prod, sizes(shape, parts[0].tensor_axes))
+        return items, rows, columns
 
     def most(orders: Sequence[Order]) -> int:
         return int(max(o.positions.max() for o in orders)) + 1
