@@ -90,6 +90,9 @@ from jlora._plan.from_use import plan as plan
 from jlora._plan.plan import Plan as Plan
 from jlora._plan.spec import Rule as Rule
 from jlora._plan.spec import Spec as Spec
+from jlora._quantize import Rounding as Rounding
+from jlora._quantize import quantize as quantize
+from jlora._quantize import rounding as rounding
 from jlora._summary import count as count
 from jlora._summary import summary as summary
 from jlora._training import combine as combine

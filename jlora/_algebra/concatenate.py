@@ -13,13 +13,13 @@ from jax import lax
 from jlora._algebra.delta import low_rank, scaled
 from jlora._algebra.structure import folded, with_units
 from jlora._labels import RANK, wider
-from jlora._leaf import LoRA, base, fields
+from jlora._leaf import Bare, LoRA, base, fields
 from jlora._leaf.fields import labels
 from jlora._leaf.forms import NotFactored
 
 
-def concatenate(parts: Sequence[LoRA | jax.Array], axis: int) -> LoRA:
-    """lax.concatenate of weights, some of them adapted.
+def concatenate(parts: Sequence[Any], axis: int) -> LoRA | Bare:
+    """lax.concatenate of weights: leaves, and bases that nothing adapts.
 
     Along a batch axis the factors are concatenated.  Along an in or out axis the ranks
     are added: one factor is concatenated along the rank, the other is block-diagonal.
@@ -27,6 +27,8 @@ def concatenate(parts: Sequence[LoRA | jax.Array], axis: int) -> LoRA:
     Raises:
       NotFactored: the parts differ in their roles or in their dropout.
     """
+    if not any(isinstance(p, LoRA) for p in parts):
+        return Bare(base.joined(parts, _Concatenate(axis)))
     leaves = _alike(parts)
     join = _stacked if leaves[0].axes[axis] == "b" else _side_by_side
     w = base.joined([leaf.base for leaf in leaves], _Concatenate(axis))

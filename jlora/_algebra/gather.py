@@ -17,6 +17,7 @@ from jlora._algebra.delta import in_low_rank, low_rank, scaled
 from jlora._algebra.use import Params, finished, inlined, with_output_bias_of
 from jlora._labels import RANK, by_role, dot, order
 from jlora._leaf import LoRA, base
+from jlora._leaf.base import Gathering
 from jlora._leaf.fields import labels, mapped
 from jlora._leaf.forms import NotFactored
 
@@ -31,19 +32,6 @@ def indexed_axes(
     """
     axes = tuple(dimension_numbers.start_index_map)
     return tuple(k for k in axes if slice_sizes[k] != shape[k]) or axes
-
-
-@dataclasses.dataclass(frozen=True)
-class _Primitive:
-    """The gather as a function, equal to any other with the same parameters.
-
-    So JAX's trace cache knows a base that waits for the same gather.
-    """
-
-    params: Params
-
-    def __call__(self, w: Any, indices: Any) -> Any:
-        return lax.gather(w, indices, **dict(self.params))
 
 
 class Gather:
@@ -126,6 +114,10 @@ class Gather:
         return field, [k for k in own if k not in self.units]
 
 
+def _itself(w: Any) -> Any:
+    return w
+
+
 @functools.partial(inlined, static_argnames=("params",))
 def lookup(leaf: LoRA, indices: jax.Array, params: Params) -> jax.Array:
     """gather of whole rows of the weight: rows of one factor times the other one.
@@ -139,7 +131,7 @@ def lookup(leaf: LoRA, indices: jax.Array, params: Params) -> jax.Array:
         weight has an output bias and not all of its in axes are indexed.
     """
     gather = Gather(leaf, indices, params)
-    y = base.use(leaf.base, _Primitive(params), indices)
+    y = base.use(base.gather(leaf.base, Gathering(params), indices), _itself)
     if rows.replaces(leaf) and "b" not in leaf.axes and gather.roles == {"i"}:
         return rows.lookup(leaf, gather, y)
     leaf = low_rank(leaf)
@@ -180,5 +172,5 @@ def take(leaf: LoRA, indices: jax.Array, params: Params) -> LoRA:
         return order(picked, [place[k] for k in found], by_role(roles, axes))
 
     fields = mapped(leaf, pick)
-    w = base.then(leaf.base, _Primitive(params), indices)
+    w = base.gather(leaf.base, Gathering(params), indices)
     return dataclasses.replace(leaf, w=w, roles=axes.lstrip("b"), **fields)

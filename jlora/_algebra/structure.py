@@ -120,10 +120,21 @@ def broadcast(leaf: LoRA, shape: Sequence[int], dimensions: Sequence[int]) -> Lo
 
 
 @in_low_rank
-def per_axis(leaf: LoRA, fn: Callable[..., Any], *operands: Any) -> LoRA:
+def per_axis(
+    leaf: LoRA,
+    fn: Callable[..., Any],
+    *operands: Any,
+    of_base: Callable[..., Any] = base.cut,
+) -> LoRA:
     """An operation that acts on each axis separately: slice, rev, dynamic_slice.
 
     fn(array, labels, *operands) is called on the base and on every field.
+
+    Args:
+      leaf: the leaf.
+      fn: the operation.
+      *operands: its other arguments.
+      of_base: what it is for a base: `base.cut`, `base.along` or `base.fieldwise`.
 
     Raises:
       NotFactored: the operation cuts an in axis of a weight with an output bias.  The
@@ -133,8 +144,7 @@ def per_axis(leaf: LoRA, fn: Callable[..., Any], *operands: Any) -> LoRA:
     def one(x: Any, roles: str) -> Any:
         return fn(x, by_role(roles, leaf.axes), *operands)
 
-    n = leaf.ndim
-    w = base.then(leaf.base, lambda w, *xs: fn(w, range(n), *xs), *operands)
+    w = of_base(leaf.base, fn, *operands)
     part = dataclasses.replace(leaf, w=w, **mapped(leaf, one))
     if leaf.c is not None:
         ins = [k for k, c in enumerate(leaf.axes) if c == "i"]

@@ -20,7 +20,7 @@ from jlora._algebra import rows
 from jlora._algebra.delta import delta, low_rank, scaled
 from jlora._explicit import automatic
 from jlora._labels import BLOCK, RANK, aligned, dot, order, wider
-from jlora._leaf import Full, LoRA, base, forms
+from jlora._leaf import Bare, Full, LoRA, base, forms
 from jlora._leaf.fields import labels
 
 
@@ -168,8 +168,10 @@ def times(y: Any, yl: Sequence[int], gain: jax.Array, gl: Sequence[int]) -> Any:
     return jax.checkpoint(product, prevent_cse=False)(y, gain)
 
 
-def dense(leaf: LoRA | Full) -> jax.Array:
+def dense(leaf: LoRA | Full | Bare) -> jax.Array:
     """The merged weight, computed in float32 (or wider) and rounded once."""
+    if isinstance(leaf, Bare):
+        return base.array(leaf.w)
     if isinstance(leaf, Full):
         return leaf.value.astype(leaf.dtype)
     leaf = settled(leaf)

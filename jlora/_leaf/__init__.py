@@ -16,7 +16,9 @@ Arrays come in, and a pytree goes out.  All other folders use this one; it uses 
 them.
 """
 
+from jlora._leaf import quantized as quantized
 from jlora._leaf.leaf import Adapted as Adapted
+from jlora._leaf.leaf import Bare as Bare
 from jlora._leaf.leaf import Dropout as Dropout
 from jlora._leaf.leaf import Full as Full
 from jlora._leaf.leaf import LoRA as LoRA

@@ -1,11 +1,14 @@
 """What ``w`` of an adapted leaf can be, and the one way to use it.
 
-It is an array, the shape of an array, or a `Base`.  A `Base`, such as a quantised
-array, is a pytree that makes the array for each use.  `Dropped` is one, too.  All code
+It is an array, the shape of an array, or a `Base`.  A `Base` is a pytree that makes the
+array for each use.  `Dropped` is one, too.  Another library's class, such as a
+quantised array, is one through a `Base` that `foreign` registers for it.  All code
 reads a base through its ``shape`` and ``dtype``, and through the functions here:
 
 * `use` computes fn(array, *operands);
-* `then` gives a new base from a function of the array, such as its transpose.
+* `then` gives a new base from a function of the array, such as its transpose;
+* `valued`, `cut`, `fieldwise`, `gather` and `placed` do that, too.  They say more of
+  the function, so that a base may apply it to its own fields.
 
 A new kind of base is one file: a subclass of `Base` that defines ``shape``, ``dtype``
 and ``use``, registered by `node.register`.  None means no base: in an adapter, or in
@@ -24,9 +27,26 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.sharding import PartitionSpec
 
 from jlora._leaf.node import register
+
+
+@dataclasses.dataclass(frozen=True)
+class Gathering:
+    """lax.gather as a function, equal to any other with the same parameters.
+
+    So JAX's trace cache knows a base that waits for the same gather.
+
+    Attributes:
+      params: the primitive's parameters, as items.
+    """
+
+    params: tuple[tuple[str, Any], ...]
+
+    def __call__(self, w: Any, indices: Any) -> Any:
+        return lax.gather(w, indices, **dict(self.params))
 
 
 class Base(abc.ABC):
@@ -60,6 +80,38 @@ class Base(abc.ABC):
         By default the array is computed in each use, not here.
         """
         return Pending((self,), tuple(map(jnp.asarray, operands)), fn)
+
+    def along(self, fn: Callable[..., Any], *operands: Any) -> Any:
+        """The base whose array is fn(array, axes, *operands), with all of its axes."""
+        whole = tuple(range(len(self.shape)))
+        return self.then(lambda w, *xs: fn(w, whole, *xs), *operands)
+
+    def cut(self, fn: Callable[..., Any], *operands: Any) -> Any:
+        """The base whose array is fn(array, axes, *operands): a part of the array.
+
+        For a field of the base ``axes`` may have RANK where an axis stays as it is.
+        """
+        return self.along(fn, *operands)
+
+    def fieldwise(self, fn: Callable[..., Any]) -> Any:
+        """The base whose array is fn(array, axes), which moves data between devices.
+
+        For any field with as many axes as the array, fn does what it does for the
+        array.
+        """
+        return self.along(fn)
+
+    def gather(self, fn: Gathering, indices: Any) -> Any:
+        """The base whose array is fn(array, indices)."""
+        return self.then(fn, indices)
+
+    def placed(self, sharding: Any, fn: Callable[..., Any]) -> Any:
+        """The base whose array is fn(array, sharding): the array under a sharding."""
+        return self.then(lambda w: fn(w, sharding))
+
+    def carrier(self) -> Any:
+        """An array with the shape of the base's, and its sharding; None if there is none."""
+        return None
 
     def specs(self, spec: Sequence[Any]) -> Any:
         """This base with a PartitionSpec for each field, if its array has ``spec``.
@@ -204,7 +256,7 @@ register(
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["bases", "operands"],
-    meta_fields=["fn"],
+    meta_fields=["fn", "by_value"],
 )
 @dataclasses.dataclass(frozen=True)
 class Pending(Base):
@@ -214,12 +266,51 @@ class Pending(Base):
       bases: the bases that make the arrays.
       operands: the function's other arguments, which are arrays.
       fn: static; it closes over no traced value.
+      by_value: static; whether fn acts on each number of one array by itself, and has
+        no operands.  Then what is cut from its result is cut from the base.
     """
 
     bases: tuple[Any, ...]
     operands: tuple[Any, ...]
     fn: Callable[..., Any]
-    slices = False
+    by_value: bool = False
+
+    @property
+    def slices(self) -> bool:  # type: ignore[override]
+        """Whether slicing every field slices the array."""
+        return self.by_value and slices(self.bases[0])
+
+    def _inside(self, change: Callable[[Any], Any]) -> Any:
+        """This base with its own base changed."""
+        return dataclasses.replace(self, bases=(change(self.bases[0]),))
+
+    def cut(self, fn: Callable[..., Any], *operands: Any) -> Any:
+        """As that of its own base, if it acts by value."""
+        if not self.by_value:
+            return super().cut(fn, *operands)
+        return self._inside(lambda w: cut(w, fn, *operands))
+
+    def fieldwise(self, fn: Callable[..., Any]) -> Any:
+        """As that of its own base, if it acts by value."""
+        if not self.by_value:
+            return super().fieldwise(fn)
+        return self._inside(lambda w: fieldwise(w, fn))
+
+    def gather(self, fn: Gathering, indices: Any) -> Any:
+        """As that of its own base, if it acts by value."""
+        if not self.by_value:
+            return super().gather(fn, indices)
+        return self._inside(lambda w: gather(w, fn, indices))
+
+    def placed(self, sharding: Any, fn: Callable[..., Any]) -> Any:
+        """As that of its own base, if it acts by value."""
+        if not self.by_value:
+            return super().placed(sharding, fn)
+        return self._inside(lambda w: placed(w, sharding, fn))
+
+    def carrier(self) -> Any:
+        """As that of its own base, if it acts by value."""
+        return carrier(self.bases[0]) if self.by_value else None
 
     @functools.cached_property
     def _struct(self) -> Any:
@@ -244,11 +335,11 @@ class Pending(Base):
         def call(*args: Any) -> Any:
             return fn(own(*args[:n]), *args[n:])
 
-        return _use_all(self.bases, call, *self.operands, *operands)
+        return use_all(self.bases, call, *self.operands, *operands)
 
 
-def _use_all(bases: Sequence[Any], fn: Callable[..., Any], *operands: Any) -> Any:
-    """fn(*arrays, *operands), with the arrays of all bases made for it.
+def use_all(bases: Sequence[Any], fn: Callable[..., Any], *operands: Any) -> Any:
+    """fn(*arrays, *operands), with the arrays of all bases made for it, as in `use`.
 
     Each base is used inside the use of the base before it.  The remaining bases and
     operands are passed along as operands, since ``fn`` may close over no traced value.
@@ -262,14 +353,40 @@ def _use_all(bases: Sequence[Any], fn: Callable[..., Any], *operands: Any) -> An
         def last(*xs: Any) -> Any:
             return fn(xs[n], *xs[:n], *xs[n + 1 :])
 
-        return _use_all(args[:n], last, w, *args[n:])
+        return use_all(args[:n], last, w, *args[n:])
 
     return use(first, inner, *rest, *operands)
 
 
+# class -> the function that gives the `Base` for an object of it; see `foreign`.
+_FOREIGN: list[Callable[[type], Callable[[Any], Base] | None]] = []
+
+
+def foreign(known: Callable[[type], Callable[[Any], Base] | None]) -> None:
+    """Registers how objects of other libraries' classes are bases.
+
+    Args:
+      known: gives for a class the function from its objects to their `Base`, or None.
+    """
+    _FOREIGN.append(known)
+
+
+@functools.lru_cache(maxsize=4096)
+def _view(cls: type) -> Callable[[Any], Base] | None:
+    if issubclass(cls, Base):
+        return lambda x: x
+    return next(filter(None, (known(cls) for known in _FOREIGN)), None)
+
+
 def is_base(x: Any) -> bool:
     """Whether x is a `Base`, which counts as one leaf of a tree, as an array does."""
-    return isinstance(x, Base)
+    return _view(type(x)) is not None
+
+
+def seen(w: Any) -> Base | None:
+    """The `Base` that w is, or that stands for it; None for an array."""
+    view = _view(type(w))
+    return None if view is None else view(w)
 
 
 def use(w: Any, fn: Callable[..., Any], *operands: Any) -> Any:
@@ -281,12 +398,68 @@ def use(w: Any, fn: Callable[..., Any], *operands: Any) -> Any:
         if the base may be zero.
       *operands: its other arguments.
     """
-    return w.use(fn, *operands) if is_base(w) else fn(w, *operands)
+    own = seen(w)
+    return fn(w, *operands) if own is None else own.use(fn, *operands)
 
 
 def then(w: Any, fn: Callable[..., Any], *operands: Any) -> Any:
     """The base whose array is fn(array, *operands), with `fn` as in `use`."""
-    return w.then(fn, *operands) if is_base(w) else fn(w, *operands)
+    own = seen(w)
+    return fn(w, *operands) if own is None else own.then(fn, *operands)
+
+
+def valued(w: Any, fn: Callable[..., Any]) -> Any:
+    """The base whose array is fn(array), which acts on each number by itself."""
+    own = seen(w)
+    if own is None:
+        return fn(w)
+    return own.then(fn) if own.zero else Pending((w,), (), fn, by_value=True)
+
+
+def along(w: Any, fn: Callable[..., Any], *operands: Any) -> Any:
+    """The base whose array is fn(array, axes, *operands); see `Base.along`."""
+    own = seen(w)
+    if own is None:
+        return fn(w, range(len(w.shape)), *operands)
+    return own.along(fn, *operands)
+
+
+def cut(w: Any, fn: Callable[..., Any], *operands: Any) -> Any:
+    """The base whose array is fn(array, axes, *operands); see `Base.cut`."""
+    own = seen(w)
+    if own is None:
+        return fn(w, range(len(w.shape)), *operands)
+    return own.cut(fn, *operands)
+
+
+def fieldwise(w: Any, fn: Callable[..., Any]) -> Any:
+    """The base whose array is fn(array, axes); see `Base.fieldwise`."""
+    own = seen(w)
+    return fn(w, range(len(w.shape))) if own is None else own.fieldwise(fn)
+
+
+def gather(w: Any, fn: Gathering, indices: Any) -> Any:
+    """The base whose array is fn(array, indices); see `Base.gather`."""
+    own = seen(w)
+    return fn(w, indices) if own is None else own.gather(fn, indices)
+
+
+def placed(w: Any, sharding: Any, fn: Callable[..., Any]) -> Any:
+    """The base whose array is fn(array, sharding); see `Base.placed`."""
+    own = seen(w)
+    return fn(w, sharding) if own is None else own.placed(sharding, fn)
+
+
+def carrier(w: Any) -> Any:
+    """An array with the shape and the sharding of the base's; None if there is none."""
+    own = seen(w)
+    return w if own is None else own.carrier()
+
+
+def slices(w: Any) -> bool:
+    """Whether slicing every field along a leading axis slices the array."""
+    own = seen(w)
+    return own is None or own.slices
 
 
 def joined(bases: Sequence[Any], fn: Callable[..., Any]) -> Any:
@@ -307,9 +480,10 @@ def plus(y: Any, h: jax.Array) -> jax.Array:
 
 def array(w: Any) -> Any:
     """The array of a base; zeros for a base that is zero."""
-    if not is_base(w):
+    own = seen(w)
+    if own is None:
         return w
-    return jnp.zeros(w.shape, w.dtype) if w.zero else w.use(lambda w: w)
+    return jnp.zeros(w.shape, w.dtype) if own.zero else own.use(lambda w: w)
 
 
 def struct(w: Any) -> jax.ShapeDtypeStruct:
@@ -329,12 +503,13 @@ def traced(w: Any) -> Any:
 
 def is_zero(w: Any) -> bool:
     """Whether w is a base that counts as zero, and so has no arrays."""
-    return is_base(w) and w.zero
+    own = seen(w)
+    return own is not None and own.zero
 
 
 def is_missing(w: Any) -> bool:
     """Whether there is no base: None, or a base whose arrays are in the other half."""
-    return w is None or (is_base(w) and not w.zero and not jax.tree.leaves(w))
+    return w is None or (is_base(w) and not is_zero(w) and not jax.tree.leaves(w))
 
 
 def is_abstract(w: Any) -> bool:
@@ -349,17 +524,23 @@ def shaped(w: Any) -> bool:
 
 def plain(w: Any) -> Any:
     """What takes the leaf's place in the tree when its adapter is removed."""
-    return w.plain() if is_base(w) else w
+    return w.plain() if isinstance(w, Base) else w
+
+
+def of_shape(w: Any, shape: tuple[int, ...]) -> Any:
+    """A base with the shape that follows from the leaf's factors."""
+    return w.of_shape(shape) if isinstance(w, Base) else w
 
 
 def kept(w: Any) -> Any:
     """What an adapter stores in place of a base."""
-    return w.kept() if is_base(w) else None
+    return w.kept() if isinstance(w, Base) else None
 
 
 def document(w: Any) -> dict[str, Any]:
     """What a checkpoint stores of a base besides shape and dtype, as JSON."""
-    return w.document() if is_base(w) else {}
+    own = seen(w)
+    return {} if own is None else own.document()
 
 
 def from_document(said: dict[str, Any], shape: Sequence[int]) -> Any:
@@ -371,13 +552,15 @@ def from_document(said: dict[str, Any], shape: Sequence[int]) -> Any:
 
 def remark(w: Any) -> str:
     """What a table shows of a base besides shape and dtype."""
-    return w.remark() if is_base(w) else ""
+    own = seen(w)
+    return "" if own is None else own.remark()
 
 
 def size(w: Any) -> int:
     """The number of parameters of a base."""
-    if is_base(w):
-        return w.size if shaped(w) else 0
+    own = seen(w)
+    if own is not None:
+        return own.size if shaped(w) else 0
     return math.prod(w.shape) if hasattr(w, "shape") else 0
 
 
@@ -385,4 +568,5 @@ def specs(w: Any, spec: Any) -> Any:
     """A base with a PartitionSpec for each field, if its array has ``spec``."""
     if not shaped(w):
         return w
-    return w.specs(spec) if is_base(w) else PartitionSpec(*spec)
+    own = seen(w)
+    return PartitionSpec(*spec) if own is None else own.specs(spec)

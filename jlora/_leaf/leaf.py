@@ -19,58 +19,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
 import jax
 
 from jlora._leaf import base, forms
 from jlora._leaf.fields import FULL, LORA, trained
-from jlora._leaf.node import register
+from jlora._leaf.node import Note, NotAnArray, register
 
-_ADVICE = (
-    "is an adapted leaf, not an array: call the function that uses it through "
-    "jlora.lift(fn) with the tree as an argument, or turn the tree into plain arrays "
-    "with jlora.merge(tree)"
-)
-
-
-class _NotAnArray:
+class _NotAnArray(NotAnArray):
     """Refuses every use as an array, so that W + a·b is never formed unnoticed."""
 
-    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
-        raise TypeError(f"{self!r} {_ADVICE}.")
-
-    def __getattr__(self, name: str) -> NoReturn:
-        raise AttributeError(
-            f"{type(self).__name__} has no attribute {name!r}; it {_ADVICE}.", name=name
-        )
-
-    def __treescope_repr__(self, path: Any, subtree_renderer: Any) -> Any:
-        """The fields that are there, for notebooks in which treescope shows values."""
-        from treescope import formatting_util, repr_lib  # it is there if it asks
-
-        own: Any = self
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(own)}
-        empty = {k for k, v in values.items() if v is None or isinstance(v, Note)}
-        return repr_lib.render_object_constructor(
-            object_type=type(self),
-            attributes={k: v for k, v in values.items() if k not in empty},
-            path=path,
-            subtree_renderer=subtree_renderer,
-            color=formatting_util.color_from_string(type(self).__name__),
-        )
-
-    __jax_array__ = __array__ = __array_ufunc__ = _refuse
-    __getitem__ = __len__ = __iter__ = _refuse
-    __float__ = __int__ = __index__ = __complex__ = _refuse
-
-
-_OPERATORS = "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift"
-for _name in _OPERATORS.split():
-    setattr(_NotAnArray, f"__{_name}__", _NotAnArray._refuse)
-    setattr(_NotAnArray, f"__r{_name}__", _NotAnArray._refuse)
-for _name in "neg pos abs invert lt le gt ge round divmod rdivmod".split():
-    setattr(_NotAnArray, f"__{_name}__", _NotAnArray._refuse)
+    _advice = (
+        "is an adapted leaf, not an array: call the function that uses it through "
+        "jlora.lift(fn) with the tree as an argument, or turn the tree into plain "
+        "arrays with jlora.merge(tree)"
+    )
 
 
 def _brief(x: Any) -> str:
@@ -78,23 +42,10 @@ def _brief(x: Any) -> str:
     if base.is_base(x):  # never its arrays; and it may hold anything, as in labels
         arrays = [y for y in jax.tree.leaves(x) if hasattr(y, "shape")]
         inside = ", ".join(map(_brief, arrays))
-        return repr(x) if x.zero else f"{type(x).__name__}({inside})"
+        return repr(x) if base.is_zero(x) else f"{type(x).__name__}({inside})"
     if hasattr(x, "shape") and hasattr(x, "dtype"):
         return f"{x.dtype}[{','.join(map(str, x.shape))}]"
     return repr(x)
-
-
-class Note(str):
-    """A text on a leaf, any two of which are equal.
-
-    So it does not decide whether two trees have the same structure.
-    """
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Note)
-
-    def __hash__(self) -> int:
-        return 0
 
 
 class Told(Note):
@@ -203,7 +154,7 @@ class LoRA(_NotAnArray):
     @property
     def base(self) -> Any:
         """``w`` with the leaf's shape; a `Dropped` base does not see its slicing."""
-        return self.w.of_shape(self.shape) if base.is_base(self.w) else self.w
+        return base.of_shape(self.w, self.shape)
 
     def __repr__(self) -> str:
         names = ["w", *trained(self)]
@@ -251,10 +202,61 @@ class Full(_NotAnArray):
     @property
     def base(self) -> Any:
         """``w`` with the leaf's shape, as in `LoRA`."""
-        return self.w.of_shape(self.shape) if base.is_base(self.w) else self.w
+        return base.of_shape(self.w, self.shape)
 
     def __repr__(self) -> str:
         return f"Full(w={_brief(self.w)}, value={_brief(self.value)})"
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Bare(_NotAnArray):
+    """A base without an adapter, on its way through a lifted function.
+
+    It is in no tree of a user: there the base itself is.  A `Base` that nothing adapts,
+    such as a quantised embedding, is still dequantised in each use alone.
+
+    Attributes:
+      w: the base.
+      roles: static, and always empty: every axis counts as a batch axis.
+    """
+
+    w: Any
+    roles: str = ""
+
+    fields: ClassVar[dict[str, Any]] = {}
+    form: ClassVar = None
+    c: ClassVar = None
+    gain: ClassVar = None
+    dropout: ClassVar = None
+    rank: ClassVar = 0
+
+    @property
+    def base(self) -> Any:
+        """The base."""
+        return self.w
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes."""
+        return len(self.w.shape)
+
+    @property
+    def axes(self) -> str:
+        """``b`` for every axis, none of which has a field."""
+        return "b" * self.ndim
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The base's shape."""
+        return tuple(self.w.shape)
+
+    @property
+    def dtype(self) -> Any:
+        """The base's dtype."""
+        return self.w.dtype
+
+    def __repr__(self) -> str:
+        return f"Bare(w={_brief(self.w)})"
 
 
 Adapted = LoRA | Full
@@ -287,6 +289,7 @@ def from_document(said: Mapping[str, Any]) -> dict[str, Any]:
 
 register(Dropout, ["key"], ["rate"])
 register(Full, ["w", *FULL])
+register(Bare, ["w"], ["roles"])
 register(LoRA, ["w", *LORA], STATIC, document=document, from_document=from_document)
 
 

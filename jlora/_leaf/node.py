@@ -1,8 +1,8 @@
-"""Registers a class whose objects are nodes of a tree, with all that takes trees apart.
+"""What classes are made of whose objects are nodes of a tree, in place of arrays.
 
 JAX flattens them.  `jax.export` writes the structure of a function's arguments.  Flax's
 serialisation writes a tree as dicts.  **A new class** of a leaf or a base calls
-`register`, and needs to know of none of them.
+`register`, and needs to know of none of them.  `NotAnArray` is its base class.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,63 @@ from jax import export
 from jlora._imported import when_imported
 
 Static = Mapping[str, Any]
+
+
+class Note(str):
+    """A text on a leaf, any two of which are equal.
+
+    So it does not decide whether two trees have the same structure.
+    """
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Note)
+
+    def __hash__(self) -> int:
+        return 0
+
+
+class NotAnArray:
+    """Refuses every use as an array, with what to do instead.
+
+    A subclass says what it is, and what to do, in ``_advice``.
+    """
+
+    _advice: ClassVar[str]
+
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise TypeError(f"{self!r} {self._advice}.")
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(
+            f"{type(self).__name__} has no attribute {name!r}; it {self._advice}.", name=name
+        )
+
+    def __treescope_repr__(self, path: Any, subtree_renderer: Any) -> Any:
+        """The fields that are there, for notebooks in which treescope shows values."""
+        from treescope import formatting_util, repr_lib  # it is there if it asks
+
+        own: Any = self
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(own)}
+        empty = {k for k, v in values.items() if v is None or isinstance(v, Note)}
+        return repr_lib.render_object_constructor(
+            object_type=type(self),
+            attributes={k: v for k, v in values.items() if k not in empty},
+            path=path,
+            subtree_renderer=subtree_renderer,
+            color=formatting_util.color_from_string(type(self).__name__),
+        )
+
+    __jax_array__ = __array__ = __array_ufunc__ = _refuse
+    __getitem__ = __len__ = __iter__ = _refuse
+    __float__ = __int__ = __index__ = __complex__ = _refuse
+
+
+_OPERATORS = "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift"
+for _name in _OPERATORS.split():
+    setattr(NotAnArray, f"__{_name}__", NotAnArray._refuse)
+    setattr(NotAnArray, f"__r{_name}__", NotAnArray._refuse)
+for _name in "neg pos abs invert lt le gt ge round divmod rdivmod".split():
+    setattr(NotAnArray, f"__{_name}__", NotAnArray._refuse)
 
 
 def register(

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora import _compat
+from jlora._labels import RANK
 from jlora._leaf import Dropout, LoRA, base, fields, forms
 from jlora._leaf.forms import NotFactored
 from jlora._lift.evaluate import Evaluation, Tracked, rule
@@ -27,7 +28,7 @@ def _constrained(x: Any, sharding: Any) -> Any:
         return x
     if not isinstance(x, Tracked):
         return place(x, sharding)
-    w = base.then(x.leaf.base, lambda w: place(w, sharding))
+    w = base.placed(x.leaf.base, sharding, place)
     leaf = with_factors(dataclasses.replace(x.leaf, w=w), sharding, place)
     return dataclasses.replace(x, leaf=leaf)  # the same weight, elsewhere
 
@@ -104,7 +105,8 @@ class _Carry:
         return [next(kept) if i in self.fixed else next(values) for i in range(n)]
 
 
-def _row(w: jax.Array, step: Any) -> jax.Array:
+def _row(w: jax.Array, axes: Sequence[int], step: Any) -> jax.Array:
+    step = 0 if axes[0] == RANK else step
     return lax.dynamic_index_in_dim(w, step, keepdims=False)
 
 
@@ -125,17 +127,16 @@ class _Xs:
         for i, x in enumerate(xs):
             if isinstance(x, Tracked) and x.leaf.axes[0] != "b":
                 x = ev.materialise(x, "scan (over an axis that is not a batch axis)")
-            if isinstance(x, Tracked) and base.is_base(w := x.leaf.base):
-                if not w.slices:
-                    self.whole[i] = w
-                    x = x.now(dataclasses.replace(x.leaf, w=None))
+            if isinstance(x, Tracked) and not base.slices(w := x.leaf.base):
+                self.whole[i] = w
+                x = x.now(dataclasses.replace(x.leaf, w=None))
             self.sliced.append(x)
 
     def at(self, step: Any, sliced: Sequence[Any]) -> list[Any]:
         """The slices of one step, with the rows of the bases that stayed whole."""
         out = list(sliced)
         for i, w in self.whole.items():
-            row = base.then(w, _row, step)
+            row = base.cut(w, _row, step)
             out[i] = out[i].now(dataclasses.replace(out[i].leaf, w=row))
         return out
 
@@ -238,9 +239,7 @@ def _in_specs(x: Any, own: Any) -> Any:
 
 def _ready(x: Any) -> Any:
     """A leaf with a base that can be sharded: if needed, the array is computed now."""
-    if not isinstance(x, Tracked) or not base.is_base(w := x.leaf.base):
-        return x
-    if w.slices:
+    if not isinstance(x, Tracked) or base.slices(w := x.leaf.base):
         return x
     return x.now(dataclasses.replace(x.leaf, w=base.array(w)))
 

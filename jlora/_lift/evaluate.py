@@ -20,7 +20,7 @@ from jax import lax
 
 from jlora import _compat
 from jlora._algebra.weight import dense
-from jlora._leaf import Full, LoRA
+from jlora._leaf import Bare, Full, LoRA, base
 from jlora._leaf.forms import NotFactored
 from jlora._lift.shared import Products
 
@@ -32,7 +32,7 @@ from jlora._lift.shared import Products
 )
 @dataclasses.dataclass(frozen=True)
 class Tracked:
-    """An adapted leaf on its way through the jaxpr.
+    """An adapted leaf, or a base that nothing adapts, on its way through the jaxpr.
 
     Attributes:
       leaf: the leaf after the operations so far.
@@ -50,6 +50,11 @@ class Tracked:
     def name(self) -> str:
         """The paths, for messages."""
         return " + ".join(self.paths)
+
+    @property
+    def bare(self) -> bool:
+        """Whether it is a base that nothing adapts."""
+        return isinstance(self.leaf, Bare)
 
     def now(self, leaf: Any) -> Tracked:
         """The result of an operation on this leaf, with the same paths."""
@@ -156,7 +161,8 @@ class Evaluation:
                     "W + scale·a·b formed for it."
                 )
             self._formed.setdefault(name, []).append(x)
-        self.note(x, name, formed=isinstance(x.leaf, LoRA))
+        if not x.bare:
+            self.note(x, name, formed=isinstance(x.leaf, LoRA))
         return dense(x.leaf)
 
     def warn(self) -> None:
@@ -253,10 +259,25 @@ class _Frame:
             except NotFactored:
                 pass
         for i, v in enumerate(values):
-            if isinstance(v, Tracked):
+            if isinstance(v, Tracked) and not v.bare:
                 if id(v) not in self.formed:
                     self.formed[id(v)] = ev.materialise(v, name)
                 else:
                     ev.note(v, name, formed=True)
                 values[i] = self.formed[id(v)]
+        return _used(eqn, values)
+
+
+def _used(eqn: Any, values: Sequence[Any]) -> list[Any]:
+    """Evaluates an equation, with the arrays of its bare bases made for it alone."""
+    at = [i for i, v in enumerate(values) if isinstance(v, Tracked)]
+    if not at:
         return _compat.bind(eqn, values)
+    rest = [i for i in range(len(values)) if i not in at]
+
+    def fn(*args: Any) -> tuple[Any, ...]:
+        operands = dict(zip([*at, *rest], args, strict=True))
+        return tuple(_compat.bind(eqn, [operands[i] for i in range(len(args))]))
+
+    bases = [values[i].leaf.w for i in at]
+    return list(base.use_all(bases, fn, *(values[i] for i in rest)))

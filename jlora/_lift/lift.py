@@ -18,7 +18,7 @@ from jax import lax
 
 from jlora import _compat
 from jlora._algebra.weight import dense, settled, unsettled
-from jlora._leaf import LoRA, base, is_adapted, is_leaf
+from jlora._leaf import Bare, LoRA, base, is_adapted, is_leaf
 from jlora._leaf.fields import missing, stored
 from jlora._leaf.forms import Misfit
 from jlora._lift import control as control  # importing it registers the rules
@@ -65,9 +65,9 @@ def _settled(leaves: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
 
 
 def _value(path: str, x: Any, at: int) -> Any:
-    """The value of a leaf in the evaluation; a base without an adapter is its array."""
+    """The value of a leaf in the evaluation."""
     if not is_adapted(x):
-        return base.array(x)
+        return Tracked(Bare(x), (path,), at=at) if base.is_base(x) else x
     try:
         return Tracked(settled(x), (path,), at=at)
     except Misfit as e:
@@ -108,7 +108,7 @@ def _lifted(
     _hold(jaxpr, values, params)
     outs = ev.run(jaxpr, values)
     ev.warn()
-    unused = [v.name for v in values if isinstance(v, Tracked)]
+    unused = [v.name for v in values if isinstance(v, Tracked) and not v.bare]
     if must_use and unused and not ev.seen and Tracked not in map(type, outs):
         raise ValueError(
             f"none of the {len(unused)} adapted leaves (the first is {unused[0]!r}) is "
@@ -131,7 +131,9 @@ def _leaves(tree: Any, passed: list[Any], keep: Callable[[Tracked], bool]) -> An
     def own(x: Any) -> Any:
         if not isinstance(x, Tracked):
             return x
-        if not keep(x):
+        if x.bare and x.at is not None:
+            return passed[x.at]
+        if x.bare or not keep(x):
             return dense(x.leaf)
         return unsettled(x.leaf, None if x.at is None else passed[x.at])
 

@@ -24,7 +24,7 @@ from jlora._algebra.ragged import ragged
 from jlora._algebra.use import RolesError
 from jlora._algebra.weight import dense
 from jlora._labels import RANK, spread
-from jlora._leaf import LoRA, base, fields, forms
+from jlora._leaf import Bare, LoRA, base, fields, forms
 from jlora._leaf.forms import NotFactored
 from jlora._lift.evaluate import Evaluation, Tracked, rule
 from jlora._tree import sharding
@@ -42,6 +42,8 @@ def _compute(
 ) -> jax.Array:
     """A use of a weight; if the use contradicts its roles, the error names the path."""
     name = eqn.primitive.name
+    if x.bare:
+        raise NotFactored
     if fn is not lookup:
         options |= ev.first_product(eqn, others[0])
         if x.leaf.dropout is not None:
@@ -60,9 +62,13 @@ def _compute(
 
 @rule("dot_general")
 def _dot_general(ev: Evaluation, eqn: Any, lhs: Any, rhs: Any) -> Any:
+    if isinstance(lhs, Tracked) and isinstance(rhs, Tracked):
+        other = "dot_general (with another adapted weight)"
+        if lhs.bare:
+            lhs = ev.materialise(lhs, other)
+        else:
+            rhs = ev.materialise(rhs, other)
     first = isinstance(lhs, Tracked)
-    if first and isinstance(rhs, Tracked):
-        rhs = ev.materialise(rhs, "dot_general (with another adapted weight)")
     leaf, x = (lhs, rhs) if first else (rhs, lhs)
     return _compute(contract, ev, eqn, leaf, x, weight_first=first, mixes=leaf.taken)
 
@@ -87,6 +93,8 @@ def _gather(ev: Evaluation, eqn: Any, w: Any, indices: Any) -> Any:
     at = indexed_axes(shape, eqn.params["dimension_numbers"], sizes)
     if all(w.leaf.axes[k] == "b" for k in at):
         taken = take(w.leaf, indices, tuple(eqn.params.items()))
+        if w.bare and len(eqn.params["dimension_numbers"].offset_dims) < 2:
+            return base.array(taken.base)  # rows of a table are an activation
         return dataclasses.replace(w.now(taken), taken=True)
     return _compute(lookup, ev, eqn, w, indices)
 
@@ -97,7 +105,7 @@ def _gather(ev: Evaluation, eqn: Any, w: Any, indices: Any) -> Any:
 @rule("convert_element_type", "reduce_precision", "name", *_compat.COPY)
 def _base_only(ev: Evaluation, eqn: Any, x: Tracked) -> Tracked:
     """The value stays the same, so only the base changes."""
-    w = base.then(x.leaf.base, _compat.operation(eqn))
+    w = base.valued(x.leaf.base, _compat.operation(eqn))
     if not jnp.issubdtype(w.dtype, jnp.inexact):
         raise NotFactored
     return x.now(dataclasses.replace(x.leaf, w=w))
@@ -108,12 +116,17 @@ def _device_put(ev: Evaluation, eqn: Any, *args: Any) -> list[Any]:
     """device_put of several operands: each parameter has an entry for each operand."""
     outs = []
     for i, x in enumerate(args):
-        own = _compat.operation(eqn, {k: (v[i],) for k, v in eqn.params.items()})
+        params = {k: (v[i],) for k, v in eqn.params.items()}
+        (device,) = params["devices"]
+
+        def put(x: Any, device: Any, params: Any = params) -> Any:
+            return _compat.operation(eqn, params | {"devices": (device,)})(x)
+
         if isinstance(x, Tracked):
-            w = base.then(x.leaf.base, own)
+            w = base.placed(x.leaf.base, device, put)
             outs.append(x.now(dataclasses.replace(x.leaf, w=w)))
         else:
-            outs.append(own(x))
+            outs.append(put(x, device))
     return outs
 
 
@@ -132,15 +145,19 @@ def _barrier(ev: Evaluation, eqn: Any, *args: Any) -> list[Any]:
 @rule(*_compat.RESHARD)
 def _reshard(ev: Evaluation, eqn: Any, x: Tracked) -> Tracked:
     """A weight gets a new sharding, and so do its factors."""
-    w = base.then(x.leaf.base, _compat.operation(eqn))
+    target = _compat.target_sharding(eqn)
+    same = _compat.operation(eqn)
 
     def place(field: Any, own: Any) -> Any:
+        if own is target:
+            return same(field)
         if eqn.primitive.name == "reshard":  # it may change the axis types, too
             return eqn.primitive.bind(field, **{**eqn.params, "dst_sharding": own})
         return lax.with_sharding_constraint(field, own)
 
+    w = base.placed(x.leaf.base, target, place)
     leaf = dataclasses.replace(x.leaf, w=w)
-    return x.now(with_factors(leaf, _compat.target_sharding(eqn), place))
+    return x.now(with_factors(leaf, target, place))
 
 
 def with_factors(leaf: Any, wanted: Any, place: Callable[[Any, Any], Any]) -> Any:
@@ -169,7 +186,7 @@ def _vary(ev: Evaluation, eqn: Any, x: Tracked) -> Tracked:
         axes = {*eqn.params["axes"]} - _compat.varying(field)
         return lax.pcast(field, tuple(axes), to="varying") if axes else field
 
-    return x.now(structure.per_axis(x.leaf, vary))
+    return x.now(structure.per_axis(x.leaf, vary, of_base=base.fieldwise))
 
 
 @rule("stop_gradient")
@@ -305,7 +322,7 @@ def _all_gather(ev: Evaluation, eqn: Any, x: Tracked) -> Tracked:
         at = {"all_gather_dimension": list(labels).index(axis)}
         return eqn.primitive.bind(field, **{**eqn.params, **at})
 
-    return x.now(structure.per_axis(x.leaf, gather))
+    return x.now(structure.per_axis(x.leaf, gather, of_base=base.fieldwise))
 
 
 @rule("rev")
@@ -315,7 +332,7 @@ def _rev(ev: Evaluation, eqn: Any, x: Tracked) -> Tracked:
     def rev(field: jax.Array, labels: Sequence[int]) -> jax.Array:
         return lax.rev(field, [i for i, k in enumerate(labels) if k in dimensions])
 
-    return x.now(structure.per_axis(x.leaf, rev))
+    return x.now(structure.per_axis(x.leaf, rev, of_base=base.along))
 
 
 @rule("concatenate")
@@ -342,6 +359,7 @@ def _joined(parts: Sequence[Any], axis: int) -> Tracked:
         path for p in parts if isinstance(p, Tracked) for path in p.paths
     )
     leaves = [p.leaf if isinstance(p, Tracked) else p for p in parts]
+    leaves = [x.w if isinstance(x, Bare) else x for x in leaves]
     return Tracked(concatenate(leaves, axis), tuple(paths))
 
 
@@ -373,6 +391,8 @@ def _times(ev: Evaluation, eqn: Any, *args: Any) -> Tracked:
     w = base.then(leaf.base, _compat.operation(eqn), *others)
     if not jnp.issubdtype(w.dtype, jnp.floating):
         raise NotFactored
+    if x.bare:
+        return x.now(dataclasses.replace(leaf, w=w))
     found = [ev.unbroadcast(v) for i, v in enumerate(eqn.invars) if i not in leaves]
     varying = [k for _, axes in found for k in axes]
     roles = {leaf.axes[k] for k in varying}

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 
 from jlora import _compat
 from jlora._leaf import Adapted, Full, fields, is_adapted
-from jlora._leaf.base import is_base
+from jlora._leaf import base as base_
 from jlora._tree import by_path, paths
 
 
@@ -24,8 +24,9 @@ def of_array(w: Any) -> Sharding | None:
     """The sharding that an array was given; None if JAX may still choose.
 
     A traced array has one if its mesh has explicit axes; a ``jax.ShapeDtypeStruct`` if
-    it was made with one.
+    it was made with one.  A `Base` has that of the array that carries it.
     """
+    w = base_.carrier(w)
     if isinstance(w, jax.core.Tracer):
         return _compat.explicit_sharding(w)
     return getattr(w, "sharding", None) if getattr(w, "committed", True) else None
@@ -55,15 +56,18 @@ def of_fields(leaf: Adapted, base: Any) -> Any:
         own = jax.tree.map(lambda _: place, leaf)
     # The base may be in the host's memory, and stays there.  Every step computes with
     # the fields, so they get the device's memory.
-    array = leaf.w is not None and not is_base(leaf.w)
+    array = leaf.w is not None and not base_.is_base(leaf.w)
     return dataclasses.replace(own, w=base) if array else own
 
 
 def like(w: Any, fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """fn with its result sharded as w is; nothing is gathered to compute it."""
-    if isinstance(w, jax.core.Tracer) or not isinstance(of_array(w), NamedSharding):
+    place = of_array(w)
+    if isinstance(base_.carrier(w), jax.core.Tracer):
         return fn
-    return jax.jit(fn, out_shardings=w.sharding)
+    if not isinstance(place, NamedSharding):
+        return fn
+    return jax.jit(fn, out_shardings=place)
 
 
 def shardings(tree: Any, base: Any) -> Any:
@@ -116,7 +120,7 @@ def shardings(tree: Any, base: Any) -> Any:
         return given_at[at]
 
     def leaf(path: str, x: Any) -> Any:
-        if is_base(x):  # as the base of a leaf, which is nothing else here
+        if base_.is_base(x):  # as the base of a leaf, which is nothing else here
             return of_fields(Full(x, x), own(path)).w
         return of_fields(x, own(path)) if is_adapted(x) else own(path)
 

@@ -1,0 +1,54 @@
+"""The run in one picture: the loss of each step, and perplexity along the way."""
+
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pinned  # noqa: F401  (makes examples/minilm importable)
+from figure import BLUE, GREY, ORANGE, STYLE, smooth
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+COLORS = {"float": GREY, "int8": ORANGE, "nf4": BLUE}
+
+
+def draw(histories: dict[str, dict[str, np.ndarray]], path: Path) -> None:
+    """Writes the picture of some bases' histories (`finetune.State`) to `path`."""
+    with plt.rc_context(STYLE):
+        figure, (left, right) = plt.subplots(
+            1, 2, figsize=(11, 4.6), layout="constrained"
+        )
+        for base, history in histories.items():
+            color, loss = COLORS[base], history["loss"]
+            seen = np.cumsum(history["tokens"])
+            if len(histories) == 1:
+                left.plot(seen, loss, color=color, alpha=0.25, linewidth=0.7)
+            width = max(1, len(loss) // 12)
+            left.plot(seen, smooth(loss, width), color=color, linewidth=2, label=base)
+            _perplexity(right, history, np.append(0, seen), color, base)
+        left.set(title="Training loss", xlabel="tokens seen")
+        left.set_ylabel("cross-entropy (nats a token)")
+        right.set(title="Perplexity of held-out texts", xlabel="tokens seen")
+        right.set_yscale("log")
+        right.margins(x=0.12, y=0.12)
+        right.yaxis.set_major_formatter("{x:.0f}")
+        right.yaxis.set_minor_formatter("{x:.0f}")
+        left.legend(title="base")
+        figure.savefig(path, dpi=150)
+        plt.close(figure)
+
+
+def _perplexity(axis, history, seen, color, base) -> None:
+    """A line of `history["perplexity"]`, its ends with their numbers."""
+    x, y = seen[history["evaluated"]], history["perplexity"]
+    axis.plot(x, y, "o-", color=color, linewidth=2, label=base)
+    for i in (0, -1):
+        axis.annotate(
+            f"{y[i]:.1f}",
+            (x[i], y[i]),
+            xytext=(0, 7),
+            textcoords="offset points",
+            ha="center",
+            color=color,
+        )

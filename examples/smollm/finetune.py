@@ -1,0 +1,246 @@
+"""Fine-tunes adapters on a frozen, perhaps quantised, base; can be stopped at any time.
+
+The adapters are half of a pytree, and the base the other half. The step is given both
+and returns the adapters alone.
+"""
+
+import dataclasses
+import itertools
+import shutil
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from model import cross_entropy
+from packing import Batch, Texts
+from pinned import Stopped, checkpoints, claim, stop_requests
+from tqdm import tqdm
+
+import jlora
+import jlora.checkpoint
+
+TARGETS = [
+    f"layers/**/{name}/kernel" for name in ("q", "k", "v", "o", "gate", "up", "down")
+]
+EVALUATIONS = 3
+"""How often a run looks at the held-out texts: at its start, halfway, at its end."""
+
+SAVE_EVERY = 25
+"""Steps between checkpoints: what a killed process loses at most."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """All that decides a run's numbers; a run resumes only with an equal one."""
+
+    base: str
+    """"float", or the qtype of `jlora.quantize`."""
+    steps: int
+    rank: int
+    alpha: float
+    learning_rate: float
+    rows: int
+    width: int
+    seed: int
+    held_out: int
+    """How many texts the perplexity is of."""
+    weights: str
+    """sha256 of the base's weights."""
+    data: str
+    """sha256 of the texts."""
+
+
+class State(NamedTuple):
+    """All that a step changes, and what was measured so far."""
+
+    trainable: Any
+    opt_state: Any
+    step: int
+    history: dict[str, np.ndarray]
+    """`loss`, `tokens` and `seconds` of each step; `perplexity` after so many steps,
+    `evaluated`."""
+
+
+def call(model, ids, segments=None):
+    """The function of the model that is planned and lifted."""
+    return model(ids, segments)
+
+
+def planned(model, config) -> jlora.Plan:
+    """Adapters on all seven matrices of each layer."""
+    ids = jnp.zeros((1, 8), jnp.int32)
+    options = {"rank": config.rank, "alpha": config.alpha, "targets": TARGETS}
+    return jlora.plan(call, model, ids, ids, **options)
+
+
+def prepare(model, config: Config):
+    """The model with its base quantised, if it is to be, and adapters on it."""
+    plan = planned(model, config)
+    if config.base != "float":
+        model = jlora.quantize(model, config.base, plan=plan)
+    return jlora.wrap(model, plan=plan, key=jax.random.key(config.seed))
+
+
+def optimizer(config: Config) -> optax.GradientTransformation:
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, config.learning_rate, config.steps // 10, config.steps
+    )
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))
+
+
+def compiled_step(state: State, frozen, config: Config) -> Callable:
+    """A training step, compiled: trainable, opt_state, frozen, batch to the new two
+    and the loss."""
+    tx = optimizer(config)
+
+    @jax.jit
+    def step(trainable, opt_state, frozen, batch: Batch):
+        def loss(trainable):
+            tree = jlora.combine(trainable, frozen)
+            logits = jlora.lift(call)(tree, batch.ids, batch.segments)
+            return cross_entropy(logits, batch.targets, batch.segments > 0)
+
+        value, grads = jax.value_and_grad(loss)(trainable)
+        updates, opt_state = tx.update(grads, opt_state, trainable)
+        return optax.apply_updates(trainable, updates), opt_state, value
+
+    batch = Batch(*[jax.ShapeDtypeStruct((config.rows, config.width), jnp.int32)] * 3)
+    return step.lower(state.trainable, state.opt_state, frozen, batch).compile()
+
+
+@jax.jit
+def losses(tree, batch: Batch):
+    logits = jlora.lift(call)(tree, batch.ids, batch.segments)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets)
+
+
+def perplexity(tree, texts: Texts, part: np.ndarray) -> float:
+    """Of the words in the texts of `part`: that a text ends is learnt, but no word."""
+    found = []
+    for batch in texts.batches(part):
+        words = (batch.segments > 0) & (batch.targets != texts.end)
+        found.append(np.asarray(losses(tree, batch))[words])
+    return float(np.exp(np.concatenate(found).mean()))
+
+
+@partial(jax.jit, static_argnames="new")
+def greedy(tree, ids, lengths, new: int):
+    """Fills `new` more tokens in after the first `lengths` of each row of `ids`.
+
+    What stands behind them is not seen. All of it is computed again for each token.
+    """
+    row = jnp.arange(len(ids))
+
+    def extend(i, ids):
+        logits = jlora.lift(call)(tree, ids)[row, lengths + i - 1]
+        return ids.at[row, lengths + i].set(logits.argmax(-1).astype(ids.dtype))
+
+    return jax.lax.fori_loop(0, new, extend, ids)
+
+
+def continuations(tree, prompts: list[str], tokenizer, end: int, new: int) -> list[str]:
+    """What the model says after each of the prompts, up to the end of the text."""
+    rows = [[end, *tokenizer.encode(x, add_special_tokens=False).ids] for x in prompts]
+    lengths = np.array([len(row) for row in rows])
+    ids = np.zeros((len(rows), lengths.max() + new), np.int32)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = row
+    said = []
+    for row, n in zip(
+        np.asarray(greedy(tree, ids, lengths, new)), lengths, strict=True
+    ):
+        kept = itertools.takewhile(
+            lambda token: token != end, row[n : n + new].tolist()
+        )
+        said.append(tokenizer.decode(list(kept)))
+    return said
+
+
+def begin(tree, config: Config, folder: Path) -> State:
+    """The state in the last checkpoint of `folder`; without one, that of step 0."""
+    trainable, _ = jlora.partition(tree)
+    steps = config.steps
+    history = {
+        "loss": np.full(steps, np.nan, np.float32),
+        "tokens": np.zeros(steps, np.int32),
+        "seconds": np.zeros(steps, np.float32),
+        "perplexity": np.full(EVALUATIONS, np.nan, np.float32),
+        "evaluated": np.linspace(0, steps, EVALUATIONS, dtype=np.int32),
+    }
+    state = State(trainable, optimizer(config).init(trainable), 0, history)
+    claim(folder, config)
+    if not (found := checkpoints(folder)):
+        return state
+    like = {"opt_state": state.opt_state, "step": 0, "history": history}
+    tree, extra = jlora.checkpoint.restore(found[-1], jlora.unwrap(tree), extra=like)
+    extra["history"] = jax.tree.map(np.array, extra["history"])
+    return State(jlora.partition(tree)[0], **extra)
+
+
+def train(
+    step: Callable, state: State, frozen, texts: Texts, parts, config: Config, folder
+) -> State:
+    """Trains from `state` to the end; saves in `folder`, also when asked to stop.
+
+    The order of the texts is a function of the seed and the epoch alone, so the step's
+    number is the whole position in the data.
+    """
+    trainable, opt_state, start, history = state
+    epochs = texts.epochs(parts["train"], config.seed)
+    batches = itertools.islice(epochs, start, config.steps)
+    total = config.steps
+    bar = tqdm(total=total, initial=start, desc=config.base, unit=" steps", ncols=88)
+    with bar, stop_requests() as stop:
+        if start == 0:
+            evaluate(trainable, frozen, texts, parts, history, 0)
+        for done, batch in enumerate(batches, start + 1):
+            began = time.perf_counter()
+            trainable, opt_state, loss = step(trainable, opt_state, frozen, batch)
+            history["loss"][done - 1] = loss
+            history["seconds"][done - 1] = time.perf_counter() - began
+            history["tokens"][done - 1] = (batch.segments > 0).sum()
+            recent = slice(max(0, done - 20), done)
+            speed = history["tokens"][recent].sum() / history["seconds"][recent].sum()
+            mean = history["loss"][recent].mean()
+            bar.set_postfix_str(f"loss {mean:.3f}, {speed:.0f} tokens/s", refresh=False)
+            bar.update()
+            evaluate(trainable, frozen, texts, parts, history, done)
+            if done % SAVE_EVERY == 0 or done == total or stop.is_set():
+                state = State(trainable, opt_state, done, history)
+                save(folder, state, frozen)
+            if stop.is_set() and done < total:
+                raise Stopped(f"saved step {done} of {total} in {folder}")
+    return state
+
+
+def evaluate(trainable, frozen, texts: Texts, parts, history, step: int) -> None:
+    """Notes the perplexity of the held-out texts, if this is a step to look at it."""
+    for i in np.flatnonzero(history["evaluated"] == step):
+        tree = jlora.combine(trainable, frozen)
+        found = perplexity(tree, texts, parts["held out"])
+        history["perplexity"][i] = found
+        tqdm.write(f"step {step}: perplexity {found:.2f}")
+
+
+def save(folder: Path, state: State, frozen) -> None:
+    """Writes a checkpoint named after its step, then drops the older ones."""
+    older = checkpoints(folder)
+    jlora.checkpoint.save(
+        folder / "checkpoints" / str(state.step),
+        jlora.combine(state.trainable, frozen),
+        extra={k: getattr(state, k) for k in ("opt_state", "step", "history")},
+    )
+    for path in older:
+        shutil.rmtree(path)
+
+
+def megabytes(tree) -> float:
+    """Of the arrays in a tree. Two numbers of four bits are a byte."""
+    bits = [x.size * jax.dtypes.itemsize_bits(x.dtype) for x in jax.tree.leaves(tree)]
+    return sum(bits) / 8e6

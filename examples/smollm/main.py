@@ -1,0 +1,213 @@
+"""QLoRA on a small language model: SmolLM2-135M learns to write as film critics do.
+
+    python examples/smollm/main.py              # a quarter of an hour on 2 cores
+    python examples/smollm/main.py --quick      # every step of it in a minute
+    python examples/smollm/main.py --compare    # float, int8 and nf4 bases: three runs
+
+Fetches a pinned copy of the model and of the sentences on first use, quantises the
+base, trains adapters on all seven matrices of every layer, and writes what Hugging
+Face's libraries and their servers load: the base as a folder, the adapter beside it.
+Ctrl-C saves; the same command goes on from there.
+"""
+
+import argparse
+import dataclasses
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import curves
+import finetune
+import numpy as np
+import weights
+from finetune import Config, megabytes
+from packing import Texts
+from pinned import Labelled, Stopped, movie_reviews
+
+import jlora
+import jlora.checkpoint
+import jlora.peft
+
+PROMPTS = ["The film is", "A comedy that", "The acting", "If you like"]
+BASES = ["float", "int8", "nf4"]
+CLOSE = 0.02
+"""How far a quantised base's perplexity may end above the float one's."""
+
+
+def main() -> None:
+    args = arguments()
+    source = weights.load(args.model)
+    data = read_texts(args.data) if args.data else movie_reviews()
+    texts = Texts.encode(
+        data.texts, source.tokenizer, source.end, args.rows, args.width
+    )
+    parts = data.split()
+    held_out = np.random.default_rng(0).permutation(parts["test"])[: args.held_out]
+    parts = {"train": parts["train"], "held out": held_out}
+    print(", ".join(f"{len(rows):,} texts {name}" for name, rows in parts.items()))
+    settings = {x.name: vars(args).get(x.name) for x in dataclasses.fields(Config)}
+    settings |= {"weights": weights.digest(args.model), "data": data.digest()}
+
+    results = {}
+    for base in BASES if args.compare else [args.base]:
+        config = Config(**settings | {"base": base})
+        results[base] = run(source, texts, parts, config, args)
+    curves.draw({k: x.history for k, x in results.items()}, args.out / "run.png")
+    print(f"picture: {args.out / 'run.png'}")
+    result = results[args.base]
+    show(result.tree, source, args.new)
+    border(result.tree, source, texts, parts, args)
+    if args.compare:
+        compare(results, strict=not args.quick)
+    print(
+        f"RESULT perplexity_before={result.before:.2f}"
+        f" perplexity_after={result.after:.2f} base_mb={result.base_mb:.1f}"
+        f" float_base_mb={result.float_base_mb:.1f}"
+    )
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--base", choices=BASES, default="nf4", help="how the base is kept (nf4)")
+    add("--compare", action="store_true", help="train on each kind of base")
+    add("--out", type=Path, help="the runs' folder (runs/smollm)")
+    add("--fresh", action="store_true", help="start anew, dropping what --out holds")
+    add("--quick", action="store_true", help="a few steps on few texts")
+    add("--model", type=Path, help="your own Llama: a GGUF file or a snapshot's folder")
+    add("--data", type=Path, help="your own texts, one a line")
+    add("--steps", type=int, default=150)
+    add("--rank", type=int, default=8)
+    add("--alpha", type=float, default=16.0)
+    add("--learning-rate", type=float, default=1e-3)
+    add(
+        "--rows", type=int, default=4, help="rows of a batch, in which texts are packed"
+    )
+    add("--width", type=int, default=128, help="tokens in a row")
+    add("--held-out", type=int, default=300, help="texts that perplexity is of")
+    add("--seed", type=int, default=0)
+    args = parser.parse_args()
+    args.new = 24
+    if args.quick:
+        args.steps, args.rows, args.width, args.held_out, args.new = 4, 2, 64, 8, 4
+    args.out = args.out or Path("runs/smollm-quick" if args.quick else "runs/smollm")
+    return args
+
+
+def read_texts(path: Path) -> Labelled:
+    """The user's own texts, one a line."""
+    if not path.is_file():
+        raise SystemExit(f"{path}: no such file; expected one text a line")
+    texts = [x.strip() for x in path.read_text(encoding="utf-8").split("\n")]
+    texts = [x for x in texts if x]
+    data = Labelled(texts, np.zeros(len(texts), int), ("text",))
+    if min(map(len, data.split().values())) < 8:
+        raise SystemExit(f"{path}: {len(texts)} texts are too few to hold some out")
+    return data
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """A run that has ended."""
+
+    tree: Any
+    history: dict[str, np.ndarray]
+    base_mb: float
+    float_base_mb: float
+
+    @property
+    def before(self) -> float:
+        return float(self.history["perplexity"][0])
+
+    @property
+    def after(self) -> float:
+        return float(self.history["perplexity"][-1])
+
+
+def run(source, texts: Texts, parts, config: Config, args) -> Result:
+    """Trains on one kind of base, in a folder of its own."""
+    folder = args.out / config.base
+    if args.fresh:
+        shutil.rmtree(folder, ignore_errors=True)
+    model = source.model(scanned=True)
+    float_mb = megabytes(model)
+    tree = finetune.prepare(model, config)
+    del model
+    base_mb = megabytes(jlora.unwrap(tree))
+    state = finetune.begin(tree, config, folder)
+    trainable, frozen = jlora.partition(tree)
+    print(f"\n{config.base} base")
+    print(jlora.summary(tree))
+    print(f"base            {base_mb:8.1f} MB ({float_mb:.1f} MB in float32)")
+    print(f"adapters        {megabytes(trainable):8.1f} MB")
+    print(f"optimizer       {megabytes(state.opt_state):8.1f} MB", flush=True)
+    if state.step < config.steps:
+        step = finetune.compiled_step(state, frozen, config)
+        memory = step.memory_analysis()
+        print(f"step, arguments {memory.argument_size_in_bytes / 1e6:8.1f} MB")
+        print(f"step, temporary {memory.temp_size_in_bytes / 1e6:8.1f} MB", flush=True)
+        state = finetune.train(step, state, frozen, texts, parts, config, folder)
+    tree = jlora.combine(state.trainable, frozen)
+    result = Result(tree, state.history, base_mb, float_mb)
+    print(
+        f"{config.base} base: perplexity {result.before:.2f} before and"
+        f" {result.after:.2f} after {config.steps} steps"
+    )
+    if not args.quick and not result.after < result.before:
+        raise SystemExit("training has not lowered the perplexity")
+    return result
+
+
+def show(tree, source, new: int) -> None:
+    """Prints what the model says after some prompts, without and with its adapters."""
+    for words, t in (("before", jlora.scaled(tree, 0.0)), ("after", tree)):
+        said = finetune.continuations(t, PROMPTS, source.tokenizer, source.end, new)
+        print(f"\nthe most likely words, {words}:")
+        for prompt, text in zip(PROMPTS, said, strict=True):
+            print(f"  {prompt} |{text!r}")
+    print()
+
+
+def border(tree, source, texts: Texts, parts, args) -> None:
+    """Writes base and adapter for Hugging Face's libraries, and reads the latter back.
+
+    There the base is the float one, and the adapter was trained on a rounded base.
+    """
+    base, adapter = args.out / "base", args.out / "peft"
+    weights.write(source, base)
+    model = source.model(scanned=True)
+    plan = finetune.planned(model, args)
+    names = jlora.peft.match(model, base, plan=plan)
+    config = {"base_model_name_or_path": str(base), "task_type": "CAUSAL_LM"}
+    jlora.peft.save(adapter, tree, names=names, portable=True, config=config)
+    print(f"for transformers, vLLM and others: {base} and {adapter}")
+    print(jlora.peft.check(adapter, server="vllm"))
+    served = jlora.peft.load(adapter, model)
+    found = finetune.perplexity(served, texts, parts["held out"])
+    print(f"perplexity of the float base with the adapter: {found:.2f}")
+
+
+def compare(results: dict[str, Result], strict: bool) -> None:
+    """Prints a line for each base; a quantised one must end close to the float one."""
+    print("base    MB    perplexity before  after  against float")
+    for base, x in results.items():
+        above = x.after / results["float"].after - 1
+        print(
+            f"{base:5} {x.base_mb:6.1f} {x.before:15.2f} {x.after:10.2f} {above:+.2%}"
+        )
+        if strict and above > CLOSE:
+            raise SystemExit(f"{base}: more than {CLOSE:.0%} above the float base")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except Stopped as stop:
+        print(f"{stop}. The same command goes on from there.")
+        sys.exit(130)
+    except KeyboardInterrupt:
+        print("\ninterrupted. The same command goes on from the last checkpoint.")
+        sys.exit(130)

@@ -1,0 +1,238 @@
+"""A quantised array as a base: dequantised anew in each use, and never kept.
+
+The class of the array is qwix's `QArray`, or any other that has what it has: low-bit
+numbers of the array's shape, and a scale for each block of them.  So qwix need not be
+imported here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jlora._explicit import automatic
+from jlora._labels import RANK
+from jlora._leaf import base
+
+# The values of NormalFloat4 (arXiv:2305.14314, appendix E), as qwix and bitsandbytes
+# have them.
+NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634),
+    *(0.33791524171829224, 0.44070982933044434, 0.5626170039176941),
+    *(0.7229568362236023, 1.0),
+)
+
+
+class Quantized(base.Base):
+    """What stands for a quantised array wherever a base is asked for.
+
+    It is made for a moment and is in no tree: the array itself is.
+
+    Attributes:
+      array: an object with ``qvalue`` (low-bit numbers, of the array's shape), ``scale``
+        (as many axes; each has the array's size, or the number of its blocks),
+        ``zero_point`` (None, or as the scale) and ``qtype`` (static).
+    """
+
+    def __init__(self, array: Any):
+        self.array = array
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        """The shape of the low-bit numbers, which is the array's."""
+        return tuple(self.array.qvalue.shape)
+
+    @property
+    def dtype(self) -> Any:  # type: ignore[override]
+        """The scale's dtype, which the dequantised array has."""
+        return self.array.scale.dtype
+
+    @property
+    def slices(self) -> bool:  # type: ignore[override]
+        """Whether every field has the array's first axis whole."""
+        n = self.shape[0] if self.shape else 0
+        return all(x.ndim and x.shape[0] == n for x in jax.tree.leaves(self.array))
+
+    def use(self, fn: Callable[..., Any], *operands: Any) -> Any:
+        """fn(array, *operands), with the array made in the forward and backward pass.
+
+        The checkpoint keeps the quantised array for the backward pass, instead of the
+        dequantised one.  The barrier ties it to the operands that it meets.  Without it
+        XLA for CPU makes the arrays of all layers ahead of time.
+        """
+
+        def call(array: Any, *operands: Any) -> Any:
+            array, operands = lax.optimization_barrier((array, operands))
+            return fn(dequantized(array), *operands)
+
+        return jax.checkpoint(call)(self.array, *operands)
+
+    def then(self, fn: Callable[..., Any], *operands: Any) -> Any:
+        """Computed in each use."""
+        return base.Pending((self.array,), tuple(map(jnp.asarray, operands)), fn)
+
+    def cut(self, fn: Callable[..., Any], *operands: Any) -> Any:
+        """The fields, cut; in each use, if the cut goes along an axis with blocks."""
+        shape = self.shape
+        whole = tuple(range(len(shape)))
+        new = jax.eval_shape(
+            lambda w, *xs: fn(w, whole, *xs), base.struct(self), *operands
+        ).shape
+        blocked = {
+            k
+            for field in jax.tree.leaves(self.array)
+            for k in whole
+            if field.shape[k] not in (1, shape[k])
+        }
+        same = len(new) == len(shape)
+        if blocked and not (same and all(new[k] == shape[k] for k in blocked)):
+            # A row of a stack loses its axis, and keeps all others.
+            if same or tuple(new) != shape[1:] or 0 in blocked:
+                return super().cut(fn, *operands)
+
+        def one(field: Any) -> Any:
+            axes = [k if field.shape[k] == shape[k] else RANK for k in whole]
+            return fn(field, axes, *operands)
+
+        return jax.tree.map(one, self.array)
+
+    def fieldwise(self, fn: Callable[..., Any]) -> Any:
+        """Every field by itself."""
+        whole = tuple(range(len(self.shape)))
+        return jax.tree.map(lambda field: fn(field, whole), self.array)
+
+    def gather(self, fn: base.Gathering, indices: Any) -> Any:
+        """The fields' own rows; so no other row is dequantised."""
+        rest = dict(fn.params)
+        dn, sizes, shape = rest["dimension_numbers"], rest["slice_sizes"], self.shape
+        part = [size != n for size, n in zip(sizes, shape, strict=True)]
+        batched = dn.operand_batching_dims
+        fields = jax.tree.leaves(self.array)
+        if any(p and size != 1 for p, size in zip(part, sizes, strict=True)) or any(
+            field.shape[k] != shape[k] for field in fields for k in batched
+        ):
+            return super().gather(fn, indices)
+
+        def one(field: Any) -> Any:
+            tiles = [shape[k] // field.shape[k] for k in dn.start_index_map]
+            own = indices // jnp.asarray(tiles, indices.dtype)
+            size = [1 if p else n for p, n in zip(part, field.shape, strict=True)]
+            params = rest | {"slice_sizes": tuple(size)}
+            if not jnp.issubdtype(field.dtype, jnp.floating) or field.dtype.itemsize < 2:
+                # Where the scale is filled with NaN, any number will do.
+                params |= {"mode": "clip", "fill_value": None}
+            return lax.gather(field, own, **params)
+
+        return jax.tree.map(one, self.array)
+
+    def placed(self, sharding: Any, fn: Callable[..., Any]) -> Any:
+        """Every field under the sharding that follows from the array's."""
+        if not isinstance(sharding, NamedSharding):
+            return jax.tree.map(lambda field: fn(field, sharding), self.array)
+
+        def one(field: Any, spec: PartitionSpec) -> Any:
+            return fn(field, sharding.update(spec=spec))
+
+        return jax.tree.map(one, self.array, self.specs(sharding.spec))
+
+    def carrier(self) -> Any:
+        """The low-bit numbers."""
+        return self.array.qvalue
+
+    def specs(self, spec: Sequence[Any]) -> Any:
+        """The scales are sharded with their blocks; an axis of size one is whole."""
+
+        def own(field: Any) -> PartitionSpec:
+            names = [*spec, *(None,) * (field.ndim - len(spec))]
+            sizes = zip(names, field.shape, self.shape, strict=True)
+            return PartitionSpec(*(None if m == 1 < n else name for name, m, n in sizes))
+
+        return jax.tree.map(own, self.array)
+
+    def document(self) -> dict[str, Any]:
+        """Which quantisation it is: the type of its numbers, and the shape of scales."""
+        said = {"qtype": qtype_of(self.array), "scale": [*self.array.scale.shape]}
+        zero = getattr(self.array, "zero_point", None) is not None
+        return said | ({"zero_point": True} if zero else {})
+
+    def remark(self) -> str:
+        """The type of its numbers, and the size of a block."""
+        numbers, scales = self.shape, self.array.scale.shape
+        tiles = [n // m for n, m in zip(numbers, scales, strict=True)]
+        return f"{qtype_of(self.array)} in blocks of {int(np.prod(tiles))}"
+
+
+def qtype_of(array: Any) -> str:
+    """The name of a quantised array's qtype, such as "int8" or "nf4"."""
+    qtype = getattr(array, "qtype", None)
+    if isinstance(qtype, str):
+        return qtype
+    return str(jnp.dtype(array.qvalue.dtype if qtype is None else qtype))
+
+
+def dequantized(array: Any) -> jax.Array:
+    """(numbers - zero point) * scale, each scale for all numbers of its block.
+
+    A table of values is a lookup to XLA, which it does not fuse into the product that
+    reads the array.  A tree of selects it does.
+    """
+    array = jax.tree.map(lax.stop_gradient, array)
+
+    def like() -> Any:
+        return jax.typeof(array.qvalue).sharding
+
+    return automatic(_dequantized, like, array)
+
+
+def _dequantized(array: Any) -> jax.Array:
+    numbers, scale = array.qvalue, array.scale
+    if qtype_of(array) == "nf4":
+        numbers = _selected(numbers.astype(jnp.int32), NF4, scale.dtype)
+    numbers = numbers.astype(scale.dtype)
+    zero = getattr(array, "zero_point", None)
+    blocks = [scale] if zero is None else [scale, zero]
+    shape: list[int] = []
+    views: list[list[int]] = [[] for _ in blocks]
+    for k, n in enumerate(numbers.shape):
+        m = max(x.shape[k] for x in blocks)
+        split = 1 < m < n
+        shape += [m, n // m] if split else [n]
+        for view, x in zip(views, blocks, strict=True):
+            view += [x.shape[k], 1] if split else [x.shape[k]]
+    wide = numbers.reshape(shape)
+    scale, *zeros = (x.reshape(view) for x, view in zip(blocks, views, strict=True))
+    for x in zeros:
+        wide = wide - x.astype(wide.dtype)
+    return (wide * scale).reshape(numbers.shape)
+
+
+def _selected(at: jax.Array, values: Sequence[float], dtype: Any) -> jax.Array:
+    """values[at], by a tree of selects."""
+
+    def tree(low: int, high: int) -> Any:
+        if high - low == 1:
+            return jnp.asarray(values[low], dtype)
+        middle = (low + high) // 2
+        return jnp.where(at < middle, tree(low, middle), tree(middle, high))
+
+    return tree(0, len(values))
+
+
+def _known(cls: type) -> Callable[[Any], base.Base] | None:
+    """`Quantized`, for a class that has what qwix's QArray has."""
+    if not dataclasses.is_dataclass(cls):
+        return None
+    names = {field.name for field in dataclasses.fields(cls)}
+    return Quantized if {"qvalue", "scale", "qtype"} <= names else None
+
+
+base.foreign(_known)

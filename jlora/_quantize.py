@@ -1,0 +1,314 @@
+"""Quantize: low-bit numbers in the place of weights, or of an adapted tree's bases."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from jlora import _qwix
+from jlora._leaf import LoRA, base, is_adapted
+from jlora._leaf.quantized import Quantized
+from jlora._plan.from_tree import from_tree
+from jlora._plan.plan import Plan, check, table
+from jlora._plan.select import Wanted
+from jlora._printed import PrintedByPath
+from jlora._tree import by_path, paths, sharding
+from jlora._tree.patterns import Pattern, as_patterns, check_matched, matches
+from jlora._tree.variables import opened, refuse_layers
+
+
+def quantize(
+    tree: Any,
+    qtype: Any,
+    *,
+    plan: Plan | None = None,
+    targets: Pattern | Iterable[Pattern] | None = None,
+    exclude: Pattern | Iterable[Pattern] = (),
+    block: int | None = 64,
+    donate: bool = False,
+) -> Any:
+    """The tree with its weights in low-bit numbers, as QLoRA's base (arXiv:2305.14314).
+
+    A quantised weight is a ``qwix.QArray``: numbers of ``qtype``, and a scale for each
+    ``block`` of them along the in axes, of each output.  `lift` dequantises it in each
+    use, in the forward and in the backward pass, and keeps no dequantised copy; with
+    and without an adapter on it.  An embedding has its blocks along the features.
+
+    The leaves are quantised one after another.  On a mesh every device quantises its
+    own shards.  ``jax.ShapeDtypeStruct``s give shapes.
+
+    Args:
+      tree: plain params, of which the weights are quantised; or an adapted tree, of
+        which the bases below `LoRA` leaves are.
+      qtype: "int8", "int4", "nf4", "float8_e4m3fn" or another that qwix has, or a dtype
+        such as jnp.int8.
+      plan: tells the roles of the weights' axes, and which are quantised: those that it
+        adapts.  Without one, they are told as in `wrap`.
+      targets: patterns of the paths to quantise, as in `plan`; None for all.
+      exclude: patterns of paths that stay as they are.
+      block: how many numbers share a scale; None for all along the in axes.
+      donate: whether to free each float array once it is quantised.  Then a model needs
+        no more memory than its floats and one quantised leaf; the tree that was passed
+        cannot be used any more.
+
+    Returns:
+      A tree of the same structure.  A quantised leaf has the shape and dtype that it
+      had.
+
+    Raises:
+      ValueError: no such qtype; a target that is no floating-point weight, or quantised
+        already; a block that does not divide the in axes, or a device's shard of them;
+        a pattern that matches nothing; nothing to quantise.
+      ImportError: qwix is not installed (pip install "jlora[quant]").
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> params = {"dense": {"kernel": jnp.ones((128, 4)), "bias": jnp.ones(4)}}
+      >>> jlora.quantize(params, "nf4")["dense"]["kernel"]  # doctest: +SKIP
+      QArray(float32[128,4], nf4 in blocks of 64)
+    """
+    refuse_layers(tree, "quantize")
+    qtype = _qwix.qtype_named(qtype)
+    _check_block(block, qtype)
+    _qwix.qwix()
+    axes = _axes(tree, plan, targets, exclude)
+    leaves = dict(by_path.flatten(opened(tree))[0])
+    tiles = _tiled(leaves, axes, block)
+
+    def leaf(path: str, x: Any) -> Any:
+        if path not in tiles:
+            return x
+        w = _base(x)
+        new = _qwix.quantized(w, qtype, tiles[path])
+        if donate and isinstance(w, jax.Array) and not isinstance(w, jax.core.Tracer):
+            jax.block_until_ready(new)
+            w.delete()
+        return dataclasses.replace(x, w=new) if is_adapted(x) else new
+
+    return by_path.map_leaves(leaf, opened(tree))
+
+
+def _check_block(block: Any, qtype: str) -> None:
+    """Raises for a size of blocks that is none, or that the qtype does not have."""
+    whole = isinstance(block, int) and not isinstance(block, bool)
+    if block is not None and (not whole or block < 1):
+        raise ValueError(
+            f"quantize: block={block!r}: expected a number of weights that share a "
+            "scale, such as 64, or None for all along the in axes."
+        )
+    wanted = _qwix.block_of(qtype)
+    if wanted is not None and block != wanted:
+        raise ValueError(
+            f"quantize: {qtype} has blocks of {wanted}, found block={block}: pass "
+            f"block={wanted}."
+        )
+
+
+def _axes(
+    tree: Any, plan: Plan | None, targets: Any, exclude: Any
+) -> dict[str, tuple[str, bool]]:
+    """The roles of each weight to quantise, and whether it is an embedding; by path.
+
+    Raises:
+      ValueError: see `quantize`.
+    """
+    pairs = by_path.flatten(opened(tree))[0]
+    wanted, unwanted = as_patterns(targets), as_patterns(exclude)
+    check_matched("target", wanted, pairs)
+    check_matched("exclude", unwanted, pairs)
+    adapted = any(is_adapted(x) for _, x in pairs)
+    own = _of_adapted(pairs) if adapted else _of_plain(tree, plan, targets, exclude)
+
+    def asked(path: str, x: Any) -> bool:
+        if any(matches(p, path, x) for p in unwanted):
+            return False
+        return not wanted or any(matches(p, path, x) for p in wanted)
+
+    found = {}
+    for path, x in pairs:
+        if not asked(path, x):
+            continue
+        if wanted or path in own:
+            _check_leaf(path, x)
+        if path in own:
+            found[path] = own[path]
+        elif wanted:
+            raise ValueError(
+                f"quantize: {path!r} is a target, but it is no weight whose roles are "
+                "known: expected a weight of the plan, or one that its layer's class "
+                "or its name tells. Plan it from the function that uses it: "
+                f"jlora.plan(fn, params, *args, targets=[{path!r}, ...])."
+            )
+    if not found:
+        raise ValueError(
+            "quantize: nothing to quantise: expected a weight that is planned or "
+            f"adapted, found none among the {len(pairs)} leaves that targets and "
+            "exclude leave."
+        )
+    return found
+
+
+def _check_leaf(path: str, x: Any) -> None:
+    """Raises for a leaf that cannot be quantised."""
+    w = _base(x)
+    if (own := base.seen(w)) is not None:
+        what = own.remark() or f"a {type(w).__name__}"
+        raise ValueError(
+            f"quantize: {path!r} is {what} already: expected a float array. Quantise "
+            "the float params, or exclude this path."
+        )
+    if w is None or not jnp.issubdtype(getattr(w, "dtype", int), jnp.floating):
+        found = "nothing" if w is None else f"{getattr(w, 'dtype', type(w).__name__)}"
+        raise ValueError(
+            f"quantize: {path!r} is {found}: expected a floating-point array. Exclude "
+            "the path."
+        )
+
+
+def _of_adapted(pairs: Iterable[tuple[str, Any]]) -> dict[str, tuple[str, bool]]:
+    """The roles of the adapted leaves."""
+    leaves = {path: x for path, x in pairs if isinstance(x, LoRA)}
+    return {p: (x.axes, x.layer.startswith("embed")) for p, x in leaves.items()}
+
+
+def _of_plain(
+    tree: Any, plan: Plan | None, targets: Any, exclude: Any
+) -> dict[str, tuple[str, bool]]:
+    """The roles of the weights of plain params, from a plan or from the tree itself."""
+    leaves = by_path.arrays(opened(tree))
+    if plan is not None:
+        check(plan, leaves, "quantize", None, (), ())
+    else:
+        asked = Wanted.of(None, None, targets, exclude, ())
+        plan = from_tree(tree, leaves, asked)
+    return {path: (spec.axes, spec.kind == "embed") for path, spec in plan.items()}
+
+
+def _tiled(
+    leaves: Mapping[str, Any], axes: Mapping[str, tuple[str, bool]], block: int | None
+) -> dict[str, tuple[int, ...]]:
+    """How many numbers share a scale along each axis of each weight.
+
+    Raises:
+      ValueError: for all weights that the blocks do not divide.
+    """
+    tiles, left = {}, []
+    for path, (roles, embeds) in axes.items():
+        w = _base(leaves[path])
+        # A lookup takes a row, and a tied head sums over the features.
+        along = [k for k, c in enumerate(roles) if c == ("o" if embeds else "i")]
+        own = _tiles(w.shape, along, block)
+        why = f"{path!r}: {_words(w.shape, along)}" if own is None else None
+        if own is not None:
+            why = _across(path, w, own)
+            tiles[path] = own
+        if why:
+            left.append(why)
+    if left:
+        more = f"; and {len(left) - 5} more" if len(left) > 5 else ""
+        raise ValueError(
+            f"quantize: blocks of {block} do not divide {'; '.join(left[:5])}{more}. "
+            "Pass a block that does, or block=None for one scale for each output; or "
+            "exclude these paths."
+        )
+    return tiles
+
+
+def _words(shape: tuple[int, ...], along: list[int]) -> str:
+    sizes = " × ".join(str(shape[k]) for k in along)
+    return f"its in axes of {sizes}"
+
+
+def _tiles(
+    shape: tuple[int, ...], along: list[int], block: int | None
+) -> tuple[int, ...] | None:
+    """The tile along each axis, for blocks of consecutive numbers of these axes.
+
+    None if they do not divide: a block is a part of one axis, times whole ones after it.
+    """
+    tiles = [1] * len(shape)
+    if block is None:
+        return tuple(n if k in along else 1 for k, n in enumerate(shape))
+    rest = block
+    for k in reversed(along):
+        n = shape[k]
+        tiles[k] = n if n and rest % n == 0 else rest
+        if n % tiles[k]:
+            return None
+        rest //= tiles[k]
+    return tuple(tiles) if rest == 1 else None
+
+
+def _across(path: str, w: Any, tiles: tuple[int, ...]) -> str | None:
+    """What is wrong if a block would lie across two devices."""
+    place = sharding.of_array(w)
+    if not isinstance(place, NamedSharding):
+        return None
+    shard = place.shard_shape(tuple(w.shape))
+    for k, (n, own, tile) in enumerate(zip(w.shape, shard, tiles, strict=True)):
+        if tile < n and own % tile:
+            return f"{path!r}: a device's shard, {own} of the {n} along axis {k}"
+    return None
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Rounding(PrintedByPath[float]):
+    """Path to ‖after - before‖ / ‖before‖ of each quantised weight; printable.
+
+    Attributes:
+      found: path to the relative error, in the Frobenius norm.
+    """
+
+    found: Mapping[str, float]
+
+    def __str__(self) -> str:
+        rows = [(path, f"{100 * error:.3g} %") for path, error in self.items()]
+        return table(("path", "error"), rows)
+
+
+def rounding(before: Any, after: Any) -> Rounding:
+    """What quantising took from each weight, relative to its norm.
+
+    Args:
+      before: the params in floats, plain or adapted.
+      after: the same tree with quantised weights or bases.
+
+    Raises:
+      ValueError: a quantised weight of ``after`` is not in ``before``.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> params = {"kernel": jnp.linspace(-1, 1, 256).reshape(64, 4)}
+      >>> print(jlora.rounding(params, jlora.quantize(params, "int8")))
+      path    error
+      --------------
+      kernel  0.392 %
+    """
+    floats = {path: _base(x) for path, x in by_path.flatten(opened(before))[0]}
+    found = {}
+    for path, x in by_path.flatten(opened(after))[0]:
+        w = _base(x)
+        if not isinstance(base.seen(w), Quantized):
+            continue
+        if path not in floats:
+            raise ValueError(
+                f"rounding: {path!r} is quantised in after, and before has no such "
+                f"path: expected the same tree; near paths: {paths.near(path, floats)}."
+            )
+        found[path] = float(_relative(floats[path], w))
+    return Rounding(found)
+
+
+def _base(x: Any) -> Any:
+    return x.w if is_adapted(x) else x
+
+
+@jax.jit
+def _relative(x: Any, y: Any) -> jax.Array:
+    x, y = (base.array(w).astype(jnp.float32) for w in (x, y))
+    return jnp.linalg.norm((y - x).ravel()) / jnp.linalg.norm(x.ravel())

@@ -1,0 +1,205 @@
+"""All that qwix is asked for: its quantised array, and how one is made.
+
+qwix is an extra.  It is imported when the first array is quantised.  How a quantised
+array is used needs none of it: see `_leaf.quantized`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import NamedSharding
+
+from jlora._explicit import automatic
+from jlora._leaf import base
+from jlora._leaf.node import NotAnArray, register
+from jlora._leaf.quantized import Quantized, qtype_of
+from jlora._tree import paths, sharding
+
+# The names that qwix gives to formats that are no dtype, and the size of their blocks.
+_FORMATS = {
+    **dict.fromkeys(["nf4", "int2", "int3", "int5", "int6", "int7"]),
+    "mxfp8": 32,
+    "mxfp4": 32,
+    "nvfp4": 16,
+}
+_DTYPES = (
+    *("int8", "int4", "float8_e4m3fn", "float8_e5m2", "float8_e4m3", "float8_e3m4"),
+    *("float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e4m3b11fnuz", "float4_e2m1fn"),
+)
+
+
+def qwix() -> Any:
+    """The package.
+
+    Raises:
+      ImportError: it is not installed.
+    """
+    try:
+        return importlib.import_module("qwix")
+    except ImportError as e:
+        raise ImportError(
+            "jlora quantises with qwix, which is not installed: expected "
+            'pip install "jlora[quant]". Arrays that are quantised already need it not.'
+        ) from e
+
+
+def qtype_named(qtype: Any) -> str:
+    """The name of a qtype, which may also be a dtype such as jnp.int8.
+
+    Raises:
+      ValueError: there is none.
+    """
+    known = [*_DTYPES, *_FORMATS]
+    name = qtype
+    if not isinstance(qtype, str):
+        try:
+            name = jnp.dtype(qtype).name
+        except TypeError:
+            name = repr(qtype)
+    if name not in known:
+        raise ValueError(
+            f"qtype {qtype!r}: expected one of {', '.join(known)}; near names: "
+            f"{paths.near(str(name), known)}."
+        )
+    return str(name)
+
+
+def block_of(qtype: str) -> int | None:
+    """The size that the blocks of this qtype have by its standard; None for any."""
+    return _FORMATS.get(qtype)
+
+
+@functools.cache
+def _qarray() -> Any:
+    """The class of the arrays: qwix's, with the ways of a node of jlora's trees."""
+    qwix_ = qwix()
+
+    @functools.partial(register, data=["qvalue", "scale", "zero_point"], meta=["qtype"])
+    @dataclasses.dataclass(frozen=True, repr=False)
+    class QArray(qwix_.QArray, NotAnArray):  # type: ignore[misc, name-defined]
+        """A `qwix.QArray` that says what to do where it is used as an array."""
+
+        _advice = (
+            "is a quantised array: call the function that uses it through "
+            "jlora.lift(fn) with the tree as an argument, which dequantises it in each "
+            "use; or make an array of it with qwix.dequantize"
+        )
+
+        def __repr__(self) -> str:
+            if not hasattr(self.qvalue, "shape") or not hasattr(self.scale, "shape"):
+                return f"QArray({self.qvalue!r}, {self.scale!r})"
+            shape = ",".join(map(str, self.qvalue.shape))
+            return f"QArray({self.scale.dtype}[{shape}], {Quantized(self).remark()})"
+
+    QArray.__module__, QArray.__qualname__ = __name__, "QArray"  # for pickle
+    nnx = importlib.import_module("flax.nnx")  # qwix has imported it
+    nnx.register_data_type(QArray)
+    return QArray
+
+
+def __getattr__(name: str) -> Any:
+    if name == "QArray":
+        return _qarray()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+_LARGE = 1 << 26  # numbers; the rounding of more of them at once takes too much memory
+
+
+def quantized(w: Any, qtype: str, tiles: Sequence[int]) -> Any:
+    """The array quantised: low-bit numbers, and a scale for each tile.
+
+    The scale of a tile is its largest magnitude over that of the qtype, in w's dtype.
+    On a mesh every device quantises its own shard, and has the scales of that.
+
+    Args:
+      w: an array, or the shape of one.
+      qtype: the name of the qtype.
+      tiles: along each axis, how many numbers share a scale.  It divides the axis; and
+        a shard of it, unless it is the whole axis.
+    """
+    make = _Make(qtype, tuple(tiles))
+    shapes, place = jax.eval_shape(make, base.struct(w)), sharding.of_array(w)
+    own: Any = None
+    if isinstance(place, NamedSharding):
+        specs = Quantized(shapes).specs(place.spec)
+        own = jax.tree.map(lambda spec: place.update(spec=spec), specs)
+    if isinstance(w, jax.ShapeDtypeStruct):
+        return shapes if own is None else jax.tree.map(_abstract, shapes, own)
+    if isinstance(w, jax.core.Tracer):
+        return automatic(make, lambda: own, w)
+    if not sharding.is_split(place):
+        make = dataclasses.replace(make, parts=_parts(w.shape, tiles))
+    places, treedef = jax.tree.flatten(own)
+    return _compiled(make, tuple(places), treedef)(w)
+
+
+def _abstract(x: Any, place: Any) -> Any:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+
+
+@functools.lru_cache(maxsize=256)
+def _compiled(make: _Make, places: tuple[Any, ...], treedef: Any) -> Any:
+    own = jax.tree.unflatten(treedef, places)
+
+    def fn(w: jax.Array) -> Any:
+        return automatic(make, lambda: own, w)
+
+    return jax.jit(fn, out_shardings=own)
+
+
+def _parts(shape: Sequence[int], tiles: Sequence[int]) -> int:
+    """Into how many parts the first axis is split, so that a part is not too large."""
+    rows = shape[0] // tiles[0] if shape else 1
+    least = math.ceil(math.prod(shape) / _LARGE)
+    return next((n for n in range(least, rows + 1) if rows % n == 0), 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Make:
+    """The function from an array to the quantised one.
+
+    Attributes:
+      qtype: the name of the qtype.
+      tiles: along each axis, how many numbers share a scale.
+      parts: how many parts of the first axis are quantised one after another.
+    """
+
+    qtype: str
+    tiles: tuple[int, ...]
+    parts: int = 1
+
+    def __call__(self, w: jax.Array) -> Any:
+        one = functools.partial(_rounded, self.qtype, self.tiles)
+        if self.parts < 2:
+            return one(w)
+        made = lax.map(one, w.reshape(self.parts, -1, *w.shape[1:]))
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), made)
+
+
+def _rounded(qtype: str, tiles: tuple[int, ...], w: jax.Array) -> Any:
+    sizes = list(enumerate(zip(w.shape, tiles, strict=True)))
+    wide = jnp.promote_types(w.dtype, jnp.float32)
+    q = qwix().quantize(
+        w.astype(wide),
+        qtype if qtype in _FORMATS else jnp.dtype(qtype),
+        channelwise_axes=[k for k, (_, tile) in sizes if tile == 1],
+        tiled_axes={k: tile for k, (n, tile) in sizes if 1 < tile < n},
+        scale_dtype=w.dtype,
+    )
+    return _qarray()(q.qvalue, q.scale, q.zero_point, qtype)
+
+
+def like(w: jax.Array, array: Any) -> Any:
+    """w quantised as a quantised array of its shape is."""
+    pairs = zip(array.qvalue.shape, array.scale.shape, strict=True)
+    return quantized(w, qtype_of(array), [n // m for n, m in pairs])
