@@ -41,6 +41,8 @@ class Config:
 
     base: str
     """"float", or the qtype of `jlora.quantize`."""
+    block: int
+    """How many numbers of a quantised base share a scale."""
     steps: int
     rank: int
     alpha: float
@@ -83,7 +85,7 @@ def prepare(model, config: Config):
     """The model with its base quantised, if it is to be, and adapters on it."""
     plan = planned(model, config)
     if config.base != "float":
-        model = jlora.quantize(model, config.base, plan=plan)
+        model = jlora.quantize(model, config.base, plan=plan, block=config.block)
     return jlora.wrap(model, plan=plan, key=jax.random.key(config.seed))
 
 
@@ -195,10 +197,10 @@ def train(
     epochs = texts.epochs(parts["train"], config.seed)
     batches = itertools.islice(epochs, start, config.steps)
     total = config.steps
+    if start == 0:
+        evaluate(trainable, frozen, texts, parts, history, 0)
     bar = tqdm(total=total, initial=start, desc=config.base, unit=" steps", ncols=88)
     with bar, stop_requests() as stop:
-        if start == 0:
-            evaluate(trainable, frozen, texts, parts, history, 0)
         for done, batch in enumerate(batches, start + 1):
             began = time.perf_counter()
             trainable, opt_state, loss = step(trainable, opt_state, frozen, batch)

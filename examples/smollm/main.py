@@ -73,6 +73,7 @@ def arguments() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--base", choices=BASES, default="nf4", help="how the base is kept (nf4)")
+    add("--block", type=int, default=64, help="numbers that share a scale")
     add("--compare", action="store_true", help="train on each kind of base")
     add("--out", type=Path, help="the runs' folder (runs/smollm)")
     add("--fresh", action="store_true", help="start anew, dropping what --out holds")
@@ -181,6 +182,7 @@ def border(tree, source, texts: Texts, parts, args) -> None:
     model = source.model(scanned=True)
     plan = finetune.planned(model, args)
     names = jlora.peft.match(model, base, plan=plan)
+    shutil.rmtree(adapter, ignore_errors=True)
     config = {"base_model_name_or_path": str(base), "task_type": "CAUSAL_LM"}
     jlora.peft.save(adapter, tree, names=names, portable=True, config=config)
     print(f"for transformers, vLLM and others: {base} and {adapter}")

@@ -80,7 +80,7 @@ class Llama(nnx.Module):
         )
         layer = partial(Layer, config, dtype)
         if scanned:
-            self.layers = nnx.vmap(layer)(rngs.fork(split=config.layers))
+            self.layers = nnx.vmap(layer)(rngs.split(config.layers))
         else:
             self.layers = nnx.List(layer(rngs) for _ in range(config.layers))
         self.norm = nnx.RMSNorm(
@@ -99,12 +99,7 @@ class Llama(nnx.Module):
             mask = causal & (segments[:, None, :, None] == segments[:, None, None, :])
         x = self.embed(ids)
         if self.scanned:
-            step = nnx.scan(
-                lambda x, layer: layer(x, mask),
-                in_axes=(nnx.Carry, 0),
-                out_axes=nnx.Carry,
-            )
-            x = step(x, self.layers)
+            x, _ = jax.lax.scan(lambda x, layer: (layer(x, mask), None), x, self.layers)
         else:
             for layer in self.layers:
                 x = layer(x, mask)

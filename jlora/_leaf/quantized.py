@@ -180,11 +180,7 @@ def qtype_of(array: Any) -> str:
 
 
 def dequantized(array: Any) -> jax.Array:
-    """(numbers - zero point) * scale, each scale for all numbers of its block.
-
-    A table of values is a lookup to XLA, which it does not fuse into the product that
-    reads the array.  A tree of selects it does.
-    """
+    """(numbers - zero point) * scale, each scale for all numbers of its block."""
     array = jax.tree.map(lax.stop_gradient, array)
 
     def like() -> Any:
@@ -196,7 +192,7 @@ def dequantized(array: Any) -> jax.Array:
 def _dequantized(array: Any) -> jax.Array:
     numbers, scale = array.qvalue, array.scale
     if qtype_of(array) == "nf4":
-        numbers = _selected(numbers.astype(jnp.int32), NF4, scale.dtype)
+        numbers = _nf4(numbers)
     numbers = numbers.astype(scale.dtype)
     zero = getattr(array, "zero_point", None)
     blocks = [scale] if zero is None else [scale, zero]
@@ -215,16 +211,24 @@ def _dequantized(array: Any) -> jax.Array:
     return (wide * scale).reshape(numbers.shape)
 
 
-def _selected(at: jax.Array, values: Sequence[float], dtype: Any) -> jax.Array:
-    """values[at], by a tree of selects."""
+def _nf4(codes: jax.Array) -> jax.Array:
+    """The values of 4-bit codes, in float32.
 
-    def tree(low: int, high: int) -> Any:
-        if high - low == 1:
-            return jnp.asarray(values[low], dtype)
-        middle = (low + high) // 2
-        return jnp.where(at < middle, tree(low, middle), tree(middle, high))
-
-    return tree(0, len(values))
+    A pair of values by a multiple of the lowest bit, then selects by the other bits.  A
+    table of values would be a lookup to XLA, which it does not fuse into the product
+    that reads the array.  Selects of constants JAX would broadcast outside of a scan.
+    """
+    codes = codes.astype(jnp.int32)
+    odd = (codes & 1).astype(jnp.float32)
+    values = [
+        low + odd * (high - low)  # exact: so are these differences
+        for low, high in zip(NF4[::2], NF4[1::2], strict=True)
+    ]
+    for bit in (2, 4, 8):
+        on = (codes & bit) != 0
+        pairs = zip(values[::2], values[1::2], strict=True)
+        values = [jnp.where(on, high, low) for low, high in pairs]
+    return values[0]
 
 
 def _known(cls: type) -> Callable[[Any], base.Base] | None:
