@@ -21,34 +21,21 @@ def draw(histories: dict[str, dict[str, np.ndarray]], path: Path) -> None:
         )
         for base, history in histories.items():
             color, loss = COLORS[base], history["loss"]
-            seen = np.cumsum(history["tokens"])
+            seen = np.append(0, np.cumsum(history["tokens"]))
             if len(histories) == 1:
-                left.plot(seen, loss, color=color, alpha=0.25, linewidth=0.7)
-            width = max(1, len(loss) // 12)
-            left.plot(seen, smooth(loss, width), color=color, linewidth=2, label=base)
-            _perplexity(right, history, np.append(0, seen), color, base)
+                left.plot(seen[1:], loss, color=color, alpha=0.25, linewidth=0.7)
+            smoothed = smooth(loss, max(1, len(loss) // 12))
+            left.plot(seen[1:], smoothed, color=color, linewidth=2, label=base)
+            x, y = seen[history["evaluated"]], history["perplexity"]
+            words = f"{base}: {y[0]:.1f} before, {y[-1]:.1f} after"
+            right.plot(x, y, "o-", color=color, linewidth=2, label=words)
         left.set(title="Training loss", xlabel="tokens seen")
         left.set_ylabel("cross-entropy (nats a token)")
         right.set(title="Perplexity of held-out texts", xlabel="tokens seen")
         right.set_yscale("log")
-        right.margins(x=0.12, y=0.12)
         right.yaxis.set_major_formatter("{x:.0f}")
         right.yaxis.set_minor_formatter("{x:.0f}")
-        left.legend(title="base")
+        for axis in (left, right):
+            axis.legend(title="base")
         figure.savefig(path, dpi=150)
         plt.close(figure)
-
-
-def _perplexity(axis, history, seen, color, base) -> None:
-    """A line of `history["perplexity"]`, its ends with their numbers."""
-    x, y = seen[history["evaluated"]], history["perplexity"]
-    axis.plot(x, y, "o-", color=color, linewidth=2, label=base)
-    for i in (0, -1):
-        axis.annotate(
-            f"{y[i]:.1f}",
-            (x[i], y[i]),
-            xytext=(0, 7),
-            textcoords="offset points",
-            ha="center",
-            color=color,
-        )

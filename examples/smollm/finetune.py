@@ -97,8 +97,11 @@ def optimizer(config: Config) -> optax.GradientTransformation:
 
 
 def compiled_step(state: State, frozen, config: Config) -> Callable:
-    """A training step, compiled: trainable, opt_state, frozen, batch to the new two
-    and the loss."""
+    """A compiled training step.
+
+    It maps trainable, opt_state, frozen and a batch to new ones of the first two and
+    the loss.
+    """
     tx = optimizer(config)
 
     @jax.jit
@@ -153,14 +156,12 @@ def continuations(tree, prompts: list[str], tokenizer, end: int, new: int) -> li
     ids = np.zeros((len(rows), lengths.max() + new), np.int32)
     for i, row in enumerate(rows):
         ids[i, : len(row)] = row
+    filled = np.asarray(greedy(tree, ids, lengths, new))
     said = []
-    for row, n in zip(
-        np.asarray(greedy(tree, ids, lengths, new)), lengths, strict=True
-    ):
-        kept = itertools.takewhile(
-            lambda token: token != end, row[n : n + new].tolist()
-        )
-        said.append(tokenizer.decode(list(kept)))
+    for row, n in zip(filled, lengths, strict=True):
+        words = row[n : n + new].tolist()
+        words = words[: words.index(end)] if end in words else words
+        said.append(tokenizer.decode(words))
     return said
 
 

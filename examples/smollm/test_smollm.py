@@ -79,6 +79,9 @@ def folder(tiny, tmp_path_factory):
     return folder
 
 
+call = jax.jit(finetune.call)
+
+
 def ids(shape, seed=1):
     rng = np.random.default_rng(seed)
     return rng.integers(0, SIZES.vocabulary, shape).astype(np.int32)
@@ -95,16 +98,24 @@ def test_logits_are_transformers(tiny, folder, scanned):
     x = ids((2, 11))
     with torch.no_grad():
         want = theirs(torch.tensor(x)).logits.numpy()
-    got = finetune.call(tiny.model(scanned), x)
+    got = call(tiny.model(scanned), x)
     np.testing.assert_allclose(got, want, atol=1e-5 * abs(want).max())
+
+
+def test_tokens_are_transformers(tiny, folder):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    text = f"ab 12, é{END}"
+    assert theirs(text).input_ids == tiny.tokenizer.encode(text).ids
+    assert theirs.eos_token_id == tiny.end
 
 
 def test_scanned_or_not_and_in_half_precision(tiny):
     x = ids((2, 11))
-    want = finetune.call(tiny.model(), x)
-    got = finetune.call(tiny.model(scanned=True), x)
+    want = call(tiny.model(), x)
+    got = call(tiny.model(scanned=True), x)
     np.testing.assert_allclose(got, want, atol=1e-5 * abs(want).max())
-    half = finetune.call(tiny.model(scanned=True, dtype=jnp.bfloat16), x)
+    half = call(tiny.model(scanned=True, dtype=jnp.bfloat16), x)
     assert half.dtype == jnp.bfloat16
     assert abs(half - want).max() < 0.05 * abs(want).max()
 
@@ -125,14 +136,23 @@ def test_seven_matrices_are_planned(tiny, scanned):
 
 def test_packed_texts_have_the_logits_they_have_alone(tiny):
     texts = Texts([[5, 6, 7], [8, 9], [10] * 9, [11]], end=0, rows=2, width=12)
-    (batch,) = texts.batches(range(4))
-    assert batch.segments.max() == 2
     model = tiny.model(scanned=True)
-    packed = finetune.call(model, batch.ids, batch.segments)
-    for row, segment in ((0, 1), (0, 2), (1, 1), (1, 2)):
-        at = batch.segments[row] == segment
-        alone = finetune.call(model, batch.ids[row, at][None])[0]
-        np.testing.assert_allclose(packed[row, at], alone, atol=1e-5)
+
+    def logits(order):
+        """Of each text, by the token that it begins with."""
+        (batch,) = texts.batches(order)
+        found = call(model, batch.ids, batch.segments)
+        starts = np.argwhere((batch.ids == 0) & (batch.segments > 0))
+        rows = [
+            (row, batch.segments[row] == batch.segments[row, k]) for row, k in starts
+        ]
+        return {batch.ids[r, at][1]: found[r, at] for r, at in rows}
+
+    packed = logits(range(4))
+    assert sorted(packed) == [5, 8, 10, 11]
+    for number in range(4):
+        ((token, alone),) = logits([number]).items()
+        np.testing.assert_allclose(packed[token], alone, atol=1e-5)
 
 
 def test_batches_hold_every_text_once():
@@ -243,18 +263,21 @@ def test_a_stopped_run_resumes_to_the_bit(tiny, whole, tmp_path, monkeypatch):
 def test_continuations_are_greedy_and_end(tiny, whole):
     _, state, frozen = whole
     tree = jlora.combine(state.trainable, frozen)
-    prompts = ["aa", "b"]
-    said = finetune.continuations(tree, prompts, tiny.tokenizer, tiny.end, new=5)
-    for prompt, text in zip(prompts, said, strict=True):
-        tokens = [tiny.end, *tiny.tokenizer.encode(prompt).ids]
-        wanted = []
-        for _ in range(5):
-            logits = jlora.lift(finetune.call)(tree, jnp.asarray([tokens]))
-            tokens.append(int(logits[0, -1].argmax()))
-            if tokens[-1] == tiny.end:
-                break
-            wanted.append(tokens[-1])
-        assert text == tiny.tokenizer.decode(wanted)
+    given, lengths, row = ids((2, 9)), np.array([2, 4]), np.arange(2)
+    found = finetune.greedy(tree, given, lengths, new=5)
+    likely = jax.jit(jlora.lift(finetune.call))(tree, found).argmax(-1)
+    for i in range(5):
+        at = lengths + i
+        np.testing.assert_array_equal(found[row, at], likely[row, at - 1])
+
+    def filled(tree, ids, lengths, new):
+        ids[:, 3:] = [[4, tiny.end, 5], [4, 5, 6]]
+        return ids
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finetune, "greedy", filled)
+        said = finetune.continuations(tree, ["aa", "bb"], tiny.tokenizer, 0, new=3)
+    assert said == [tiny.tokenizer.decode(x) for x in ([4], [4, 5, 6])]
 
 
 # ------------------------------------------------------------------------ the border
@@ -274,8 +297,8 @@ def test_peft_serves_what_was_trained(tiny, folder, tmp_path):
     x = ids((2, 11))
     with torch.no_grad():
         want = theirs(torch.tensor(x)).logits.numpy()
-    got = jlora.lift(finetune.call)(tree, x)
-    assert abs(finetune.call(model, x) - want).max() > 0.1
+    got = jax.jit(jlora.lift(finetune.call))(tree, x)
+    assert abs(call(model, x) - want).max() > 0.1
     np.testing.assert_allclose(got, want, atol=1e-3)
 
 
@@ -419,6 +442,7 @@ def test_a_damaged_download_is_refused(tmp_path, monkeypatch):
         weights.load(None)
 
 
+@pytest.mark.slow  # and 93 MB to fetch
 def test_the_pinned_model_knows_the_capital_of_france():
     try:
         source = weights.load(None)

@@ -306,6 +306,9 @@ def write(pretrained: Pretrained, folder: Path, dtype: str = "float32") -> None:
         new.mkdir()
         (new / "config.json").write_text(json.dumps(said, indent=1))
         pretrained.tokenizer.save(str(new / "tokenizer.json"))
+        end = pretrained.tokenizer.id_to_token(pretrained.end)
+        about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end}
+        (new / "tokenizer_config.json").write_text(json.dumps(about, indent=1))
         tensors = {k: jnp.asarray(x, dtype) for k, x in pretrained.tensors.items()}
         save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
         shutil.rmtree(folder, ignore_errors=True)

@@ -30,6 +30,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from jlora._labels import RANK
 from jlora._leaf.node import register
 
 
@@ -57,11 +58,17 @@ class Base(abc.ABC):
       dtype: the array's dtype, as the model sees it.
       slices: static; whether slicing every field along a leading axis slices the array,
         as `jax.lax.scan` slices a stack of layers.
+      whole: static; whether a scan leaves it whole, and each step takes its `row`.
       zero: static; whether the array is zero.  Such a base has no arrays.
     """
 
     slices = True
     zero = False
+
+    @property
+    def whole(self) -> bool:
+        """If slicing its fields does not slice the array."""
+        return not self.slices
 
     shape: Any
     dtype: Any
@@ -92,6 +99,10 @@ class Base(abc.ABC):
         For a field of the base ``axes`` may have RANK where an axis stays as it is.
         """
         return self.along(fn, *operands)
+
+    def row(self, step: Any) -> Any:
+        """The base whose array is array[step], with a traced index in bounds."""
+        return self.cut(_row, step)
 
     def fieldwise(self, fn: Callable[..., Any]) -> Any:
         """The base whose array is fn(array, axes), which moves data between devices.
@@ -158,6 +169,10 @@ class Base(abc.ABC):
     def remark(self) -> str:
         """What a table shows of it besides shape and dtype."""
         return ""
+
+
+def _row(w: jax.Array, axes: Sequence[int], step: Any) -> jax.Array:
+    return lax.dynamic_index_in_dim(w, 0 if axes[0] == RANK else step, keepdims=False)
 
 
 class _Uncompared(tuple[int, ...]):
@@ -289,6 +304,17 @@ class Pending(Base):
         if not self.by_value:
             return super().cut(fn, *operands)
         return self._inside(lambda w: cut(w, fn, *operands))
+
+    @property
+    def whole(self) -> bool:
+        """As that of its own base, if it acts by value."""
+        return whole(self.bases[0]) if self.by_value else True
+
+    def row(self, step: Any) -> Any:
+        """As that of its own base, if it acts by value."""
+        if not self.by_value:
+            return super().row(step)
+        return self._inside(lambda w: row(w, step))
 
     def fieldwise(self, fn: Callable[..., Any]) -> Any:
         """As that of its own base, if it acts by value."""
@@ -460,6 +486,18 @@ def slices(w: Any) -> bool:
     """Whether slicing every field along a leading axis slices the array."""
     own = seen(w)
     return own is None or own.slices
+
+
+def whole(w: Any) -> bool:
+    """Whether a scan leaves the base whole, and each step takes its `row`."""
+    own = seen(w)
+    return own is not None and own.whole
+
+
+def row(w: Any, step: Any) -> Any:
+    """The base whose array is array[step]; see `Base.row`."""
+    own = seen(w)
+    return _row(w, [0], step) if own is None else own.row(step)
 
 
 def joined(bases: Sequence[Any], fn: Callable[..., Any]) -> Any:

@@ -8,6 +8,7 @@ imported here.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jlora._explicit import automatic
 from jlora._labels import RANK
 from jlora._leaf import base
+from jlora._leaf.node import register
 
 # The values of NormalFloat4 (arXiv:2305.14314, appendix E), as qwix and bitsandbytes
 # have them.
@@ -61,6 +63,15 @@ class Quantized(base.Base):
         """Whether every field has the array's first axis whole."""
         n = self.shape[0] if self.shape else 0
         return all(x.ndim and x.shape[0] == n for x in jax.tree.leaves(self.array))
+
+    @property
+    def whole(self) -> bool:
+        """Always."""
+        return True
+
+    def row(self, step: Any) -> Any:
+        """Taken in each use."""
+        return Row(self.array, step)
 
     def use(self, fn: Callable[..., Any], *operands: Any) -> Any:
         """fn(array, *operands), with the array made in the forward and backward pass.
@@ -169,6 +180,51 @@ class Quantized(base.Base):
         numbers, scales = self.shape, self.array.scale.shape
         tiles = [n // m for n, m in zip(numbers, scales, strict=True)]
         return f"{qtype_of(self.array)} in blocks of {int(np.prod(tiles))}"
+
+
+@functools.partial(register, data=["array", "step"])
+@dataclasses.dataclass(frozen=True)
+class Row(base.Base):
+    """One layer of a quantised stack in a scan, taken in each use.
+
+    If the scan itself slices the stack, XLA for CPU widens all its numbers to bytes or
+    to float16 ahead of the loop, since it slices no narrower ones.
+
+    Attributes:
+      array: the stack.
+      step: which layer.
+    """
+
+    array: Any
+    step: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        """That of the stack, without its first axis."""
+        return tuple(self.array.qvalue.shape[1:])
+
+    @property
+    def dtype(self) -> Any:  # type: ignore[override]
+        """The scale's dtype."""
+        return self.array.scale.dtype
+
+    def use(self, fn: Callable[..., Any], *operands: Any) -> Any:
+        """As `Quantized.use`, with the layer taken behind the barrier."""
+
+        def call(array: Any, step: Any, *operands: Any) -> Any:
+            held = lax.optimization_barrier((array, step, operands))
+            array, step, operands = held
+            return fn(dequantized(_row(array, step)), *operands)
+
+        return jax.checkpoint(call)(self.array, self.step, *operands)
+
+
+def _row(array: Any, step: Any) -> Any:
+    def one(field: Any) -> Any:
+        at = 0 if field.shape[0] == 1 else step
+        return lax.dynamic_index_in_dim(field, at, keepdims=False)
+
+    return jax.tree.map(one, array)
 
 
 def qtype_of(array: Any) -> str:

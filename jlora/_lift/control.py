@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora import _compat
-from jlora._labels import RANK
 from jlora._leaf import Dropout, LoRA, base, fields, forms
 from jlora._leaf.forms import NotFactored
 from jlora._lift.evaluate import Evaluation, Tracked, rule
@@ -105,16 +104,11 @@ class _Carry:
         return [next(kept) if i in self.fixed else next(values) for i in range(n)]
 
 
-def _row(w: jax.Array, axes: Sequence[int], step: Any) -> jax.Array:
-    step = 0 if axes[0] == RANK else step
-    return lax.dynamic_index_in_dim(w, step, keepdims=False)
-
-
 class _Xs:
     """The values that a scan slices.
 
-    Slicing the fields of a base may not slice its array.  Such a base stays whole, and
-    each step takes its row.
+    Slicing the fields of a base may not slice its array, or cost more than it seems to.
+    Such a base stays whole, and each step takes its row.
 
     Attributes:
       whole: the bases that stay whole, by position.
@@ -127,7 +121,7 @@ class _Xs:
         for i, x in enumerate(xs):
             if isinstance(x, Tracked) and x.leaf.axes[0] != "b":
                 x = ev.materialise(x, "scan (over an axis that is not a batch axis)")
-            if isinstance(x, Tracked) and not base.slices(w := x.leaf.base):
+            if isinstance(x, Tracked) and base.whole(w := x.leaf.base):
                 self.whole[i] = w
                 x = x.now(dataclasses.replace(x.leaf, w=None))
             self.sliced.append(x)
@@ -136,7 +130,7 @@ class _Xs:
         """The slices of one step, with the rows of the bases that stayed whole."""
         out = list(sliced)
         for i, w in self.whole.items():
-            row = base.cut(w, _row, step)
+            row = base.row(w, step)
             out[i] = out[i].now(dataclasses.replace(out[i].leaf, w=row))
         return out
 
