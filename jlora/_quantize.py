@@ -16,6 +16,7 @@ from jlora._leaf.quantized import Quantized
 from jlora._plan.from_tree import from_tree
 from jlora._plan.plan import Plan, check, table
 from jlora._plan.select import Wanted
+from jlora._plan.spec import RANK
 from jlora._printed import PrintedByPath
 from jlora._tree import by_path, paths, sharding
 from jlora._tree.patterns import Pattern, as_patterns, check_matched, matches
@@ -184,7 +185,7 @@ def _of_plain(
     if plan is not None:
         check(plan, leaves, "quantize", None, (), ())
     else:
-        asked = Wanted.of(None, None, targets, exclude, ())
+        asked = Wanted.of(RANK, None, targets, exclude, ())
         plan = from_tree(tree, leaves, asked)
     return {path: (spec.axes, spec.kind == "embed") for path, spec in plan.items()}
 

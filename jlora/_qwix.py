@@ -160,8 +160,8 @@ def _compiled(make: _Make, places: tuple[Any, ...], treedef: Any) -> Any:
 def _parts(shape: Sequence[int], tiles: Sequence[int]) -> int:
     """Into how many parts the first axis is split, so that a part is not too large."""
     rows = shape[0] // tiles[0] if shape else 1
-    least = math.ceil(math.prod(shape) / _LARGE)
-    return next((n for n in range(least, rows + 1) if rows % n == 0), 1)
+    least = min(math.ceil(math.prod(shape) / _LARGE), rows)
+    return next(n for n in range(max(least, 1), rows + 1) if rows % n == 0) if rows else 1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ import numpy as np
 import optax
 
 import jlora
-from jlora._leaf.base import Base
+from jlora._leaf.base import is_base
 
 # Compiler options that undo what conftest.py switches off: of the HLO that costs are
 # counted in, and of the code as well.
@@ -174,7 +174,7 @@ def wrap_random(params, plan, *, seed=7, **options):
     tree = jlora.wrap(jax.eval_shape(lambda: params), plan=plan, **options)
 
     def whole(node):
-        return is_adapted(node) or isinstance(node, Base)
+        return is_adapted(node) or is_base(node)
 
     def fill(leaf, base):
         return dataclasses.replace(leaf, w=base) if is_adapted(leaf) else base

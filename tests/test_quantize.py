@@ -1,0 +1,522 @@
+"""A quantised base: made, used in every way, never kept.
+
+The oracle is the dequantised weight, by qwix's own `dequantize`, merged by hand.
+"""
+
+import dataclasses
+import pickle
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import qwix
+from helpers import (
+    adapted,
+    by_hand,
+    close,
+    cotangents,
+    dot_with,
+    integers,
+    normal,
+    quiet,
+    randomise,
+    same,
+    wrap_random,
+)
+from jax import lax
+from test_base import CASES
+
+import jlora
+from jlora._leaf.quantized import NF4, dequantized
+
+QTYPES = ["int8", "int4", "nf4", "float8_e4m3fn"]
+OTHERS = ["int2", "int5", "float8_e5m2", "float4_e2m1fn", jnp.int8, jnp.float8_e3m4]
+
+
+def is_q(x):
+    return isinstance(x, qwix.QArray)
+
+
+def floats(tree):
+    """The tree on the arrays that its quantised ones stand for."""
+
+    def one(x):
+        if jlora.is_adapted(x):
+            return dataclasses.replace(x, w=floats(x.w))
+        return qwix.dequantize(x) if is_q(x) else x
+
+    return jax.tree.map(one, tree, is_leaf=lambda x: jlora.is_adapted(x) or is_q(x))
+
+
+def blocked(fn, params, *args, qtype="int8", block=None, **options):
+    """The params with every weight quantised."""
+    plan = jlora.plan(fn, params, *args, rank=2, targets="**")
+    return jlora.quantize(params, qtype, plan=plan, block=block, **options)
+
+
+# ------------------------------------------------------------------ every use
+
+
+@pytest.mark.parametrize("qtype", ["int8", "nf4"])
+@pytest.mark.parametrize("name", CASES)
+def test_value_and_gradient(name, qtype):
+    """With adapters, under jit and op by op, vmap and scan, against the float weight."""
+    fn, params, x = CASES[name]
+    coded = blocked(fn, params, x, qtype=qtype)
+    plan = jlora.plan(fn, coded, x, rank=2, targets="**")
+    tree = wrap_random(coded, plan)
+    assert any(is_q(leaf.w) for leaf in adapted(tree).values())
+    assert {e.status for e in jlora.explain(fn, tree, x)} == {"factored"}
+    trains, frozen = jlora.partition(tree)
+    weights = cotangents(jax.eval_shape(fn, floats(coded), x))
+
+    def theirs(trains, x):
+        return fn(by_hand(floats(jlora.combine(trains, frozen)), plan), x)
+
+    def ours(trains, x):
+        return jlora.lift(fn)(jlora.combine(trains, frozen), x)
+
+    def all_ways(call, trains, x):
+        def loss(trains):
+            out = call(trains, x)
+            return dot_with(weights, out), out
+
+        found = {"grad": jax.grad(loss, has_aux=True)(trains)}
+        if name != "experts":  # JAX has no vmap of a ragged product
+            two = jnp.stack([x, x[::-1]])
+            found["vmap"] = jax.vmap(lambda x: call(trains, x))(two)
+        return found
+
+    got, want = quiet(
+        jax.jit(lambda t, x: (all_ways(ours, t, x), all_ways(theirs, t, x))), trains, x
+    )
+    tol = 2e-2 if name == "half precision" else 1e-5
+    for way in want:
+        close(got[way], want[way], tol, way)
+    close(quiet(ours, trains, x), want["grad"][1], tol, "op by op")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_without_an_adapter(name):
+    """A quantised weight is read by the lift wherever a float one would be."""
+    fn, params, x = CASES[name]
+    coded = blocked(fn, params, x, qtype="nf4")
+    want = fn(floats(coded), x)
+    tol = 2e-2 if name == "half precision" else 1e-5
+    close(jax.jit(jlora.lift(fn))(coded, x), want, tol)
+    close(jlora.lift(fn)(coded, x), want, tol)
+    if x.dtype == jnp.float32:
+        weights = cotangents(want)
+        got, want = (
+            jax.grad(lambda x, p=p, f=f: dot_with(weights, f(p, x)))(x)
+            for f, p in ((jlora.lift(fn), coded), (fn, floats(coded)))
+        )
+        close(got, want, tol)
+
+
+@pytest.mark.parametrize("name", ["tied head", "concatenate", "scan", "shared"])
+def test_half_of_the_weights_adapted(name):
+    """Adapted and bare quantised weights meet in one function."""
+    fn, params, x = CASES[name]
+    coded = blocked(fn, params, x, qtype="int8")
+    first = next(iter(jlora.plan(fn, coded, x, targets="**")))
+    plan = jlora.plan(fn, coded, x, rank=2, targets=first)
+    tree = wrap_random(coded, plan)
+    assert sum(map(is_q, jax.tree.leaves(tree, is_leaf=is_q))) >= 1
+    close(jlora.lift(fn)(tree, x), fn(by_hand(floats(tree), plan), x))
+
+
+BLOCKS = {
+    "dense": (lambda p, x: x @ p["w"], {"w": normal(8, 6)}, normal(3, 8), (2, 6)),
+    "heads": (
+        lambda p, x: jnp.einsum("bi,ihd->bhd", x, p["w"]),
+        {"w": normal(8, 2, 3)},
+        normal(3, 8),
+        (2, 2, 3),
+    ),
+    "several in axes": (
+        lambda p, x: jnp.einsum("bhd,hdo->bo", x, p["w"]),
+        {"w": normal(4, 2, 3)},
+        normal(5, 4, 2),
+        (2, 1, 3),
+    ),
+    "stack": (
+        lambda p, x: lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["w"])[0],
+        {"w": normal(3, 8, 8)},
+        normal(5, 8),
+        (3, 2, 8),
+    ),
+    "convolution": (
+        lambda p, x: lax.conv_general_dilated(
+            x, p["w"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        ),
+        {"w": normal(3, 3, 8, 5)},
+        normal(2, 6, 6, 8),
+        (3, 3, 2, 5),
+    ),
+    "embedding": (
+        lambda p, ids: jnp.take(p["w"], ids, axis=0),
+        {"w": normal(7, 8)},
+        integers(4, below=7),
+        (7, 2),
+    ),
+    "torch's order": (
+        lambda p, x: x @ p["w"].T,
+        {"w": normal(6, 8)},
+        normal(3, 8),
+        (6, 2),
+    ),
+    "experts": (
+        lambda p, x: jnp.einsum("ebi,eio->ebo", x, p["w"]),
+        {"w": normal(3, 8, 5)},
+        normal(3, 4, 8),
+        (3, 2, 5),
+    ),
+}
+
+
+@pytest.mark.parametrize("qtype", QTYPES)
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks_along_the_in_axes(name, qtype):
+    """The scales, and the numbers by the definition, in numpy."""
+    fn, params, x, scales = BLOCKS[name]
+    coded = blocked(fn, params, x, qtype=qtype, block=4)["w"]
+    assert is_q(coded) and coded.scale.shape == scales
+    assert (coded.shape, coded.dtype) == (params["w"].shape, jnp.float32)
+    w = np.asarray(params["w"], np.float64)
+    cut = [(m, n // m) for n, m in zip(w.shape, scales, strict=True)]
+    parts = w.reshape([n for pair in cut for n in pair])
+    largest = abs(parts).max(tuple(range(1, 2 * w.ndim, 2)), keepdims=True)
+    got = np.asarray(qwix.dequantize(coded), np.float64).reshape(parts.shape)
+    error = abs(got - parts)  # a number that lies between two may fall either way
+    if qtype == "nf4":
+        values = np.array(NF4) * largest[..., None]
+        assert (error <= abs(parts[..., None] - values).min(-1) * (1 + 1e-5)).all()
+        assert (abs(got[..., None] - values).min(-1) <= 1e-6 * largest).all()
+    elif qtype.startswith("int"):
+        step = largest / (2 ** (int(qtype[3:]) - 1) - 0.5)
+        assert (error <= 0.5 * step * (1 + 1e-5)).all()
+        assert (abs(got / step - np.round(got / step)) <= 1e-4).all()
+    else:  # three bits of mantissa; below 2^-6 of the scale its numbers are even
+        step = largest / 448
+        assert (error <= np.maximum(abs(parts) * 2**-4, step * 2**-10)).all()
+        codes = jnp.asarray(got / step, jnp.float32)
+        same(codes.astype(jnp.float8_e4m3fn), coded.qvalue.reshape(codes.shape))
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks_in_use(name):
+    fn, params, x, _ = BLOCKS[name]
+    coded = blocked(fn, params, x, qtype="nf4", block=4)
+    plan = jlora.plan(fn, coded, x, rank=2, targets="**")
+    tree = wrap_random(coded, plan)
+    want = fn(by_hand(floats(tree), plan), x)
+    close(jlora.lift(fn)(tree, x), want)
+    close(jax.jit(jlora.lift(fn))(tree, x), want)
+    close(jax.jit(jlora.lift(fn))(coded, x), fn(floats(coded), x))
+
+
+@pytest.mark.parametrize("qtype", [*QTYPES, *OTHERS])
+def test_dequantised_as_qwix_does(qtype):
+    w = normal(64, 6)
+    coded = jlora.quantize({"kernel": w}, qtype, block=16)["kernel"]
+    same(dequantized(coded), qwix.dequantize(coded))
+    same(jax.jit(dequantized)(coded), qwix.dequantize(coded))
+    half = jlora.quantize({"kernel": w.astype(jnp.bfloat16)}, qtype, block=16)["kernel"]
+    assert half.dtype == half.scale.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("qtype, block", [("mxfp8", 32), ("mxfp4", 32), ("nvfp4", 16)])
+def test_formats_with_blocks_of_their_own(qtype, block):
+    coded = jlora.quantize({"kernel": normal(64, 6)}, qtype, block=block)["kernel"]
+    same(dequantized(coded), qwix.dequantize(coded))
+    with pytest.raises(ValueError, match=f"{qtype} has blocks of {block}, found block"):
+        jlora.quantize({"kernel": normal(64, 6)}, qtype)
+
+
+# ------------------------------------------------- forward mode, second derivatives
+
+
+def test_derivatives_of_every_kind():
+    """jvp, hessian, vmap of grad, and a remat policy."""
+    fn, params, x, _ = BLOCKS["dense"]
+    coded = blocked(fn, params, x, qtype="nf4", block=4)
+    plan = jlora.plan(fn, coded, x, rank=2)
+    trains, frozen = jlora.partition(wrap_random(coded, plan))
+
+    def loss(lifted, trains, x):
+        tree = jlora.combine(trains, frozen)
+        if lifted:
+            return jnp.tanh(jlora.lift(fn)(tree, x)).sum()
+        return jnp.tanh(fn(by_hand(floats(tree), plan), x)).sum()
+
+    def ways(lifted):
+        def one(trains):
+            return loss(lifted, trains, x)
+
+        saved = jax.checkpoint(one, policy=jax.checkpoint_policies.dots_saveable)
+        return {
+            "jvp": jax.jvp(one, (trains,), (trains,)),
+            "hessian": jax.hessian(one)(trains),
+            "policy": jax.grad(saved)(trains),
+            "vmap": jax.vmap(jax.grad(lambda x: loss(lifted, trains, x)))(
+                jnp.stack([x, 2 * x])
+            ),
+            "of x": jax.jacfwd(jax.grad(lambda x: loss(lifted, trains, x)))(x),
+        }
+
+    got, want = ways(True), ways(False)
+    for way in want:
+        close(got[way], want[way], 2e-5, way)
+
+
+def test_gradients_of_scales_are_never_computed():
+    fn, params, x, _ = BLOCKS["dense"]
+    coded = blocked(fn, params, x, qtype="int8", block=4)
+    tree = wrap_random(coded, jlora.plan(fn, coded, x, rank=2))
+
+    def loss(scale):
+        w = dataclasses.replace(tree["w"].w, scale=scale)
+        leaf = dataclasses.replace(tree["w"], w=w)
+        return jlora.lift(fn)({"w": leaf}, x).sum()
+
+    assert not jax.grad(loss)(tree["w"].w.scale).any()
+
+    def bare(scale):
+        return jlora.lift(fn)({"w": dataclasses.replace(coded["w"], scale=scale)}, x)
+
+    assert not jax.grad(lambda s: bare(s).sum())(coded["w"].scale).any()
+
+
+# ------------------------------------------------------------------ qwix's own arrays
+
+
+def test_arrays_that_qwix_made_are_taken_as_they_are():
+    """Asymmetric, one scale for a whole stack, and blocks along any axis."""
+    w = normal(3, 8, 8) + 0.3
+    made = {
+        "asymmetric": qwix.quantize(
+            w, jnp.int8, channelwise_axes=(0, 2), calibration_method="minmax"
+        ),
+        "one scale": qwix.quantize(w, jnp.int8),
+        "blocks of outputs": qwix.quantize(w, "nf4", tiled_axes={1: 4, 2: 4}),
+        "half": qwix.quantize(w.astype(jnp.bfloat16), "nf4", channelwise_axes=(0,)),
+    }
+
+    def scanned(p, x):
+        return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["w"])[0]
+
+    def unrolled(p, x):
+        for k in range(3):
+            x = jnp.tanh(x @ p["w"][k].T)
+        return x
+
+    def taken(p, x):
+        ids = integers(5, below=3)
+        return jnp.einsum("bi,bio->bo", x, p["w"][ids]) + p["w"][:, 1:5, 2][ids, :1]
+
+    x = normal(5, 8)
+    for name, q in made.items():
+        tol = 3e-2 if name == "half" else 1e-5  # three layers, each rounded to 2^-8
+        for fn in (scanned, unrolled, taken):
+            want = fn({"w": qwix.dequantize(q)}, x)
+            close(jax.jit(jlora.lift(fn))({"w": q}, x), want, tol, name)
+        for fn in (scanned, unrolled):
+            plan = jlora.plan(fn, {"w": q}, x, rank=2)
+            tree = wrap_random({"w": q}, plan)
+            assert tree["w"].w is q
+            close(
+                jax.jit(jlora.lift(fn))(tree, x),
+                fn(by_hand(floats(tree), plan), x),
+                tol,
+                name,
+            )
+
+
+def test_lookups_out_of_bounds():
+    """As in the float table, whatever the mode and wherever the blocks are."""
+    table, ids = normal(12, 8), jnp.array([0, 11, -1, 12, 40, -13])
+    made = [
+        qwix.quantize(table, "nf4", channelwise_axes=(0,), tiled_axes={1: 4}),
+        qwix.quantize(table, jnp.int8, channelwise_axes=(1,), tiled_axes={0: 4}),
+        qwix.quantize(table, jnp.float8_e4m3fn),
+    ]
+    for mode in ("fill", "clip", "promise_in_bounds"):
+        at = ids % 12 if mode == "promise_in_bounds" else ids
+
+        def fn(p, ids, mode=mode):
+            return p["w"].at[ids].get(mode=mode), p["w"].at[:, ids % 8].get(mode=mode)
+
+        for q in made:
+            want = fn({"w": qwix.dequantize(q)}, at)
+            got = jlora.lift(fn)({"w": q}, at)
+            for g, v in zip(got, want, strict=True):
+                np.testing.assert_allclose(g, v, rtol=1e-6)
+
+
+# ------------------------------------------------------------------------- trees
+
+
+def model(p, ids):
+    h = jnp.take(p["embed"]["embedding"], ids, axis=0)
+    h = jnp.tanh(h @ p["up"]["kernel"] + p["up"]["bias"])
+    return h @ p["embed"]["embedding"].T
+
+
+PARAMS = {
+    "embed": {"embedding": normal(12, 64)},
+    "up": {"kernel": normal(64, 64), "bias": normal(64)},
+}
+IDS = integers(5, below=12)
+
+
+def test_what_is_quantised():
+    plan = jlora.plan(model, PARAMS, IDS, rank=2)
+    assert [*plan] == ["up/kernel"]
+    coded = jlora.quantize(PARAMS, "nf4", plan=plan)
+    assert is_q(coded["up"]["kernel"])
+    assert coded["up"]["bias"] is PARAMS["up"]["bias"]
+    assert coded["embed"]["embedding"] is PARAMS["embed"]["embedding"]
+    told = jlora.quantize(PARAMS, "nf4")
+    same(told["up"]["kernel"], coded["up"]["kernel"])
+    both = jlora.quantize(PARAMS, jnp.int8, targets=["**/kernel", "**/embedding"])
+    assert both["embed"]["embedding"].scale.shape == (12, 1)
+    assert both["up"]["kernel"].qtype == "int8"
+    close(
+        jlora.lift(model)(both, IDS),
+        model(floats(both), IDS),
+    )
+    tree = wrap_random(PARAMS, plan)
+    own = jlora.quantize(tree, "nf4")
+    same(own["up"]["kernel"].w, coded["up"]["kernel"])
+    assert own["up"]["kernel"].a is tree["up"]["kernel"].a
+    same(own, jlora.attach(coded, jlora.adapter(tree)))
+
+
+def test_tables_say_what_is_quantised():
+    coded = jlora.quantize(PARAMS, "nf4")
+    tree = jlora.wrap(coded, rank=2)
+    assert "io, nf4 in blocks of 64" in str(jlora.summary(tree))
+    assert jlora.count(tree) == jlora.count(jlora.wrap(PARAMS, rank=2))
+    assert repr(coded["up"]["kernel"]) == "QArray(float32[64,64], nf4 in blocks of 64)"
+    assert "QArray(uint4[64,64], float32[1,64])" in repr(tree["up"]["kernel"])
+    found = jlora.rounding(PARAMS, coded)
+    w = np.asarray(PARAMS["up"]["kernel"], np.float64)
+    error = np.asarray(floats(coded)["up"]["kernel"], np.float64) - w
+    want = np.linalg.norm(error) / np.linalg.norm(w)
+    assert found["up/kernel"] == pytest.approx(want, rel=1e-5)
+    assert f"up/kernel  {100 * want:.3g} %" in str(found)
+    with pytest.raises(ValueError, match="'up/kernel' is quantised in after, and befo"):
+        jlora.rounding({"up": {"bias": normal(64)}}, coded)
+
+
+def test_shapes_alone_and_under_jit():
+    abstract = jax.eval_shape(lambda: PARAMS)
+    plan = jlora.plan(model, abstract, jax.eval_shape(lambda: IDS), rank=2)
+    shapes = jlora.quantize(abstract, "nf4", plan=plan)
+    whole = jlora.quantize(PARAMS, "nf4", plan=plan)
+    assert jax.tree.structure(shapes) == jax.tree.structure(whole)
+    for x, y in zip(jax.tree.leaves(shapes), jax.tree.leaves(whole), strict=True):
+        assert (x.shape, x.dtype) == (y.shape, y.dtype)
+    inside = jax.jit(lambda p: jlora.quantize(p, "nf4", plan=plan))(PARAMS)
+    close(inside["up"]["kernel"].scale, whole["up"]["kernel"].scale)
+    tree = jlora.wrap(shapes, plan=plan)
+    assert jax.eval_shape(jlora.lift(model), tree, IDS).shape == (5, 12)
+
+
+def test_donated_leaf_by_leaf():
+    given = jax.tree.map(jnp.array, PARAMS)
+    kernel, bias = given["up"]["kernel"], given["up"]["bias"]
+    coded = jlora.quantize(given, "int8", donate=True)
+    assert kernel.is_deleted() and not bias.is_deleted()
+    same(coded["up"]["kernel"], jlora.quantize(PARAMS, "int8")["up"]["kernel"])
+
+
+def test_large_arrays_are_quantised_in_parts(monkeypatch):
+    from jlora import _qwix
+
+    w = {"kernel": normal(3, 128, 6)}
+    plan = jlora.plan(BLOCKS["experts"][0], {"w": w["kernel"]}, normal(3, 4, 128))
+    whole = jlora.quantize({"w": w["kernel"]}, "nf4", plan=plan)["w"]
+    flat = jlora.quantize({"kernel": w["kernel"][0]}, "nf4")["kernel"]
+    monkeypatch.setattr(_qwix, "_LARGE", 100)
+    assert _qwix._parts((3, 128, 6), (1, 64, 1)) == 3
+    assert _qwix._parts((128, 6), (64, 1)) == 2
+    same(jlora.quantize({"w": w["kernel"]}, "nf4", plan=plan)["w"], whole)
+    same(jlora.quantize({"kernel": w["kernel"][0]}, "nf4")["kernel"], flat)
+
+
+def test_it_survives_what_trees_go_through():
+    coded = jlora.quantize(PARAMS, "nf4")
+    tree = randomise(jlora.wrap(coded, rank=2))
+    same(pickle.loads(pickle.dumps(coded)), coded)
+    same(jax.tree.map(lambda x: x, tree), tree)
+    same(jlora.combine(*jlora.partition(tree)), tree)
+    assert jlora.unwrap(tree)["up"]["kernel"] is coded["up"]["kernel"]
+    names = jlora.labels(tree)["up"]["kernel"]
+    assert (names.w.qvalue, names.w.scale, names.a) == ("frozen", "frozen", "lora")
+    same(
+        jlora.attach(coded, jlora.adapter(tree)),
+        tree,
+    )
+
+
+# ---------------------------------------------------------------------- bad input
+
+
+def raises(match, tree, qtype="int8", **options):
+    with pytest.raises(ValueError, match=match):
+        jlora.quantize(tree, qtype, **options)
+
+
+def test_bad_input():
+    tree = {"dense": {"kernel": normal(64, 6)}}
+    raises("qtype 'int9': expected one of int8, .*near names: 'int", tree, "int9")
+    raises("qtype 'nf5'.*near names: 'nf4'", tree, "nf5")
+    raises("qtype .*bfloat16", tree, jnp.bfloat16)
+    raises("qtype 4: expected", tree, 4)
+    odd = {"k": {"kernel": normal(65, 6)}}
+    raises("blocks of 64 do not divide 'k/kernel': its in axes of 65", odd)
+    raises("blocks of 128 do not divide 'dense/kernel'", tree, block=128)
+    raises("block=0: expected a number", tree, block=0)
+    raises("block=True: expected a number", tree, block=True)
+    raises("target 'dens/kernel' matches no path", tree, targets="dens/kernel")
+    plan = jlora.plan(lambda p, x: x @ p["dense"]["kernel"], tree, normal(3, 64))
+    raises("nothing to quantise", tree, exclude="**", plan=plan)
+    ints = {"dense": {"kernel": jnp.ones((64, 6), jnp.int8)}}
+    raises("'dense/kernel'.*int8: expected", ints, targets="**/kernel")
+    coded = jlora.quantize(tree, "nf4")
+    raises("'dense/kernel' is nf4 in blocks of 64 already: expected a float", coded)
+    raises("already", jlora.wrap(coded, rank=2))
+    other = jlora.plan(lambda p, x: x @ p["w"], {"w": normal(64, 6)}, normal(3, 64))
+    raises("the plan is of another tree", tree, plan=other)
+
+
+def test_outside_of_lift():
+    coded = jlora.quantize({"kernel": normal(64, 6)}, "nf4")["kernel"]
+    x = normal(3, 64)
+    uses = {
+        "operator": lambda: x @ coded,
+        "numpy": lambda: np.asarray(coded),
+        "jnp": lambda: jnp.dot(x, coded),
+        "sum": lambda: coded + 1,
+    }
+    for name, use in uses.items():
+        with pytest.raises(TypeError, match="is a quantised array.*jlora.lift"):
+            use()
+            pytest.fail(name)
+    with pytest.raises(AttributeError, match="no attribute 'at'; it is a quantised"):
+        coded.at  # noqa: B018
+
+
+def test_without_qwix(monkeypatch):
+    from jlora import _qwix
+
+    monkeypatch.setattr(
+        _qwix.importlib,
+        "import_module",
+        lambda name: (_ for _ in ()).throw(ImportError(name)),
+    )
+    with pytest.raises(ImportError, match=r'pip install "jlora\[quant\]"'):
+        jlora.quantize({"kernel": normal(64, 6)}, "nf4")
