@@ -7,15 +7,19 @@ in place.
 from __future__ import annotations
 
 import dataclasses
+import logging
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jlora import _qwix
 from jlora._algebra.rows import replaces
 from jlora._algebra.weight import dense
 from jlora._leaf import Adapted, Full, LoRA, base, fields, is_adapted
 from jlora._leaf.fields import lacking, missing
+from jlora._plan.plan import table
 from jlora._tree import by_path, output_bias, paths, sharding
 from jlora._tree.trace import is_array
 from jlora._tree.variables import refuse_layers
@@ -23,17 +27,27 @@ from jlora._tree.variables import refuse_layers
 Adapter = dict[str, Adapted]
 
 
-def merge(tree: Any) -> Any:
+def merge(
+    tree: Any, *, requantize: bool = False, floats: Mapping[str, Any] | None = None
+) -> Any:
     """Plain params with the deltas added: w + scale * a·b, rounded once to w's dtype.
 
     The sum is computed in float32 (float64 if a base or factor is float64).  A `Full`
     leaf gives its value in the base's dtype.  An output bias is added to the bias of
     the weight's layer.  A base that was dropped counts as zero.  Every result is
-    sharded as its base is.
+    sharded as its base is.  A quantised base gives a float weight.
+
+    Args:
+      tree: an adapted tree.
+      requantize: whether the weight of a quantised base is quantised as that is.  This
+        rounds it again.  The log says by how much, for each weight, and of its delta.
+      floats: the float weights, by path, of bases that are codes (integers, or floats
+        of 8 bits), which the function dequantises itself.  The result has the merged
+        float weight there.
 
     Raises:
-      ValueError: a leaf without its base; or an output bias whose layer has no bias of
-        the same shape.
+      ValueError: a leaf without its base; an output bias whose layer has no bias of the
+        same shape; or a base of codes that ``floats`` does not have.
 
     Example:
       >>> import jax.numpy as jnp, jlora
@@ -42,13 +56,78 @@ def merge(tree: Any) -> Any:
       (3, 4)
     """
 
-    def merged(leaf: Adapted) -> jax.Array:
-        if isinstance(leaf, LoRA):
-            return sharding.like(leaf.w, dense)(leaf)
-        # A copy, since a later step may donate the buffer of the value.
-        return jnp.array(dense(leaf), copy=True)
+    given = dict(floats or {})
+    lost: dict[str, tuple[float, float]] = {}
 
-    return _with_output_biases(_map_adapted(merged, tree, "merge"), tree, "merge")
+    def merged(path: str, leaf: Adapted) -> Any:
+        if not isinstance(leaf, LoRA):
+            # A copy, since a later step may donate the buffer of the value.
+            return jnp.array(dense(leaf), copy=True)
+        leaf = _decoded(path, leaf, given)
+        new = sharding.like(leaf.w, dense)(leaf)
+        if not (requantize and base.is_lossy(leaf.w)):
+            return new
+        rounded = _qwix.like(new, leaf.w)
+        if not isinstance(new, jax.core.Tracer):
+            lost[path] = _lost(new, rounded, leaf)
+        return rounded
+
+    out = _map_adapted(merged, tree, "merge")
+    if given:
+        raise ValueError(
+            f"merge: floats has {next(iter(given))!r}, which is no adapted leaf whose "
+            "base is codes: expected the paths of such leaves only."
+        )
+    _report(lost)
+    return _with_output_biases(out, tree, "merge")
+
+
+def _decoded(path: str, leaf: LoRA, floats: dict[str, Any]) -> LoRA:
+    """The leaf on its float weight, which is taken out of ``floats``."""
+    if not base.is_coded(leaf.w):
+        return leaf
+    if path not in floats:
+        raise ValueError(
+            f"merge: {path!r} is {leaf.w.dtype}, which the function makes a weight of: "
+            "the delta is added to that weight, and has no place in the codes. Expected "
+            f"the float weight: jlora.merge(tree, floats={{{path!r}: w}}), with w as "
+            "the function computes it, such as codes.astype(jnp.float32) * scale; and "
+            "call a function that takes it. Or lift the tree as it is."
+        )
+    w = floats.pop(path)
+    if tuple(w.shape) != leaf.shape or not jnp.issubdtype(w.dtype, jnp.floating):
+        raise ValueError(
+            f"merge: floats has {w.dtype} of shape {tuple(w.shape)} at {path!r}: "
+            f"expected a float weight of shape {leaf.shape}."
+        )
+    return dataclasses.replace(leaf, w=w)
+
+
+@jax.jit
+def _lost(new: jax.Array, rounded: Any, leaf: LoRA) -> tuple[jax.Array, jax.Array]:
+    """What rounding takes from a merged weight, of its norm and of its delta's."""
+    wide = new.astype(jnp.float32)
+
+    def norm(x: jax.Array) -> jax.Array:
+        return jnp.linalg.norm(x.ravel())
+
+    error = norm(base.array(rounded).astype(jnp.float32) - wide)
+    moved = norm(wide - base.array(leaf.base).astype(jnp.float32))
+    return error / norm(wide), error / moved
+
+
+def _report(lost: Mapping[str, tuple[Any, Any]]) -> None:
+    """Logs what requantising took from each weight."""
+    if not lost:
+        return
+    rows = [
+        (path, f"{100 * of_weight:.3g} %", f"{100 * of_delta:.3g} %")
+        for path, (of_weight, of_delta) in jax.device_get(lost).items()
+    ]
+    logging.getLogger("jlora").warning(
+        "merge: quantised again, which rounds each weight by so much:\n%s",
+        table(("path", "of its norm", "of its delta's"), rows),
+    )
 
 
 def _with_output_biases(params: Any, adapter: Any, what: str, sign: int = 1) -> Any:
@@ -88,7 +167,7 @@ def unwrap(tree: Any) -> Any:
       >>> jlora.unwrap(jlora.wrap(params, rank=2))["kernel"] is params["kernel"]
       True
     """
-    return _map_adapted(lambda leaf: base.plain(leaf.base), tree, "unwrap")
+    return _map_adapted(lambda _, leaf: base.plain(leaf.base), tree, "unwrap")
 
 
 def _map_adapted(fn: Any, tree: Any, what: str) -> Any:
@@ -107,7 +186,7 @@ def _map_adapted(fn: Any, tree: Any, what: str) -> Any:
                 "jlora.attach({'params': variables['params']}, "
                 "jlora.linen.adapter(variables))."
             )
-        return fn(x)
+        return fn(path, x)
 
     return by_path.map_leaves(leaf, tree)
 

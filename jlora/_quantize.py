@@ -12,7 +12,6 @@ from jax.sharding import NamedSharding
 
 from jlora import _qwix
 from jlora._leaf import LoRA, base, is_adapted
-from jlora._leaf.quantized import Quantized
 from jlora._plan.from_tree import from_tree
 from jlora._plan.plan import Plan, check, table
 from jlora._plan.select import Wanted
@@ -201,9 +200,8 @@ def _tiled(
     tiles, left = {}, []
     for path, (roles, embeds) in axes.items():
         w = _base(leaves[path])
-        # A lookup takes a row, and a tied head sums over the features.
-        along = [k for k, c in enumerate(roles) if c == ("o" if embeds else "i")]
-        own = _tiles(w.shape, along, block)
+        along = _qwix.along(roles, embeds)
+        own = _qwix.tiles_of(w.shape, along, block)
         why = f"{path!r}: {_words(w.shape, along)}" if own is None else None
         if own is not None:
             why = _across(path, w, own)
@@ -223,26 +221,6 @@ def _tiled(
 def _words(shape: tuple[int, ...], along: list[int]) -> str:
     sizes = " × ".join(str(shape[k]) for k in along)
     return f"its in axes of {sizes}"
-
-
-def _tiles(
-    shape: tuple[int, ...], along: list[int], block: int | None
-) -> tuple[int, ...] | None:
-    """The tile along each axis, for blocks of consecutive numbers of these axes.
-
-    None if they do not divide: a block is a part of one axis, times whole ones after it.
-    """
-    tiles = [1] * len(shape)
-    if block is None:
-        return tuple(n if k in along else 1 for k, n in enumerate(shape))
-    rest = block
-    for k in reversed(along):
-        n = shape[k]
-        tiles[k] = n if n and rest % n == 0 else rest
-        if n % tiles[k]:
-            return None
-        rest //= tiles[k]
-    return tuple(tiles) if rest == 1 else None
 
 
 def _across(path: str, w: Any, tiles: tuple[int, ...]) -> str | None:
@@ -294,7 +272,7 @@ def rounding(before: Any, after: Any) -> Rounding:
     found = {}
     for path, x in by_path.flatten(opened(after))[0]:
         w = _base(x)
-        if not isinstance(base.seen(w), Quantized):
+        if not base.is_lossy(w):
             continue
         if path not in floats:
             raise ValueError(

@@ -112,6 +112,38 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+def along(roles: str, embeds: bool) -> list[int]:
+    """The axes along which blocks lie: the in axes, or the features of an embedding.
+
+    A lookup takes a row, and a tied head sums over the features.
+    """
+    return [k for k, c in enumerate(roles) if c == ("o" if embeds else "i")]
+
+
+def tiles_of(
+    shape: Sequence[int], along: Sequence[int], block: int | None
+) -> tuple[int, ...] | None:
+    """The tile along each axis, for blocks of consecutive numbers of these axes.
+
+    None if they do not divide: a block is a part of one axis, times whole ones after it.
+
+    Example:
+      >>> tiles_of((5, 4, 32, 3), [1, 2], 64), tiles_of((5, 4, 32, 3), [1, 2], 24)
+      ((1, 2, 32, 1), None)
+    """
+    tiles = [1] * len(shape)
+    if block is None:
+        return tuple(n if k in along else 1 for k, n in enumerate(shape))
+    rest = block
+    for k in reversed(along):
+        n = shape[k]
+        tiles[k] = n if n and rest % n == 0 else rest
+        if n % tiles[k]:
+            return None
+        rest //= tiles[k]
+    return tuple(tiles) if rest == 1 else None
+
+
 _LARGE = 1 << 26  # numbers; the rounding of more of them at once takes too much memory
 
 

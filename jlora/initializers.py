@@ -14,6 +14,7 @@ the base into the factors returns another base.
 
 from jlora._init.eva import eva as eva
 from jlora._init.kaiming import kaiming as kaiming
+from jlora._init.loftq import loftq as loftq
 from jlora._init.principal import olora as olora
 from jlora._init.principal import pissa as pissa
 from jlora._init.random import gaussian as gaussian

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from jlora._explicit import automatic
 from jlora._init.eva import eva
 from jlora._init.kaiming import kaiming
 from jlora._init.keys import path_key, typed
+from jlora._init.loftq import loftq
 from jlora._init.principal import olora, pissa
 from jlora._init.random import gaussian, orthogonal
 from jlora._labels import by_role, wider
@@ -35,6 +36,7 @@ NAMED: dict[str, Initialiser] = {
     "orthogonal": orthogonal,
     "pissa": pissa(),
     "olora": olora,
+    "loftq": loftq(),
 }
 
 
@@ -46,8 +48,8 @@ def initialiser(init: str | Initialiser) -> Initialiser:
                 "init: jlora.initializers.eva needs moments: expected eva(moments), "
                 "with moments from jlora.observe(fn, params, *args, plan=plan)."
             )
-        if init is _FACTORY:  # which makes an initialiser, and is none
-            return pissa()
+        if init in _FACTORIES:  # which make an initialiser, and are none
+            return cast(Any, init)()
         try:
             hash(init)  # what it makes is kept, so that it is traced once
         except TypeError:
@@ -71,7 +73,7 @@ def initialiser(init: str | Initialiser) -> Initialiser:
     return NAMED[init]
 
 
-_FACTORY: Any = pissa
+_FACTORIES: list[Any] = [pissa, loftq]
 _FROM_DATA: Any = eva
 _NITER = re.compile(r"pissa_niter_(\d+)")
 
@@ -114,7 +116,7 @@ def _maker(init: Initialiser, spec: Spec, dtype: Any) -> _Maker:
         new, exact_a, exact_b = made
         a, b = exact_a.astype(dtype), exact_b.astype(dtype)
         fields = {"a": a, "b": b}
-        if new is not w and exact_a.dtype != dtype:
+        if new is not w and exact_a.dtype != dtype and not base.is_lossy(new):
             # What rounding takes from the delta belongs to the base.
             new = _with_rest(new, (exact_a, exact_b), (a, b), spec)
         for name, shape in spec.shapes(w.shape).items():
@@ -205,7 +207,7 @@ def make(
     own = {name: getattr(placed, name) for name in shapes}
     if base.is_abstract(w):
         made: dict[str, Any] = {
-            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own[name])
+            name: jax.tree.map(_placed_shape, x, own[name], is_leaf=_is_none)
             for name, x in shapes.items()
         }
         return dataclasses.replace(leaf, **made)
@@ -223,6 +225,17 @@ def make(
     return dataclasses.replace(leaf, **made)
 
 
+def _is_none(x: Any) -> bool:
+    return x is None
+
+
+def _placed_shape(x: Any, place: Any) -> Any:
+    """A shape with its sharding; None stays None."""
+    if x is None:
+        return None
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+
+
 def _require_finite(path: str, init: Any, w: Any) -> None:
     """Raises if the base has no numbers where an initialiser decomposes it.
 
@@ -237,7 +250,23 @@ def _require_finite(path: str, init: Any, w: Any) -> None:
 
 
 def _check(path: str, init: Any, shapes: dict[str, Any], w: Any, spec: Spec) -> None:
-    """Raises unless an initialiser gave the shapes that the spec and the base need."""
+    """Raises unless an initialiser gave the shapes that the spec and the base need.
+
+    Nor can it change a base that it would have to round, or give a magnitude to codes.
+    """
+    if "w" in shapes and (base.is_lossy(w) or base.is_coded(w)):
+        found = f"{base.remark(w) or w.dtype}"
+        raise ValueError(
+            f"{path!r} is {found}: expected floats for {init!r}, which moves a part of "
+            "the base into the factors. Wrap the float params, then quantise the bases "
+            "that are left: jlora.quantize(tree, qtype)."
+        )
+    if spec.dora and base.is_coded(w):
+        raise ValueError(
+            f"{path!r} is {w.dtype}, which the function makes a weight of: expected "
+            "floats for dora=True, whose magnitude is one of the weight. Give it "
+            f"another variant by jlora.Rule({path!r}, dora=False), or exclude it."
+        )
     wanted = spec.shapes(w.shape) | {"w": tuple(w.shape)}
     for name, x in shapes.items():
         if tuple(x.shape) != wanted[name]:

@@ -66,9 +66,7 @@ class _Pissa:
 
     def __call__(self, key: jax.Array, w: Any, spec: Spec) -> Any:
         """(w, a, b), as every initialiser gives them."""
-        if self.niter is None:
-            return self._moved(w, spec, _exact)
-        return self._moved(w, spec, functools.partial(_iterated, key, self.niter))
+        return self._moved(w, spec, functools.partial(largest, key, self.niter))
 
     def _moved(self, w: Any, spec: Spec, svd: Any) -> Any:
         positive(spec, "'pissa'")
@@ -83,15 +81,26 @@ class _Pissa:
 
     def on_mesh(self) -> Any:
         """The initialiser for a weight that is sharded."""
-        return _Pissa(_MESH) if self.niter is None else self
+        return _Pissa(MESH) if self.niter is None else self
 
 
-_MESH = 16  # iterations, after which singular values in float32 no longer change
+MESH = 16  # iterations, after which singular values in float32 no longer change
 _EXTRA = 8  # columns besides the rank, without which the last ones converge slowly
 
 
-def _exact(m: jax.Array, rank: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The largest singular values and vectors."""
+def largest(
+    key: jax.Array, niter: int | None, m: jax.Array, rank: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The largest singular vectors and values: (in, r), (r), (r, out).
+
+    Args:
+      key: a PRNG key; only iterations read it.
+      niter: None for exact ones; else the number of subspace iterations.
+      m: the matrix (in, out).
+      rank: r.
+    """
+    if niter is not None:
+        return _iterated(key, niter, m, rank)
     u, s, vt = jnp.linalg.svd(m, full_matrices=False)
     return u[:, :rank], s[:rank], vt[:rank]
 

@@ -60,10 +60,12 @@ class Base(abc.ABC):
         as `jax.lax.scan` slices a stack of layers.
       whole: static; whether a scan leaves it whole, and each step takes its `row`.
       zero: static; whether the array is zero.  Such a base has no arrays.
+      lossy: static; whether an array has to be rounded to become such a base.
     """
 
     slices = True
     zero = False
+    lossy = False
 
     @property
     def whole(self) -> bool:
@@ -86,7 +88,12 @@ class Base(abc.ABC):
 
         By default the array is computed in each use, not here.
         """
-        return Pending((self,), tuple(map(jnp.asarray, operands)), fn)
+        return Pending((self.node,), tuple(map(jnp.asarray, operands)), fn)
+
+    @property
+    def node(self) -> Any:
+        """The node of a tree that has this base: itself, or what it stands for."""
+        return self
 
     def along(self, fn: Callable[..., Any], *operands: Any) -> Any:
         """The base whose array is fn(array, axes, *operands), with all of its axes."""
@@ -164,6 +171,10 @@ class Base(abc.ABC):
 
     def document(self) -> dict[str, Any]:
         """What a checkpoint stores of it besides shape and dtype, as JSON."""
+        return {}
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What a checkpoint compares besides shape and dtype, as JSON."""
         return {}
 
     def remark(self) -> str:
@@ -545,6 +556,25 @@ def is_zero(w: Any) -> bool:
     return own is not None and own.zero
 
 
+def is_lossy(w: Any) -> bool:
+    """Whether an array has to be rounded to become such a base."""
+    own = seen(w)
+    return own is not None and own.lossy
+
+
+def is_coded(w: Any) -> bool:
+    """Whether it is an array of codes, which the user's function makes a weight of.
+
+    Nothing can be added to such an array: integers, or floats of 8 bits and less.
+    """
+    if is_missing(w) or is_base(w):
+        return False
+    dtype = jnp.dtype(w.dtype)
+    if jnp.issubdtype(dtype, jnp.floating):
+        return dtype.itemsize < 2
+    return jnp.issubdtype(dtype, jnp.integer)
+
+
 def is_missing(w: Any) -> bool:
     """Whether there is no base: None, or a base whose arrays are in the other half."""
     return w is None or (is_base(w) and not is_zero(w) and not jax.tree.leaves(w))
@@ -579,6 +609,12 @@ def document(w: Any) -> dict[str, Any]:
     """What a checkpoint stores of a base besides shape and dtype, as JSON."""
     own = seen(w)
     return {} if own is None else own.document()
+
+
+def fingerprint(w: Any) -> dict[str, Any]:
+    """What a checkpoint compares besides shape and dtype, as JSON."""
+    own = seen(w)
+    return {} if own is None else own.fingerprint()
 
 
 def from_document(said: dict[str, Any], shape: Sequence[int]) -> Any:

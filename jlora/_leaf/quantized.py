@@ -64,6 +64,8 @@ class Quantized(base.Base):
         n = self.shape[0] if self.shape else 0
         return all(x.ndim and x.shape[0] == n for x in jax.tree.leaves(self.array))
 
+    lossy = True
+
     @property
     def whole(self) -> bool:
         """Always."""
@@ -87,9 +89,10 @@ class Quantized(base.Base):
 
         return jax.checkpoint(call)(self.array, *operands)
 
-    def then(self, fn: Callable[..., Any], *operands: Any) -> Any:
-        """Computed in each use."""
-        return base.Pending((self.array,), tuple(map(jnp.asarray, operands)), fn)
+    @property
+    def node(self) -> Any:
+        """The array."""
+        return self.array
 
     def cut(self, fn: Callable[..., Any], *operands: Any) -> Any:
         """The fields, cut; in each use, if the cut goes along an axis with blocks."""
@@ -169,7 +172,7 @@ class Quantized(base.Base):
 
         return jax.tree.map(own, self.array)
 
-    def document(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """Which quantisation it is: the type of its numbers, and the shape of scales."""
         said = {"qtype": qtype_of(self.array), "scale": [*self.array.scale.shape]}
         zero = getattr(self.array, "zero_point", None) is not None

@@ -28,7 +28,7 @@ from jlora._lift.shared import Products
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["leaf"],
-    meta_fields=["paths", "taken", "at"],
+    meta_fields=["paths", "taken", "at", "coded"],
 )
 @dataclasses.dataclass(frozen=True)
 class Tracked:
@@ -39,12 +39,15 @@ class Tracked:
       paths: static; the paths of the weights from which it was made.
       taken: static; whether it holds a matrix for each token, taken from a stack.
       at: static; which input of the function it is; None once it was changed.
+      coded: static; whether its base is an array of codes, which the function makes a
+        weight of.  The delta is one of that weight: it joins where it is used.
     """
 
     leaf: Any
     paths: tuple[str, ...]
     taken: bool = False
     at: int | None = None
+    coded: bool = False
 
     @property
     def name(self) -> str:
@@ -142,7 +145,7 @@ class Evaluation:
         `warn` says that the weight of a `LoRA` leaf is formed.
 
         Raises:
-          ValueError: the policy is strict, or the leaf has an output bias.
+          ValueError: the policy is strict, or the leaf has an output bias or codes.
         """
         if not isinstance(x, Tracked):
             return x
@@ -153,6 +156,12 @@ class Evaluation:
                     f"{text}, and there its output bias has no place: expected it in "
                     "products, convolutions and lookups of whole in axes only. Wrap "
                     "this path with lora_bias=False, or exclude it."
+                )
+            if x.coded:
+                raise ValueError(
+                    f"{text}, before it is a weight: its base is an array of codes, "
+                    "such as int8, to which nothing can be added. Exclude this path, "
+                    "or pass the params with this weight dequantised."
                 )
             if self.strict:
                 raise ValueError(

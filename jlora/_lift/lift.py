@@ -69,7 +69,7 @@ def _value(path: str, x: Any, at: int) -> Any:
     if not is_adapted(x):
         return Tracked(Bare(x), (path,), at=at) if base.is_base(x) else x
     try:
-        return Tracked(settled(x), (path,), at=at)
+        return Tracked(settled(x), (path,), at=at, coded=base.is_coded(x.w))
     except Misfit as e:
         raise ValueError(f"{path!r}: {e}") from None
 

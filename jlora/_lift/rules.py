@@ -106,7 +106,7 @@ def _gather(ev: Evaluation, eqn: Any, w: Any, indices: Any) -> Any:
 def _base_only(ev: Evaluation, eqn: Any, x: Tracked) -> Tracked:
     """The value stays the same, so only the base changes."""
     w = base.valued(x.leaf.base, _compat.operation(eqn))
-    if not jnp.issubdtype(w.dtype, jnp.inexact):
+    if not jnp.issubdtype(w.dtype, jnp.inexact) and not x.coded:
         raise NotFactored
     return x.now(dataclasses.replace(x.leaf, w=w))
 
@@ -370,6 +370,26 @@ _TIMES: dict[str, Callable[..., jax.Array]] = {
 }
 
 
+@rule("add", "sub")
+def _decoded(ev: Evaluation, eqn: Any, *args: Any) -> Tracked:
+    """What the user's function makes of codes, such as (w - zero) * scale.
+
+    Raises:
+      NotFactored: the weight is no array of codes.
+    """
+    (at, *more) = (i for i, v in enumerate(args) if isinstance(v, Tracked))
+    x, op = args[at], _compat.operation(eqn)
+    if more or not x.coded or eqn.outvars[0].aval.shape != x.leaf.shape:
+        raise NotFactored
+
+    def own(w: Any, *others: Any) -> Any:
+        return op(*others[:at], w, *others[at:])
+
+    others = [v for v in args if v is not x]
+    w = base.then(x.leaf.base, own, *others)
+    return x.now(dataclasses.replace(x.leaf, w=w))
+
+
 @rule(*_TIMES)
 def _times(ev: Evaluation, eqn: Any, *args: Any) -> Tracked:
     """A weight times or divided by a number, or by one for each of its ins or outs.
@@ -389,9 +409,9 @@ def _times(ev: Evaluation, eqn: Any, *args: Any) -> Tracked:
     if eqn.outvars[0].aval.shape != leaf.shape:  # an axis of size one was broadcast
         raise NotFactored
     w = base.then(leaf.base, _compat.operation(eqn), *others)
-    if not jnp.issubdtype(w.dtype, jnp.floating):
+    if not jnp.issubdtype(w.dtype, jnp.floating) and not x.coded:
         raise NotFactored
-    if x.bare:
+    if x.bare or x.coded:
         return x.now(dataclasses.replace(leaf, w=w))
     found = [ev.unbroadcast(v) for i, v in enumerate(eqn.invars) if i not in leaves]
     varying = [k for _, axes in found for k in axes]

@@ -61,7 +61,8 @@ def plan(
 
     Raises:
       ValueError: a bad rank; a pattern that matches no path (the error lists near
-        paths); a target that is integer or complex; or nothing to adapt.
+        paths); a target that is complex, or integer where it is used; or nothing to
+        adapt.
       TypeError: no function first; patterns as train or bias, or a lora_bias, which
         are passed to `wrap`.
 
@@ -97,7 +98,11 @@ def plan(
             tied=kind == "embed" and any(u.primitive == "dot_general" for u in uses),
         )
 
-    return select(leaves, candidate, _IDLE, by_path.others(params), wanted)
+    def decoded(path: str) -> bool:
+        uses = seen[path].uses if path in seen else []
+        return bool(uses) and all(use.resolved().floating for use in uses)
+
+    return select(leaves, candidate, _IDLE, by_path.others(params), wanted, decoded)
 
 
 def _check_order(fn: Any, params: Any) -> None:

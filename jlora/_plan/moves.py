@@ -72,6 +72,7 @@ def _reshape(weight: Weight, eqn: Any, old: Any, new: Any) -> Weight:
     *_compat.RESHARD,
     "mul",
     "div",
+    "sub",
     "select_n",
     "concatenate",
 )

@@ -34,6 +34,8 @@ class Use:
       mixed: the paths of the arrays of its own shape that the weight was multiplied by
         before this use.  Any of them may be the weight, and the others its mask.
       groups: a convolution's number of groups.
+      floating: whether it reads floating-point numbers, as of an integer weight that
+        the function dequantises.
     """
 
     primitive: str
@@ -42,6 +44,7 @@ class Use:
     through: str | None = None
     mixed: tuple[str, ...] = ()
     groups: int = 1
+    floating: bool = True
 
     def resolved(self) -> Use:
         """The use of the rows if they were matrices: the weight is a stack of them."""

@@ -116,6 +116,7 @@ def select(
     idle: str,
     others: Mapping[str, str],
     wanted: Wanted,
+    decoded: Callable[[str], bool] = lambda path: False,
 ) -> Plan:
     """The plan of those candidates that are wanted.
 
@@ -125,6 +126,8 @@ def select(
       idle: the reason to report for a named leaf whose candidate is None.
       others: paths that are adapted only if they are named.
       wanted: what the caller asked for.
+      decoded: whether the function makes floating-point numbers of an integer leaf
+        before every use.
     """
     pairs = list(leaves.items())
     wanted.check(pairs)
@@ -135,12 +138,14 @@ def select(
         named = wanted.named(path, x)
         if wanted.excluded(path, x) or (wanted.targets and not named):
             continue
-        floating = jnp.issubdtype(x.dtype, jnp.floating)
+        floating = jnp.issubdtype(x.dtype, jnp.floating) or (
+            jnp.issubdtype(x.dtype, jnp.integer) and decoded(path)
+        )
         if not floating and named:
             raise ValueError(
                 f"{path!r} is a target, but its dtype is {x.dtype}: expected a "
-                "floating-point weight. Exclude the path, or quantised weights' own "
-                "arrays."
+                "floating-point weight, or one that the function dequantises itself. "
+                "Plan such a weight from the function; or exclude the path."
             )
         if path in others and not named:
             continue
@@ -148,8 +153,8 @@ def select(
         if not floating:
             if isinstance(found, Spec):
                 skipped[path] = (
-                    f"its dtype is {x.dtype}: only floating-point weights are adapted; "
-                    "pass the params with this weight dequantised"
+                    f"its dtype is {x.dtype} where it is used: only floating-point "
+                    "weights are adapted; pass the params with this weight dequantised"
                 )
         elif found == UNTOLD:
             untold.append(path)

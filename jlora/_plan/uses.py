@@ -31,7 +31,7 @@ def _dot(walk: Walk, eqn: Any, infos: list[Any]) -> list[Any]:
             or isinstance(other, (Data, Product))
             or (_a_matrix_each(info, roles) and not _is_weight(other))
         ):
-            out = walk.use(info, "dot_general", roles, v.aval.shape)
+            out = walk.use(info, "dot_general", roles, v.aval)
     return [out]
 
 
@@ -42,9 +42,8 @@ def _conv(walk: Walk, eqn: Any, infos: list[Any]) -> list[Any] | None:
     # rhs_spec lists the axes of the kernel: out, in, then the spatial ones.
     out, *convolved = eqn.params["dimension_numbers"].rhs_spec
     roles = dict.fromkeys(convolved, "i") | {out: "o"}
-    shape = eqn.invars[1].aval.shape
-    groups = eqn.params["feature_group_count"]
-    return [walk.use(infos[1], "conv_general_dilated", roles, shape, groups)]
+    kernel, groups = eqn.invars[1].aval, eqn.params["feature_group_count"]
+    return [walk.use(infos[1], "conv_general_dilated", roles, kernel, groups)]
 
 
 @step("ragged_dot_general")
@@ -53,11 +52,11 @@ def _ragged_dot(walk: Walk, eqn: Any, infos: list[Any]) -> list[Any] | None:
         return None
     dn = eqn.params["ragged_dot_dimension_numbers"]
     (_, contracted), (_, batch) = dn.dot_dimension_numbers
-    shape = eqn.invars[1].aval.shape
-    roles = dict.fromkeys(range(len(shape)), "o")
+    weights = eqn.invars[1].aval
+    roles = dict.fromkeys(range(weights.ndim), "o")
     roles |= dict.fromkeys((*batch, *dn.rhs_group_dimensions), "b")
     roles |= dict.fromkeys(contracted, "i")
-    return [walk.use(infos[1], "ragged_dot_general", roles, shape)]
+    return [walk.use(infos[1], "ragged_dot_general", roles, weights)]
 
 
 @step("gather")
@@ -71,7 +70,8 @@ def _gather(walk: Walk, eqn: Any, infos: list[Any]) -> list[Any] | None:
     roles = dict.fromkeys(range(len(shape)), "o")
     roles |= dict.fromkeys(dn.operand_batching_dims, "b")
     indexed = indexed_axes(shape, dn, eqn.params["slice_sizes"])
-    product = walk.use(weight, "gather", roles | dict.fromkeys(indexed, "i"), shape)
+    roles |= dict.fromkeys(indexed, "i")
+    product = walk.use(weight, "gather", roles, eqn.invars[0].aval)
     if weight.gathers:  # rows of rows
         return [product]
     # The axes that the output keeps; they are its offset_dims, in the same order.
@@ -97,7 +97,7 @@ def _dynamic_slice(walk: Walk, eqn: Any, infos: list[Any]) -> list[Any] | None:
     if not cut or weight.gathers or any(sizes[k] != 1 for k in cut):
         return [weight]
     roles = dict.fromkeys(range(len(old)), "o") | dict.fromkeys(cut, "i")
-    walk.use(weight, "dynamic_slice", roles, old)
+    walk.use(weight, "dynamic_slice", roles, eqn.invars[0].aval)
     return [
         walk.rows(
             weight,

@@ -11,6 +11,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax.numpy as jnp
+
 from jlora import _compat
 from jlora._plan.moves import MOVES
 from jlora._plan.seen import DATA, Axes, Data, Origin, Product, Seen, Use, Weight
@@ -114,19 +116,28 @@ class Walk:
         weight: Weight,
         name: str,
         roles: dict[int, str],
-        shape: tuple[int, ...],
+        read: Any,
         groups: int = 1,
     ) -> Product:
-        """Records that a primitive gives these roles to a weight's axes."""
-        paths = weight.paths
+        """Records that a primitive gives these roles to a weight's axes.
+
+        Args:
+          weight: the weight.
+          name: the primitive.
+          roles: role by axis of the value that it reads.
+          read: the shape and dtype of that value.
+          groups: a convolution's number of groups.
+        """
+        paths, floating = weight.paths, jnp.issubdtype(read.dtype, jnp.floating)
         for i, (path, axes) in enumerate(weight.parts):
             mixed = tuple(p for p in paths if p != path) if weight.mixed else ()
-            use = Use(name, _original(axes, roles), None, weight.through, mixed, groups)
+            own = _original(axes, roles)
+            use = Use(name, own, None, weight.through, mixed, groups, floating)
             if weight.gathers:  # rows: the first use counts, beside their lookup
                 weight.gathers[i].rows = weight.gathers[i].rows or use
             else:
                 self.seen.setdefault(path, Seen()).uses.append(use)
-        out = math.prod(n for k, n in enumerate(shape) if roles.get(k) == "o")
+        out = math.prod(n for k, n in enumerate(read.shape) if roles.get(k) == "o")
         return Product(paths, out)
 
     def rows(self, weight: Weight, fn: Callable[[Axes], Sequence[Origin]]) -> Weight:

@@ -132,7 +132,11 @@ def _require_bases(tree: Any) -> None:
 
 
 def restore(
-    directory: str | os.PathLike[str], params: Any, *, extra: Any = None
+    directory: str | os.PathLike[str],
+    params: Any,
+    *,
+    extra: Any = None,
+    any_qtype: bool = False,
 ) -> Any:
     """Restores the adapted tree of a checkpoint, on the base that it was saved from.
 
@@ -147,6 +151,8 @@ def restore(
         sharding that it has here (on a mesh, ``tx.init(tree)`` has shardings), else to
         the default device.  A Python number may stand for a scalar array, such as a
         TrainState's step; it is restored as a Python number.
+      any_qtype: whether the base may be quantised otherwise than the saved one, or not
+        at all.  The adapter was trained to fit the saved one.
 
     Returns:
       The tree; with ``extra``, the pair (tree, extra).
@@ -170,11 +176,19 @@ def restore(
                 f"checkpoint.restore: {p!r} is adapted: expected the plain base params "
                 "(jlora.unwrap gives them)."
             )
+    want, have = document["base"], _document.fingerprint(params)
+    if any_qtype:
+        want, have = map(_document.without_qtypes, (want, have))
     _document.require_same(
         f"checkpoint.restore: {path} belongs to another base",
-        document["base"],
-        _document.fingerprint(params),
-        "Pass the params that the adapter was trained on.",
+        want,
+        have,
+        "Pass the params that the adapter was trained on"
+        + (
+            ", quantised as they were; or any_qtype=True to put it on these."
+            if _document.without_qtypes(want) == _document.without_qtypes(have)
+            else "."
+        ),
     )
     bases = _document.bases(params)
     for p, said in document["plan"].items():

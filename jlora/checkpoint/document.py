@@ -37,8 +37,21 @@ def signature(x: Any) -> list[Any]:
 
 
 def fingerprint(tree: Any) -> dict[str, list[Any]]:
-    """The signature of every base array, by path; the tree may be plain params."""
-    return {path: signature(x) for path, x in bases(tree).items()}
+    """The signature of every base array, by path; the tree may be plain params.
+
+    A quantised array has one more entry, which says how it is quantised.
+    """
+
+    def own(x: Any) -> list[Any]:
+        said = base.fingerprint(x)
+        return [*signature(x), said] if said else signature(x)
+
+    return {path: own(x) for path, x in bases(tree).items()}
+
+
+def without_qtypes(found: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """A `fingerprint` that does not say how arrays are quantised."""
+    return {path: own[:2] for path, own in found.items()}
 
 
 def bases(tree: Any) -> dict[str, Any]:
@@ -189,8 +202,9 @@ def require_same(
 def _words(own: Any) -> str:
     if isinstance(own, str):
         return own
-    shape, dtype = own
-    return f"{dtype}[{','.join(map(str, shape))}]"
+    shape, dtype, *more = own
+    how = "".join(f", {said['qtype']} with scales {said['scale']}" for said in more)
+    return f"{dtype}[{','.join(map(str, shape))}]{how}"
 
 
 def struct(stored: list[Any]) -> jax.ShapeDtypeStruct:
