@@ -55,7 +55,6 @@ def merge(
       >>> jlora.merge(lora)["kernel"].shape
       (3, 4)
     """
-
     given = dict(floats or {})
     lost: dict[str, tuple[float, float]] = {}
 
@@ -69,7 +68,7 @@ def merge(
             return new
         rounded = _qwix.like(new, leaf.w)
         if not isinstance(new, jax.core.Tracer):
-            lost[path] = _lost(new, rounded, leaf)
+            lost[path] = _taken(new, rounded, leaf)
         return rounded
 
     out = _map_adapted(merged, tree, "merge")
@@ -89,8 +88,8 @@ def _decoded(path: str, leaf: LoRA, floats: dict[str, Any]) -> LoRA:
     if path not in floats:
         raise ValueError(
             f"merge: {path!r} is {leaf.w.dtype}, which the function makes a weight of: "
-            "the delta is added to that weight, and has no place in the codes. Expected "
-            f"the float weight: jlora.merge(tree, floats={{{path!r}: w}}), with w as "
+            "the delta is added to that weight, not to the codes. Expected the float "
+            f"weight: jlora.merge(tree, floats={{{path!r}: w}}), with w as "
             "the function computes it, such as codes.astype(jnp.float32) * scale; and "
             "call a function that takes it. Or lift the tree as it is."
         )
@@ -104,7 +103,7 @@ def _decoded(path: str, leaf: LoRA, floats: dict[str, Any]) -> LoRA:
 
 
 @jax.jit
-def _lost(new: jax.Array, rounded: Any, leaf: LoRA) -> tuple[jax.Array, jax.Array]:
+def _taken(new: jax.Array, rounded: Any, leaf: LoRA) -> tuple[jax.Array, jax.Array]:
     """What rounding takes from a merged weight, of its norm and of its delta's."""
     wide = new.astype(jnp.float32)
 

@@ -81,29 +81,82 @@ def block_of(qtype: str) -> int | None:
 @functools.cache
 def _qarray() -> Any:
     """The class of the arrays: qwix's, with the ways of a node of jlora's trees."""
-    qwix_ = qwix()
 
-    @functools.partial(register, data=["qvalue", "scale", "zero_point"], meta=["qtype"])
-    @dataclasses.dataclass(frozen=True, repr=False)
-    class QArray(qwix_.QArray, NotAnArray):  # type: ignore[misc, name-defined]
+    class QArray(_QArray, qwix().QArray):  # type: ignore[misc]
         """A `qwix.QArray` that says what to do where it is used as an array."""
 
-        _advice = (
-            "is a quantised array: call the function that uses it through "
-            "jlora.lift(fn) with the tree as an argument, which dequantises it in each "
-            "use; or make an array of it with qwix.dequantize"
-        )
-
-        def __repr__(self) -> str:
-            if not hasattr(self.qvalue, "shape") or not hasattr(self.scale, "shape"):
-                return f"QArray({self.qvalue!r}, {self.scale!r})"
-            shape = ",".join(map(str, self.qvalue.shape))
-            return f"QArray({self.scale.dtype}[{shape}], {Quantized(self).remark()})"
-
     QArray.__module__, QArray.__qualname__ = __name__, "QArray"  # for pickle
-    nnx = importlib.import_module("flax.nnx")  # qwix has imported it
-    nnx.register_data_type(QArray)
+    jax.tree_util.register_pytree_with_keys(
+        QArray,
+        lambda x: ([(_KEYS[k], x.__dict__[k]) for k in _STORED], x.qtype),
+        functools.partial(_unflatten, QArray),
+        lambda x: ([x.__dict__[k] for k in _STORED], x.qtype),
+    )
+    register(QArray, ["qvalue", "scale", "zero_point"], ["qtype"], own=True)
+    importlib.import_module("flax.nnx").register_data_type(QArray)
     return QArray
+
+
+_STORED = "codes", "scale", "zero_point"
+_KEYS = {name: jax.tree_util.GetAttrKey(name) for name in _STORED}
+_KEYS["codes"] = jax.tree_util.GetAttrKey("qvalue")
+
+
+def _unflatten(cls: Any, qtype: Any, children: Any) -> Any:
+    out = object.__new__(cls)
+    out.__dict__.update(zip(_STORED, children, strict=True), qtype=qtype)
+    return out
+
+
+class _QArray(NotAnArray):
+    """What the arrays have beside what qwix's have.
+
+    The leaf of a tree is ``codes``: the numbers, with int4 in the place of uint4, which
+    no format of files has that Orbax writes.  ``qvalue`` has qwix's own dtype.
+    """
+
+    _advice = (
+        "is a quantised array: call the function that uses it through jlora.lift(fn) "
+        "with the tree as an argument, which dequantises it in each use; or make an "
+        "array of it with qwix.dequantize"
+    )
+    __eq__, __hash__ = object.__eq__, object.__hash__
+
+    @property
+    def qvalue(self) -> Any:
+        """The low-bit numbers, as qwix has them."""
+        codes = self.__dict__["codes"]
+        return _viewed(codes, jnp.int4, jnp.uint4) if self.qtype == "nf4" else codes
+
+    @qvalue.setter
+    def qvalue(self, x: Any) -> None:
+        self.__dict__["codes"] = _viewed(x, jnp.uint4, jnp.int4)
+
+    @property
+    def shape(self) -> Any:
+        """The array's shape."""
+        return self.__dict__["codes"].shape
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes."""
+        return len(self.shape)
+
+    def __repr__(self) -> str:
+        codes, scale = self.__dict__["codes"], self.__dict__["scale"]
+        if not hasattr(codes, "shape") or not hasattr(scale, "shape"):
+            return f"QArray({codes!r}, {scale!r})"
+        shape = ",".join(map(str, codes.shape))
+        return f"QArray({scale.dtype}[{shape}], {Quantized(self).remark()})"
+
+
+def _viewed(x: Any, old: Any, new: Any) -> Any:
+    """An array of ``old`` as one of ``new``, with the same bits; else x itself."""
+    if getattr(x, "dtype", None) != old:
+        return x
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return x.update(dtype=jnp.dtype(new))
+    return lax.bitcast_convert_type(x, new)
 
 
 def __getattr__(name: str) -> Any:
@@ -125,7 +178,7 @@ def tiles_of(
 ) -> tuple[int, ...] | None:
     """The tile along each axis, for blocks of consecutive numbers of these axes.
 
-    None if they do not divide: a block is a part of one axis, times whole ones after it.
+    None if they do not divide: a block is a part of one axis, and whole ones after it.
 
     Example:
       >>> tiles_of((5, 4, 32, 3), [1, 2], 64), tiles_of((5, 4, 32, 3), [1, 2], 24)
@@ -163,7 +216,7 @@ def quantized(w: Any, qtype: str, tiles: Sequence[int]) -> Any:
     shapes, place = jax.eval_shape(make, base.struct(w)), sharding.of_array(w)
     own: Any = None
     if isinstance(place, NamedSharding):
-        specs = Quantized(shapes).specs(place.spec)
+        specs = Quantized(shapes).specs([*place.spec])
         own = jax.tree.map(lambda spec: place.update(spec=spec), specs)
     if isinstance(w, jax.ShapeDtypeStruct):
         return shapes if own is None else jax.tree.map(_abstract, shapes, own)
@@ -193,7 +246,9 @@ def _parts(shape: Sequence[int], tiles: Sequence[int]) -> int:
     """Into how many parts the first axis is split, so that a part is not too large."""
     rows = shape[0] // tiles[0] if shape else 1
     least = min(math.ceil(math.prod(shape) / _LARGE), rows)
-    return next(n for n in range(max(least, 1), rows + 1) if rows % n == 0) if rows else 1
+    return (
+        next(n for n in range(max(least, 1), rows + 1) if rows % n == 0) if rows else 1
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,5 +288,5 @@ def _rounded(qtype: str, tiles: tuple[int, ...], w: jax.Array) -> Any:
 
 def like(w: jax.Array, array: Any) -> Any:
     """w quantised as a quantised array of its shape is."""
-    pairs = zip(array.qvalue.shape, array.scale.shape, strict=True)
+    pairs = zip(array.shape, array.scale.shape, strict=True)
     return quantized(w, qtype_of(array), [n // m for n, m in pairs])

@@ -117,6 +117,7 @@ def test_what_differs_between_versions_is_in_compat():
 KNOWN = {
     "Dropped": ["_leaf/base.py", "_fade.py", "__init__.py"],
     "Pending": ["_leaf/base.py"],
+    "Quantized": ["_leaf/quantized.py", "_qwix.py"],
     "Blocks": ["_leaf/forms.py", "linen.py", "nnx.py", "loralib/"],
     "Kernel": ["_leaf/forms.py", "loralib/"],
     "Pair": ["_leaf/forms.py"],
@@ -134,6 +135,7 @@ def test_nothing_else_knows_of(name):
 def test_nobody_asks_which_form_or_base_it_is():
     """isinstance of one of them is in its own file only."""
     kinds = {"Form", "Pair", "Blocks", "Kernel", "Base", "Dropped", "Pending"}
+    kinds |= {"Quantized", "Row"}
     for path, tree in TREES.items():
         if path.name in ("forms.py", "base.py"):
             continue
@@ -144,7 +146,6 @@ def test_nobody_asks_which_form_or_base_it_is():
 
 # Primitives that a plan reads, and why the lift has no rule for them.
 WITHOUT_A_RULE = {
-    "add": "shows a bias; a sum with a weight has no low-rank form",
     "select_n": "shows a mask; a weight under one has no low-rank form",
 }
 

@@ -241,8 +241,8 @@ def _require_finite(path: str, init: Any, w: Any) -> None:
 
     LAPACK may not return from a matrix that has infinities.
     """
-    x = base.array(w)
-    if not isinstance(x, jax.core.Tracer) and not bool(jnp.isfinite(x).all()):
+    finite = jnp.isfinite(base.array(w)).all()
+    if not isinstance(finite, jax.core.Tracer) and not bool(finite):
         raise ValueError(
             f"{path!r} has NaN or infinities: expected finite numbers for {init!r}. "
             f"Give it another init by a rule, jlora.Rule({path!r}, ...), or exclude it."

@@ -22,7 +22,7 @@ from jlora._leaf.leaf import Bare as Bare
 from jlora._leaf.leaf import Dropout as Dropout
 from jlora._leaf.leaf import Full as Full
 from jlora._leaf.leaf import LoRA as LoRA
-from jlora._leaf.leaf import Note as Note
 from jlora._leaf.leaf import Told as Told
 from jlora._leaf.leaf import is_adapted as is_adapted
 from jlora._leaf.leaf import is_leaf as is_leaf
+from jlora._leaf.node import Note as Note

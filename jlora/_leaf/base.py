@@ -128,7 +128,7 @@ class Base(abc.ABC):
         return self.then(lambda w: fn(w, sharding))
 
     def carrier(self) -> Any:
-        """An array with the shape of the base's, and its sharding; None if there is none."""
+        """An array with the shape and the sharding of the base's; None without one."""
         return None
 
     def specs(self, spec: Sequence[Any]) -> Any:
@@ -409,7 +409,7 @@ def foreign(known: Callable[[type], Callable[[Any], Base] | None]) -> None:
 
 
 @functools.lru_cache(maxsize=4096)
-def _view(cls: type) -> Callable[[Any], Base] | None:
+def _view(cls: Any) -> Callable[[Any], Base] | None:
     if issubclass(cls, Base):
         return lambda x: x
     return next(filter(None, (known(cls) for known in _FOREIGN)), None)

@@ -25,7 +25,8 @@ import jax
 
 from jlora._leaf import base, forms
 from jlora._leaf.fields import FULL, LORA, trained
-from jlora._leaf.node import Note, NotAnArray, register
+from jlora._leaf.node import NotAnArray, Note, register
+
 
 class _NotAnArray(NotAnArray):
     """Refuses every use as an array, so that W + a·b is never formed unnoticed."""

@@ -47,7 +47,8 @@ class NotAnArray:
 
     def __getattr__(self, name: str) -> NoReturn:
         raise AttributeError(
-            f"{type(self).__name__} has no attribute {name!r}; it {self._advice}.", name=name
+            f"{type(self).__name__} has no attribute {name!r}; it {self._advice}.",
+            name=name,
         )
 
     def __treescope_repr__(self, path: Any, subtree_renderer: Any) -> Any:

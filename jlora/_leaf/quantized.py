@@ -40,7 +40,7 @@ class Quantized(base.Base):
     It is made for a moment and is in no tree: the array itself is.
 
     Attributes:
-      array: an object with ``qvalue`` (low-bit numbers, of the array's shape), ``scale``
+      array: an object with ``qvalue`` (low-bit numbers of the array's shape), ``scale``
         (as many axes; each has the array's size, or the number of its blocks),
         ``zero_point`` (None, or as the scale) and ``qtype`` (static).
     """
@@ -49,17 +49,17 @@ class Quantized(base.Base):
         self.array = array
 
     @property
-    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+    def shape(self) -> tuple[int, ...]:
         """The shape of the low-bit numbers, which is the array's."""
-        return tuple(self.array.qvalue.shape)
+        return tuple(codes_of(self.array).shape)
 
     @property
-    def dtype(self) -> Any:  # type: ignore[override]
+    def dtype(self) -> Any:
         """The scale's dtype, which the dequantised array has."""
         return self.array.scale.dtype
 
     @property
-    def slices(self) -> bool:  # type: ignore[override]
+    def slices(self) -> bool:
         """Whether every field has the array's first axis whole."""
         n = self.shape[0] if self.shape else 0
         return all(x.ndim and x.shape[0] == n for x in jax.tree.leaves(self.array))
@@ -141,7 +141,10 @@ class Quantized(base.Base):
             own = indices // jnp.asarray(tiles, indices.dtype)
             size = [1 if p else n for p, n in zip(part, field.shape, strict=True)]
             params = rest | {"slice_sizes": tuple(size)}
-            if not jnp.issubdtype(field.dtype, jnp.floating) or field.dtype.itemsize < 2:
+            if (
+                not jnp.issubdtype(field.dtype, jnp.floating)
+                or field.dtype.itemsize < 2
+            ):
                 # Where the scale is filled with NaN, any number will do.
                 params |= {"mode": "clip", "fill_value": None}
             return lax.gather(field, own, **params)
@@ -156,11 +159,11 @@ class Quantized(base.Base):
         def one(field: Any, spec: PartitionSpec) -> Any:
             return fn(field, sharding.update(spec=spec))
 
-        return jax.tree.map(one, self.array, self.specs(sharding.spec))
+        return jax.tree.map(one, self.array, self.specs([*sharding.spec]))
 
     def carrier(self) -> Any:
         """The low-bit numbers."""
-        return self.array.qvalue
+        return codes_of(self.array)
 
     def specs(self, spec: Sequence[Any]) -> Any:
         """The scales are sharded with their blocks; an axis of size one is whole."""
@@ -168,12 +171,14 @@ class Quantized(base.Base):
         def own(field: Any) -> PartitionSpec:
             names = [*spec, *(None,) * (field.ndim - len(spec))]
             sizes = zip(names, field.shape, self.shape, strict=True)
-            return PartitionSpec(*(None if m == 1 < n else name for name, m, n in sizes))
+            return PartitionSpec(
+                *(None if m == 1 < n else name for name, m, n in sizes)
+            )
 
         return jax.tree.map(own, self.array)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Which quantisation it is: the type of its numbers, and the shape of scales."""
+        """Which quantisation it is: the type of its numbers, the shape of scales."""
         said = {"qtype": qtype_of(self.array), "scale": [*self.array.scale.shape]}
         zero = getattr(self.array, "zero_point", None) is not None
         return said | ({"zero_point": True} if zero else {})
@@ -202,12 +207,12 @@ class Row(base.Base):
     step: Any
 
     @property
-    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+    def shape(self) -> tuple[int, ...]:
         """That of the stack, without its first axis."""
-        return tuple(self.array.qvalue.shape[1:])
+        return tuple(codes_of(self.array).shape[1:])
 
     @property
-    def dtype(self) -> Any:  # type: ignore[override]
+    def dtype(self) -> Any:
         """The scale's dtype."""
         return self.array.scale.dtype
 
@@ -230,12 +235,18 @@ def _row(array: Any, step: Any) -> Any:
     return jax.tree.map(one, array)
 
 
+def codes_of(array: Any) -> Any:
+    """The low-bit numbers of a quantised array, as its tree has them."""
+    codes = vars(array).get("codes")  # qvalue is a view of them: see `_qwix`
+    return array.qvalue if codes is None else codes
+
+
 def qtype_of(array: Any) -> str:
     """The name of a quantised array's qtype, such as "int8" or "nf4"."""
     qtype = getattr(array, "qtype", None)
     if isinstance(qtype, str):
         return qtype
-    return str(jnp.dtype(array.qvalue.dtype if qtype is None else qtype))
+    return str(jnp.dtype(codes_of(array).dtype if qtype is None else qtype))
 
 
 def dequantized(array: Any) -> jax.Array:
@@ -243,13 +254,13 @@ def dequantized(array: Any) -> jax.Array:
     array = jax.tree.map(lax.stop_gradient, array)
 
     def like() -> Any:
-        return jax.typeof(array.qvalue).sharding
+        return jax.typeof(codes_of(array)).sharding
 
     return automatic(_dequantized, like, array)
 
 
 def _dequantized(array: Any) -> jax.Array:
-    numbers, scale = array.qvalue, array.scale
+    numbers, scale = codes_of(array), array.scale
     if qtype_of(array) == "nf4":
         numbers = _nf4(numbers)
     numbers = numbers.astype(scale.dtype)
