@@ -35,7 +35,8 @@ def merge(
     The sum is computed in float32 (float64 if a base or factor is float64).  A `Full`
     leaf gives its value in the base's dtype.  An output bias is added to the bias of
     the weight's layer.  A base that was dropped counts as zero.  Every result is
-    sharded as its base is.  A quantised base gives a float weight.
+    sharded as its base is.  A quantised base gives a float weight, and so does a
+    quantised array without an adapter.
 
     Args:
       tree: an adapted tree.
@@ -71,7 +72,12 @@ def merge(
             lost[path] = _taken(new, rounded, leaf)
         return rounded
 
-    out = _map_adapted(merged, tree, "merge")
+    def plain(x: Any) -> Any:
+        return (
+            x if requantize or not base.is_lossy(x) else sharding.like(x, base.array)(x)
+        )
+
+    out = _map_adapted(merged, tree, "merge", plain)
     if given:
         raise ValueError(
             f"merge: floats has {next(iter(given))!r}, which is no adapted leaf whose "
@@ -108,7 +114,7 @@ def _taken(new: jax.Array, rounded: Any, leaf: LoRA) -> tuple[jax.Array, jax.Arr
     wide = new.astype(jnp.float32)
 
     def norm(x: jax.Array) -> jax.Array:
-        return jnp.linalg.norm(x.ravel())
+        return jnp.sqrt(jnp.sum(jnp.square(x)))
 
     error = norm(base.array(rounded).astype(jnp.float32) - wide)
     moved = norm(wide - base.array(leaf.base).astype(jnp.float32))
@@ -169,12 +175,12 @@ def unwrap(tree: Any) -> Any:
     return _map_adapted(lambda _, leaf: base.plain(leaf.base), tree, "unwrap")
 
 
-def _map_adapted(fn: Any, tree: Any, what: str) -> Any:
+def _map_adapted(fn: Any, tree: Any, what: str, rest: Any = lambda x: x) -> Any:
     refuse_layers(tree, what)
 
     def leaf(path: str, x: Any) -> Any:
         if not is_adapted(x):
-            return x
+            return rest(x)
         if lacks := missing(x):
             raise ValueError(
                 f"{what}: {path!r} has {', '.join(f'{name}=None' for name in lacks)}: "

@@ -72,6 +72,11 @@ class Base(abc.ABC):
         """If slicing its fields does not slice the array."""
         return not self.slices
 
+    @property
+    def shards(self) -> bool:
+        """Whether a shard of every field, by `specs`, is a shard of the array."""
+        return self.slices
+
     shape: Any
     dtype: Any
 
@@ -321,6 +326,19 @@ class Pending(Base):
         """As that of its own base, if it acts by value."""
         return whole(self.bases[0]) if self.by_value else True
 
+    @property
+    def shards(self) -> bool:
+        """As that of its own base, if it acts by value."""
+        return self.by_value and shards(self.bases[0])
+
+    def specs(self, spec: Sequence[Any]) -> Any:
+        """As those of its own base, if it acts by value."""
+        return (
+            self._inside(lambda w: specs(w, spec))
+            if self.by_value
+            else super().specs(spec)
+        )
+
     def row(self, step: Any) -> Any:
         """As that of its own base, if it acts by value."""
         if not self.by_value:
@@ -417,12 +435,14 @@ def _view(cls: Any) -> Callable[[Any], Base] | None:
 
 def is_base(x: Any) -> bool:
     """Whether x is a `Base`, which counts as one leaf of a tree, as an array does."""
-    return _view(type(x)) is not None
+    cls: Any = type(x)
+    return _view(cls) is not None
 
 
 def seen(w: Any) -> Base | None:
     """The `Base` that w is, or that stands for it; None for an array."""
-    view = _view(type(w))
+    cls: Any = type(w)
+    view = _view(cls)
     return None if view is None else view(w)
 
 
@@ -497,6 +517,12 @@ def slices(w: Any) -> bool:
     """Whether slicing every field along a leading axis slices the array."""
     own = seen(w)
     return own is None or own.slices
+
+
+def shards(w: Any) -> bool:
+    """Whether a shard of every field, by `specs`, is a shard of the array."""
+    own = seen(w)
+    return own is None or own.shards
 
 
 def whole(w: Any) -> bool:

@@ -59,12 +59,13 @@ class Quantized(base.Base):
         return self.array.scale.dtype
 
     @property
-    def slices(self) -> bool:
+    def slices(self) -> bool:  # type: ignore[override]
         """Whether every field has the array's first axis whole."""
         n = self.shape[0] if self.shape else 0
         return all(x.ndim and x.shape[0] == n for x in jax.tree.leaves(self.array))
 
     lossy = True
+    shards = True
 
     @property
     def whole(self) -> bool:
@@ -225,6 +226,32 @@ class Row(base.Base):
             return fn(dequantized(_row(array, step)), *operands)
 
         return jax.checkpoint(call)(self.array, self.step, *operands)
+
+    @property
+    def _taken(self) -> Quantized:
+        """The layer, taken now."""
+        return Quantized(_row(self.array, self.step))
+
+    def cut(self, fn: Callable[..., Any], *operands: Any) -> Any:
+        """The layer's."""
+        return self._taken.cut(fn, *operands)
+
+    def fieldwise(self, fn: Callable[..., Any]) -> Any:
+        """The layer's."""
+        return self._taken.fieldwise(fn)
+
+    def gather(self, fn: base.Gathering, indices: Any) -> Any:
+        """The layer's."""
+        return self._taken.gather(fn, indices)
+
+    def placed(self, sharding: Any, fn: Callable[..., Any]) -> Any:
+        """The layer's."""
+        return self._taken.placed(sharding, fn)
+
+    def specs(self, spec: Sequence[Any]) -> Any:
+        """Those of the stack, whose first axis is whole."""
+        stack = Quantized(self.array).specs([None, *spec])
+        return Row(stack, PartitionSpec())
 
 
 def _row(array: Any, step: Any) -> Any:

@@ -233,7 +233,7 @@ def _in_specs(x: Any, own: Any) -> Any:
 
 def _ready(x: Any) -> Any:
     """A leaf with a base that can be sharded: if needed, the array is computed now."""
-    if not isinstance(x, Tracked) or base.slices(w := x.leaf.base):
+    if not isinstance(x, Tracked) or base.shards(w := x.leaf.base):
         return x
     return x.now(dataclasses.replace(x.leaf, w=base.array(w)))
 
