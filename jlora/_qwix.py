@@ -88,9 +88,9 @@ def _qarray() -> Any:
     QArray.__module__, QArray.__qualname__ = __name__, "QArray"  # for pickle
     jax.tree_util.register_pytree_with_keys(
         QArray,
-        lambda x: ([(_KEYS[k], x.__dict__[k]) for k in _STORED], x.qtype),
+        lambda x: ([(_KEYS[k], x.__dict__[k]) for k in _STORED], (x.qtype,)),
         functools.partial(_unflatten, QArray),
-        lambda x: ([x.__dict__[k] for k in _STORED], x.qtype),
+        lambda x: ([x.__dict__[k] for k in _STORED], (x.qtype,)),
     )
     register(QArray, ["qvalue", "scale", "zero_point"], ["qtype"], own=True)
     importlib.import_module("flax.nnx").register_data_type(QArray)
@@ -104,7 +104,7 @@ _KEYS["codes"] = jax.tree_util.GetAttrKey("qvalue")
 
 def _unflatten(cls: Any, qtype: Any, children: Any) -> Any:
     out = object.__new__(cls)
-    out.__dict__.update(zip(_STORED, children, strict=True), qtype=qtype)
+    out.__dict__.update(zip(_STORED, children, strict=True), qtype=qtype[0])
     return out
 
 
