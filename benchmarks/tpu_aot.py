@@ -1,7 +1,7 @@
 """What a training step of Llama 3 costs on a TPU pod, compiled without one.
 
-    pip install "jlora[tpu-aot]"
-    python benchmarks/tpu_aot.py            # 8B on v5e, 70B on v5p and v6e
+    pip install "jlora[quant,tpu-aot]"
+    python benchmarks/tpu_aot.py            # 8B on v5e, 70B on v5p and v6e; QLoRA
     python benchmarks/tpu_aot.py --model 70b --topology v5p:4x4x8 --tp 8
 
 XLA's own compiler for TPU compiles the steps for a topology that is not here, from the
@@ -15,6 +15,9 @@ bfloat16:
   merged   the same by W + BA formed in the loss
   full     full fine-tuning, with AdamW in float32
 
+And QLoRA: the same step of jlora on a base in bfloat16, int8 and nf4 (blocks of 64; the
+embedding and the head stay in bfloat16), on slices where the first does not fit.
+
 FLOPs and bytes are those of one chip, as XLA counts them: the body of the scan once,
 and not once a layer. Writes a table for each model and topology into benchmarks/TPU.md.
 """
@@ -26,6 +29,7 @@ import collections
 import dataclasses
 import math
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -57,6 +61,11 @@ RUNS = [  # model, topology, tp, sequences of 4,096 tokens
     ("70b", "v5p:4x4x8", 8, 64),
     ("70b", "v6e:16x16", 8, 64),
 ]
+QUANTISED = [  # where a bfloat16 base does not fit, and a quantised one does
+    ("70b", "v5e:2x4", 8, 1),
+    ("70b", "v6e:2x2", 4, 1),
+    ("70b", "v5p:2x2x1", 4, 12),
+]
 TABLES = Path(__file__).with_name("TPU.md")
 
 
@@ -85,41 +94,37 @@ def mesh_of(topology: str, tp: int) -> Mesh:
     return Mesh(devices, ("fsdp", "tp"))
 
 
-def programs(model: llama.Llama, mesh: Mesh, batch: int, length: int) -> dict[str, Any]:
-    """Name to (function, arguments): shapes with their shardings."""
+class Setting:
+    """A model's params and ids on a mesh, as shapes with their shardings."""
 
-    def placed(shapes: Any, specs: Any) -> Any:
-        return jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(
-                x.shape, x.dtype, sharding=NamedSharding(mesh, s)
-            ),
-            shapes,
-            specs,
+    def __init__(self, model: llama.Llama, mesh: Mesh, batch: int, length: int):
+        self.model, self.mesh = model, mesh
+        self.params = jax.tree.map(self.placed, model.shapes(), model.specs())
+        shape = jax.ShapeDtypeStruct((batch, length + 1), jnp.int32)
+        self.ids = self.placed(shape, P("fsdp"))
+        self.plan = jlora.plan(
+            model.loss, self.params, self.ids, rank=RANK, targets=llama.TARGETS
         )
+        self.tx = optax.adamw(1e-4)
 
-    params = placed(model.shapes(), model.specs())
-    ids = jax.ShapeDtypeStruct(
-        (batch, length + 1), jnp.int32, sharding=NamedSharding(mesh, P("fsdp"))
-    )
-    plan = jlora.plan(model.loss, params, ids, rank=RANK, targets=llama.TARGETS)
-    trainable, frozen = jlora.partition(jlora.wrap(params, plan=plan))
-    lifted = jlora.lift(model.loss)
-    tx = optax.adamw(1e-4)
+    def placed(self, x: Any, spec: Any) -> jax.ShapeDtypeStruct:
+        place = NamedSharding(self.mesh, spec)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
 
-    def step(loss: Any) -> Any:
+    def step(self, loss: Any) -> Any:
         def run(trains: Any, opt_state: Any, *rest: Any) -> Any:
             value, grads = jax.value_and_grad(loss)(trains, *rest)
-            updates, opt_state = tx.update(grads, opt_state, trains)
+            updates, opt_state = self.tx.update(grads, opt_state, trains)
             return optax.apply_updates(trains, updates), opt_state, value
 
         return run
 
-    def opt_state(trains: Any) -> Any:
+    def opt_state(self, trains: Any) -> Any:
         """The shapes of the optimizer's state, each where what it is of lives."""
-        whole = NamedSharding(mesh, P())
-        shapes = jax.eval_shape(tx.init, jax.tree.map(wide, trains))
+        whole = NamedSharding(self.mesh, P())
+        shapes = jax.eval_shape(self.tx.init, jax.tree.map(wide, trains))
         places = optax.tree_utils.tree_map_params(
-            tx,
+            self.tx,
             lambda _, x: x.sharding,
             shapes,
             trains,
@@ -131,27 +136,44 @@ def programs(model: llama.Llama, mesh: Mesh, batch: int, length: int) -> dict[st
             places,
         )
 
-    def wide(x: Any) -> Any:
-        return jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding)
+    def lora(self, qtype: str | None = None, *, merged: bool = False) -> Any:
+        """(function, arguments, donated) of a LoRA step, on a base of this qtype."""
+        params = self.params
+        if qtype is not None:
+            params = jlora.quantize(params, qtype, plan=self.plan)
+        trainable, frozen = jlora.partition(jlora.wrap(params, plan=self.plan))
+        lifted = jlora.lift(self.model.loss)
 
-    def adapted(t: Any, f: Any, ids: Any) -> Any:
-        return lifted(jlora.combine(t, f), ids)
+        def adapted(t: Any, f: Any, ids: Any) -> Any:
+            return lifted(jlora.combine(t, f), ids)
 
-    def merged(t: Any, f: Any, ids: Any) -> Any:
-        whole = jlora.combine(t, jax.lax.stop_gradient(f))
-        return model.loss(jlora.merge(whole), ids)
+        def formed(t: Any, f: Any, ids: Any) -> Any:
+            whole = jlora.combine(t, jax.lax.stop_gradient(f))
+            return self.model.loss(jlora.merge(whole), ids)
+
+        args = trainable, self.opt_state(trainable), frozen, self.ids
+        return self.step(formed if merged else adapted), args, (0, 1)
+
+
+def wide(x: Any) -> Any:
+    return jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding)
+
+
+def programs(model: llama.Llama, mesh: Mesh, batch: int, length: int) -> dict[str, Any]:
+    """Name to (function, arguments, donated): shapes with their shardings."""
+    own = Setting(model, mesh, batch, length)
 
     def floor(params: Any, ids: Any) -> Any:
         return jax.value_and_grad(model.loss, argnums=2)(
             params, ids, jnp.zeros((), jnp.bfloat16)
         )
 
-    small = opt_state(trainable)
+    full = own.params, own.opt_state(own.params), own.ids
     return {
-        "floor": (floor, (params, ids), ()),
-        "jlora": (step(adapted), (trainable, small, frozen, ids), (0, 1)),
-        "merged": (step(merged), (trainable, small, frozen, ids), (0, 1)),
-        "full": (step(model.loss), (params, opt_state(params), ids), (0, 1)),
+        "floor": (floor, (own.params, own.ids), ()),
+        "jlora": own.lora(),
+        "merged": own.lora(merged=True),
+        "full": (own.step(model.loss), full, (0, 1)),
     }
 
 
@@ -295,6 +317,43 @@ def measure(name: str, topology: str, tp: int, batch: int, length: int) -> str:
     return f"{title}\n\n{report(found, topology, adapters, length, most)}\n"
 
 
+def quantised(name: str, topology: str, tp: int, batch: int, length: int) -> str:
+    """The section of QLoRA: bases of several qtypes, and which of them fit.
+
+    Raises:
+      AssertionError: the bfloat16 base fits, or none of the quantised ones does.
+    """
+    mesh, model = mesh_of(topology, tp), MODELS[name]
+    own, chips = Setting(model, mesh, batch, length), mesh.devices.size
+    most = HBM[topology.split(":")[0]]
+    head = ["base", "arguments, GB a chip", "temporaries, GB a chip", "together", ""]
+    rows, fits = [head], {}
+    for qtype in (None, "int8", "nf4"):
+        print(f"  {qtype or 'bfloat16'} …", end=" ", flush=True)
+        try:
+            cost = compiled(mesh, *own.lora(qtype))
+        except jax.errors.JaxRuntimeError as e:
+            found = re.search(r"Used ([\d.]+)G of ([\d.]+)G hbm", str(e))
+            if found is None:
+                raise
+            used = float(found[1]) * 2**30 / 1e9
+            cells, fits[qtype] = ["", "", f"{used:.1f}", "does not fit"], False
+        else:
+            parts = cost.arguments / 1e9, cost.temporaries / 1e9
+            cells = [f"{x:.2f}" for x in (*parts, sum(parts))] + [f"of {most} GB"]
+            fits[qtype] = True
+        print(", ".join(cells), flush=True)
+        rows.append([qtype or "bfloat16", *cells])
+    assert not fits.pop(None), "the bfloat16 base fits"
+    assert any(fits.values()), "no quantised base fits"
+    title = (
+        f"## QLoRA of Llama-3-{name.upper()}, {topology}: {chips} "
+        f"chip{'s' * (chips > 1)}, fsdp {chips // tp} × tp {tp}, "
+        f"{batch} × {length:,} tokens"
+    )
+    return f"{title}\n\n{tables.markdown(rows)}\n"
+
+
 HEAD = f"""# Llama 3 on TPU pods, compiled without one
 
 Made by `python benchmarks/tpu_aot.py` (jax {jax.__version__}); what it counts and how
@@ -329,15 +388,19 @@ def main() -> None:
     parser.add_argument("--tp", type=int, default=8, help="with --topology")
     parser.add_argument("--batch", type=int, default=64, help="with --topology")
     parser.add_argument("--length", type=int, default=4096)
+    parser.add_argument("--only", choices=["lora", "qlora"])
     args = parser.parse_args()
-    runs = [r for r in RUNS if args.model in (None, r[0])]
-    if args.topology:
-        runs = [(args.model or "70b", args.topology, args.tp, args.batch)]
-    for name, topology, tp, batch in runs:
-        print(f"Llama-3-{name.upper()} on {topology}", flush=True)
-        section = measure(name, topology, tp, batch, args.length)
-        print(section)
-        tables.record(TABLES, HEAD, section)
+    todo = {"lora": (measure, RUNS), "qlora": (quantised, QUANTISED)}
+    for kind in [args.only] if args.only else todo:
+        section_of, runs = todo[kind]
+        runs = [r for r in runs if args.model in (None, r[0])]
+        if args.topology:
+            runs = [(args.model or "70b", args.topology, args.tp, args.batch)]
+        for name, topology, tp, batch in runs:
+            print(f"Llama-3-{name.upper()} on {topology}", flush=True)
+            section = section_of(name, topology, tp, batch, args.length)
+            print(section)
+            tables.record(TABLES, HEAD, section)
 
 
 if __name__ == "__main__":

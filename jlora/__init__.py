@@ -31,6 +31,7 @@ The house.  Each part imports only from the parts above it in this list:
   (partition, labels, scaled, dropout), `_summary` (count, summary), `_pairs`
   (riemannian, lora_fa: gradients of both factors), `_optim` (optimizer), `_fade` (fade,
   drop_base: the base goes away while the adapter trains).
+* `_qwix` (arrays quantised, with qwix) and `_quantize` (quantize, rounding).
 * `_observe` (observe, redistribute: what enters each weight).
 * `_arithmetic`: adapters as values: mix, truncate, extract, and their spectra.
 * `checkpoint`; `linen`, `nnx`; `loralib`, with `_torch_file`, its reader of torch's
@@ -41,7 +42,7 @@ Where a new thing goes:
 * **a variant of the weight** (DoRA): its new field in `_leaf.fields` and `_leaf.leaf`,
   how it starts in `_init.make`, what it makes of the weight in `_algebra.delta`, what
   it makes of each use in `_algebra.use`, its option in `_plan.spec`;
-* **a kind of base** (int4): a new file ``_leaf/int4.py`` with a subclass of
+* **a kind of base**: a new file beside ``_leaf/quantized.py`` with a subclass of
   `_leaf.base.Base`; no other file has to know of it;
 * **another factorisation**: a class in `_leaf.forms`;
 * **a rule for a primitive**: its low-rank form in `_algebra`, a function under

@@ -2,8 +2,8 @@
 
 * `node`: registers a class with all that takes trees apart.
 * `base`: what ``w`` can be: an array, or an object that makes one for each use.  **A
-  new kind of base**, such as a quantised array, is a subclass of `base.Base` in a new
-  file of this folder.
+  new kind of base** is a subclass of `base.Base` in a new file of this folder.
+* `quantized`: a quantised array as a base.
 * `forms`: how the factors a and b make a·b: a plain pair, or loralib's blocks and
   kernels.  **Another factorisation** is a new class there.  DoRA changes the weight and
   not the factors, so it would not be a form: see `_algebra`.
