@@ -58,7 +58,6 @@ class Base(abc.ABC):
       dtype: the array's dtype, as the model sees it.
       slices: static; whether slicing every field along a leading axis slices the array,
         as `jax.lax.scan` slices a stack of layers.
-      whole: static; whether a scan leaves it whole, and each step takes its `row`.
       zero: static; whether the array is zero.  Such a base has no arrays.
       lossy: static; whether an array has to be rounded to become such a base.
     """
@@ -69,7 +68,7 @@ class Base(abc.ABC):
 
     @property
     def whole(self) -> bool:
-        """If slicing its fields does not slice the array."""
+        """Whether a scan leaves it as it is, and each step takes its `row`."""
         return not self.slices
 
     @property

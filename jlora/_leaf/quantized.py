@@ -58,19 +58,9 @@ class Quantized(base.Base):
         """The scale's dtype, which the dequantised array has."""
         return self.array.scale.dtype
 
-    @property
-    def slices(self) -> bool:  # type: ignore[override]
-        """Whether every field has the array's first axis whole."""
-        n = self.shape[0] if self.shape else 0
-        return all(x.ndim and x.shape[0] == n for x in jax.tree.leaves(self.array))
-
     lossy = True
     shards = True
-
-    @property
-    def whole(self) -> bool:
-        """Always."""
-        return True
+    whole = True
 
     def row(self, step: Any) -> Any:
         """Taken in each use."""
@@ -108,11 +98,8 @@ class Quantized(base.Base):
             for k in whole
             if field.shape[k] not in (1, shape[k])
         }
-        same = len(new) == len(shape)
-        if blocked and not (same and all(new[k] == shape[k] for k in blocked)):
-            # A row of a stack loses its axis, and keeps all others.
-            if same or tuple(new) != shape[1:] or 0 in blocked:
-                return super().cut(fn, *operands)
+        if any(new[k] != shape[k] for k in blocked):
+            return super().cut(fn, *operands)
 
         def one(field: Any) -> Any:
             axes = [k if field.shape[k] == shape[k] else RANK for k in whole]
@@ -132,8 +119,10 @@ class Quantized(base.Base):
         part = [size != n for size, n in zip(sizes, shape, strict=True)]
         batched = dn.operand_batching_dims
         fields = jax.tree.leaves(self.array)
-        if any(p and size != 1 for p, size in zip(part, sizes, strict=True)) or any(
-            field.shape[k] != shape[k] for field in fields for k in batched
+        if (
+            any(p and size != 1 for p, size in zip(part, sizes, strict=True))
+            or any(x.shape[k] != shape[k] for x in fields for k in batched)
+            or rest["fill_value"] not in (None, 0)
         ):
             return super().gather(fn, indices)
 
