@@ -5,6 +5,7 @@
 #   make interop                       against PyTorch's loralib and peft
 #   make faults                        kill training 50 times; 25,000 damaged files
 #   make demo                          fine-tune MiniLM      ARGS=--help lists the options
+#   make llm                           fine-tune SmolLM2 on a 4-bit base, in 20 minutes
 #   make docs                          build the documentation, with every cell run
 #   make lint                          ruff and mypy
 #   make test PYTHON=python3.13        with another Python
@@ -33,7 +34,7 @@ export UV_HTTP_TIMEOUT ?= 60
 export UV_SYSTEM_CERTS ?= true
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: test interop faults demo docs lint format lock env clean
+.PHONY: test interop faults demo llm docs lint format lock env clean
 
 test: $(READY)
 	@$(PY) -m pytest -n logical --maxprocesses 4 --dist worksteal $(ARGS)
@@ -44,7 +45,8 @@ interop: $(READY)
 	@sed -n 's/^\([A-Za-z0-9_.-]*==[^ ]*\).*/\1/p' $(LOCK) > $(VENV)/pins.txt
 	@$(PY) -m pip install --quiet --timeout 60 --constraint $(VENV)/pins.txt \
 		torch==2.13.0 loralib==0.1.2 peft==0.21.2
-	@$(PY) -m pytest tests/test_loralib.py tests/test_peft.py tests/test_peft_files.py $(ARGS)
+	@$(PY) -m pytest tests/test_loralib.py tests/test_peft.py tests/test_peft_files.py \
+		examples/smollm/test_smollm.py $(ARGS)
 
 # Many more kills of training runs, and hostile files, than `make test` has.
 faults: $(READY)
@@ -53,6 +55,9 @@ faults: $(READY)
 
 demo: $(READY)
 	@$(PY) examples/minilm/main.py $(ARGS)
+
+llm: $(READY)
+	@$(PY) examples/smollm/main.py $(ARGS)
 
 # -E: every page anew, since its cells run code that may have changed.
 docs: $(DOCS)/ready

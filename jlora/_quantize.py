@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -81,10 +82,11 @@ def quantize(
     tiles = _tiled(leaves, axes, block)
 
     def leaf(path: str, x: Any) -> Any:
-        if path not in tiles:
-            return x
         w = _base(x)
+        if path not in tiles or not w.size:
+            return x
         new = _qwix.quantized(w, qtype, tiles[path])
+        _require_finite(path, new)
         if donate and isinstance(w, jax.Array) and not isinstance(w, jax.core.Tracer):
             jax.block_until_ready(new)
             w.delete()
@@ -93,9 +95,19 @@ def quantize(
     return by_path.map_leaves(leaf, opened(tree))
 
 
+def _require_finite(path: str, new: Any) -> None:
+    """Raises if a block has no scale, since its largest number is none."""
+    finite = None if base.is_abstract(new) else jnp.isfinite(new.scale).all()
+    if finite is not None and not isinstance(finite, jax.core.Tracer) and not finite:
+        raise ValueError(
+            f"quantize: {path!r} has NaN or infinities, or numbers whose block has no "
+            f"scale in {new.dtype}: expected finite ones. Exclude the path."
+        )
+
+
 def _check_block(block: Any, qtype: str) -> None:
     """Raises for a size of blocks that is none, or that the qtype does not have."""
-    whole = isinstance(block, int) and not isinstance(block, bool)
+    whole = isinstance(block, numbers.Integral) and not isinstance(block, bool)
     if block is not None and (not whole or block < 1):
         raise ValueError(
             f"quantize: block={block!r}: expected a number of weights that share a "

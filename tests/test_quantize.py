@@ -849,6 +849,14 @@ def test_bad_input():
     coded = jlora.quantize(tree, "nf4")
     raises("'dense/kernel' is nf4 in blocks of 64 already: expected a float", coded)
     raises("already", jlora.wrap(coded, rank=2))
+    for bad in (jnp.nan, jnp.inf):
+        wrong = {"dense": {"kernel": normal(64, 6).at[3, 2].set(bad)}}
+        raises("'dense/kernel' has NaN or infinities", wrong)
+    with pytest.raises(TypeError, match="quantize: plan is a dict: expected the res"):
+        jlora.quantize(tree, "nf4", plan={"dense/kernel": 64})
+    empty = {"dense": {"kernel": jnp.zeros((64, 0))}}
+    assert jlora.quantize(empty, "nf4")["dense"]["kernel"] is empty["dense"]["kernel"]
+    jlora.quantize(tree, "nf4", block=np.int64(32))
     other = jlora.plan(lambda p, x: x @ p["w"], {"w": normal(64, 6)}, normal(3, 64))
     raises("the plan is of another tree", tree, plan=other)
 

@@ -87,6 +87,11 @@ def check(
       exclude: likewise.
       rules: likewise.
     """
+    if not isinstance(plan, Plan):
+        raise TypeError(
+            f"{what}: plan is a {type(plan).__name__}: expected the result of "
+            "jlora.plan(fn, params, *args)."
+        )
     if targets is not None or exclude or rules:
         raise ValueError(
             f"{what}: targets, exclude and rules are passed to jlora.plan(...), which "
