@@ -8,14 +8,17 @@ import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 import qwix
 from flax import nnx
 from helpers import close, normal, randomise, same
 from jax import export
+from safetensors.numpy import save_file
 
 import jlora
+import jlora.peft
 
 X = normal(5, 64)
 
@@ -126,6 +129,25 @@ def test_a_train_state_wants_floats_and_says_so():
     coded = jlora.quantize({"kernel": normal(64, 8)}, "int8")
     with pytest.raises(ValueError, match="optimizer: 'kernel' holds int8.*partition"):
         jlora.optimizer(optax.adamw(1e-3), jlora.wrap(coded, rank=2))
+
+
+def test_names_of_torch_come_from_the_floats(tmp_path):
+    """Only the factors are in PEFT's file; the values of a quantised base in none."""
+    up, down = normal(64, 128), normal(128, 64, seed=2)
+    file = {"up.weight": np.asarray(up.T), "down.weight": np.asarray(down.T)}
+    save_file(
+        {k: np.ascontiguousarray(v) for k, v in file.items()},
+        tmp_path / "model.safetensors",
+    )
+    params = {"up": up, "down": down}
+    plan = jlora.plan(lambda p, x: jnp.tanh(x @ p["up"]) @ p["down"], params, X, rank=2)
+    names = jlora.peft.match(params, tmp_path, plan=plan)
+    coded = jlora.quantize(params, "nf4", plan=plan)
+    lost = jlora.peft.match(coded, tmp_path, plan=plan)
+    assert "it is quantised: match the float params" in str(lost)
+    tree = randomise(jlora.wrap(coded, plan=plan), scale=False)
+    jlora.peft.save(tmp_path / "a", tree, names=names)
+    same(jlora.peft.load(tmp_path / "a", coded, names=names), tree)
 
 
 def test_what_else_writes_trees():

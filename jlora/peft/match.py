@@ -242,6 +242,12 @@ class _Matcher:
     def _value(self, path: str) -> np.ndarray:
         return np.asarray(_base.array(self.leaves[path]))
 
+    def _rounded(self, path: str) -> str:
+        """What to do about a weight that is quantised, so that no file has it."""
+        if not _base.is_lossy(self.leaves[path]):
+            return ""
+        return "; it is quantised: match the float params, which have the same names"
+
     def _claims(self, path: str) -> list[_Claim]:
         """The columns of a weight, each with the column of a tensor that it is."""
         w = self.known[path]
@@ -254,7 +260,7 @@ class _Matcher:
             own = self._layer(path, at, m)
             if isinstance(own, str):
                 where = f"at {list(map(int, at))}: " if at else ""
-                self.missing[path] = where + own
+                self.missing[path] = where + own + self._rounded(path)
                 return []
             out += own
             self._tick(m.size)
@@ -495,7 +501,7 @@ class _Matcher:
                 return
             if split == 0 or "several" in own:
                 more = "; nothing tells the roles of its axes: pass plan=" * unknown
-                self.missing[path] = own + more
+                self.missing[path] = own + more + self._rounded(path)
             if "several" in own:
                 return
 
