@@ -6,6 +6,7 @@ The oracle is the dequantised weight, by qwix's own `dequantize`, merged by hand
 import dataclasses
 import functools
 import pickle
+import re
 
 import jax
 import jax.numpy as jnp
@@ -369,6 +370,32 @@ def test_lookups_out_of_bounds():
 
 
 # ------------------------------------------------------------------------- trees
+
+
+def test_a_lookup_dequantises_its_rows_alone():
+    """Whatever is indexed: words of a table, and experts of a stack."""
+    table = qwix.quantize(normal(13, 8), "nf4", channelwise_axes=(0,))
+    stack = qwix.quantize(normal(13, 8, 4), jnp.int8, channelwise_axes=(0, 2))
+    uses = {
+        "take": (lambda p, ids: jnp.take(p["w"], ids, axis=0), table),
+        "index": (lambda p, ids: p["w"][ids], table),
+        "one": (lambda p, ids: p["w"][ids[0]], table),
+        "slice": (lambda p, ids: p["w"][2:5], table),
+        "experts": (lambda p, ids: jnp.einsum("bio->bo", p["w"][ids]), stack),
+        "layer": (lambda p, ids: p["w"][3] * 2.0, stack),
+    }
+    for name, (fn, q) in uses.items():
+        text = str(jax.make_jaxpr(jlora.lift(fn))({"w": q}, jnp.arange(3)))
+        assert not re.search(r":f32\[13,8(,4)?\]", text), name
+        tree = (
+            wrap_random(
+                {"w": q}, jlora.plan(fn, {"w": q}, jnp.arange(3), targets="w", rank=2)
+            )
+            if name in ("take", "index")
+            else {"w": q}
+        )
+        text = str(jax.make_jaxpr(jlora.lift(fn))(tree, jnp.arange(3)))
+        assert not re.search(r":f32\[13,8(,4)?\]", text), name
 
 
 def model(p, ids):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -117,12 +118,12 @@ class Quantized(base.Base):
         rest = dict(fn.params)
         dn, sizes, shape = rest["dimension_numbers"], rest["slice_sizes"], self.shape
         part = [size != n for size, n in zip(sizes, shape, strict=True)]
-        batched = dn.operand_batching_dims
+        batched, fill = dn.operand_batching_dims, rest["fill_value"]
         fields = jax.tree.leaves(self.array)
         if (
             any(p and size != 1 for p, size in zip(part, sizes, strict=True))
             or any(x.shape[k] != shape[k] for x in fields for k in batched)
-            or rest["fill_value"] not in (None, 0)
+            or not (fill is None or fill == 0 or math.isnan(fill))
         ):
             return super().gather(fn, indices)
 
