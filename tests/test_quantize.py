@@ -767,6 +767,38 @@ def test_loftq_takes_the_error_of_quantising(name):
     assert off(merged(3)) == pytest.approx(off(q + best), rel=0.1)
 
 
+@pytest.mark.parametrize("name", ["dense", "several in axes", "stack", "torch's order"])
+def test_loftq_with_moments_changes_the_outputs_least(name):
+    """The closed form, by the square root of the moments in numpy."""
+    fn, params, x, _ = BLOCKS[name]
+    plan = jlora.plan(fn, params, x, rank=2, targets="**")
+    moments = jlora.observe(fn, params, x, plan=plan)
+    found = np.asarray(moments["w"], np.float64)
+    found = found + 0.1 * np.eye(found.shape[-1])  # so that it has an inverse
+    init = jlora.initializers.loftq("int4", block=4, moments={"w": found})
+    tree = jlora.wrap(params, plan=plan, init=init)
+    w, roles = params["w"], plan["w"].axes
+    order = sorted(range(w.ndim), key=lambda k: ("bio".index(roles[k]), k))
+    sizes = [int(np.prod([w.shape[k] for k in order if roles[k] == r])) for r in "bio"]
+
+    def matrices(v):
+        return np.asarray(v, np.float64).transpose(order).reshape(sizes)
+
+    q = qwix.dequantize(tree["w"].w)
+    same(q, qwix.dequantize(jlora.quantize(params, "int4", plan=plan, block=4)["w"]))
+    values, vectors = np.linalg.eigh(found.reshape(-1, *found.shape[-2:]))
+    root = vectors * np.sqrt(values)[:, None] @ vectors.swapaxes(1, 2)
+    u, s, vt = np.linalg.svd(root @ matrices(w - q))
+    best = np.linalg.solve(root, (u[:, :, :2] * s[:, None, :2]) @ vt[:, :2])
+    close(matrices(jlora.merge(tree)["w"] - q), best, 1e-4)
+    with pytest.raises(ValueError, match="loftq: no moments of 'w'; near paths: 'v'"):
+        init = jlora.initializers.loftq(block=4, moments={"v": found})
+        jlora.wrap(params, plan=plan, init=init)
+    with pytest.raises(ValueError, match="expected moments of shape .* for 'loftq'"):
+        init = jlora.initializers.loftq(block=4, moments={"w": found[..., :3]})
+        jlora.wrap(params, plan=plan, init=init)
+
+
 def test_starts_that_move_the_base():
     """On floats that are quantised then; a quantised base is not moved in silence."""
     tree = jlora.wrap(PARAMS, rank=4, init="pissa")
@@ -790,6 +822,8 @@ def test_starts_that_move_the_base():
     assert jax.tree.structure(abstract["up"]["kernel"]) == jax.tree.structure(named)
     with pytest.raises(ValueError, match="steps 0: expected a number of turns"):
         jlora.initializers.loftq(steps=0)
+    with pytest.raises(TypeError, match="loftq: expected moments by path"):
+        jlora.initializers.loftq(moments=3)
     with pytest.raises(ValueError, match="qtype 'nf5'"):
         jlora.initializers.loftq("nf5")
     with pytest.raises(ValueError, match="in axes that blocks of 24 divide"):

@@ -43,12 +43,41 @@ def eva(moments: Mapping[str, Any]) -> Any:
       >>> abs(tree["kernel"].a[:, 0]).tolist()
       [0.0, 1.0, 0.0]
     """
+    return _Eva(given(moments, "eva"))
+
+
+def given(moments: Any, what: str) -> Mapping[str, Any]:
+    """The moments; raises TypeError if they are none."""
     if not isinstance(moments, Mapping):
         raise TypeError(
-            f"eva: expected moments by path, as jlora.observe gives them, found a "
+            f"{what}: expected moments by path, as jlora.observe gives them, found a "
             f"{type(moments).__name__}."
         )
-    return _Eva(moments)
+    return moments
+
+
+def moment(moments: Mapping[str, Any], path: str, what: str) -> Any:
+    """The moments of one weight; raises ValueError if there are none."""
+    if path not in moments:
+        raise ValueError(
+            f"{what}: no moments of {path!r}; near paths: "
+            f"{paths.near(path, moments)}. Observe with the plan that is wrapped; an "
+            "embedding has none: give it another init by a jlora.Rule."
+        )
+    return moments[path]
+
+
+def as_matrices(moment: Any, m: Matrices, what: str) -> jax.Array:
+    """The moments of each matrix of a weight, (batch, in, in) in float32.
+
+    Raises:
+      Misfit: they are of another weight.
+    """
+    moment = jnp.asarray(moment, jnp.float32)
+    want = (*m.sizes("b"), m.size[0], m.size[0])
+    if moment.shape != want:
+        raise Misfit(f"moments of shape {want} for {what!r}, found {moment.shape}")
+    return moment.reshape(-1, *moment.shape[-2:])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -59,13 +88,7 @@ class _Eva:
 
     def at(self, path: str) -> Any:
         """The initialiser for the weight of this path."""
-        if path not in self.moments:
-            raise ValueError(
-                f"eva: no moments of {path!r}; near paths: "
-                f"{paths.near(path, self.moments)}. Observe with the plan that is "
-                "wrapped; an embedding has none: give it another init by a jlora.Rule."
-            )
-        return _EvaOf(self.moments[path])
+        return _EvaOf(moment(self.moments, path, "eva"))
 
     def __call__(self, key: jax.Array, w: Any, spec: Spec) -> Any:
         raise TypeError("eva needs the weight's path: expected wrap to call it.")
@@ -85,10 +108,6 @@ class _EvaOf:
         """(w, a, b), as every initialiser gives them."""
         m, rank = Matrices.of(w, spec), rank_of(spec)
         m.check(rank, "'eva'", outs=False)
-        moment = jnp.asarray(self.moment, jnp.float32)
-        want = (*m.sizes("b"), m.size[0], m.size[0])
-        if moment.shape != want:
-            raise Misfit(f"moments of shape {want} for 'eva', found {moment.shape}")
-        _, vectors = jnp.linalg.eigh(moment.reshape(-1, *moment.shape[-2:]))
+        _, vectors = jnp.linalg.eigh(as_matrices(self.moment, m, "eva"))
         a = vectors[..., ::-1][..., :rank]
         return w, *m.factors(a, jnp.zeros((len(a), rank, m.size[1])))
