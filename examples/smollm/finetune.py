@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 import jlora
 import jlora.checkpoint
+import jlora.initializers
 
 TARGETS = [
     f"layers/**/{name}/kernel" for name in ("q", "k", "v", "o", "gate", "up", "down")
@@ -43,6 +44,9 @@ class Config:
     """"float", or the qtype of `jlora.quantize`."""
     block: int
     """How many numbers of a quantised base share a scale."""
+    observed: int
+    """Batches of which the adapters of a quantised base know what enters each weight,
+    so that they start as what makes up for its error; 0: they start at zero."""
     steps: int
     rank: int
     alpha: float
@@ -81,12 +85,29 @@ def planned(model, config) -> jlora.Plan:
     return jlora.plan(call, model, ids, ids, **options)
 
 
-def prepare(model, config: Config):
+def prepare(model, config: Config, batches: Iterable[Batch] = ()):
     """The model with its base quantised, if it is to be, and adapters on it."""
-    plan = planned(model, config)
-    if config.base != "float":
+    plan, key = planned(model, config), jax.random.key(config.seed)
+    if config.base == "float":
+        return jlora.wrap(model, plan=plan, key=key)
+    observe = jax.jit(partial(jlora.observe, call, plan=plan))
+    moments = sum(observe(model, x.ids, x.segments) for x in batches)
+    if not moments:
         model = jlora.quantize(model, config.base, plan=plan, block=config.block)
-    return jlora.wrap(model, plan=plan, key=jax.random.key(config.seed))
+        return jlora.wrap(model, plan=plan, key=key)
+    loftq = jlora.initializers.loftq(config.base, block=config.block, moments=moments)
+    return jlora.wrap(model, plan=plan, key=key, init=loftq)
+
+
+def in_floats(tree):
+    """The same adapters, on the base that they were trained on, as floats."""
+    base = jlora.merge(jlora.unwrap(tree))
+    # An adapter of loftq is refused where its own base may be missing. Here it is.
+    adapter = {
+        path: dataclasses.replace(leaf, moved=None)
+        for path, leaf in jlora.adapter(tree).items()
+    }
+    return jlora.attach(base, adapter)
 
 
 def optimizer(config: Config) -> optax.GradientTransformation:
@@ -165,9 +186,17 @@ def continuations(tree, prompts: list[str], tokenizer, end: int, new: int) -> li
     return said
 
 
-def begin(tree, config: Config, folder: Path) -> State:
-    """The state in the last checkpoint of `folder`; without one, that of step 0."""
-    trainable, _ = jlora.partition(tree)
+def begin(model, texts: Texts, parts, config: Config, folder: Path):
+    """The state in the last checkpoint of `folder`, or that of step 0; and the base.
+
+    The base is the half of the tree that is frozen.
+    """
+    claim(folder, config)
+    found = checkpoints(folder)
+    epochs = texts.epochs(parts["train"], config.seed)
+    batches = () if found else itertools.islice(epochs, config.observed)
+    tree = prepare(model, config, batches)
+    trainable, frozen = jlora.partition(tree)
     steps = config.steps
     history = {
         "loss": np.full(steps, np.nan, np.float32),
@@ -177,13 +206,13 @@ def begin(tree, config: Config, folder: Path) -> State:
         "evaluated": np.linspace(0, steps, EVALUATIONS, dtype=np.int32),
     }
     state = State(trainable, optimizer(config).init(trainable), 0, history)
-    claim(folder, config)
-    if not (found := checkpoints(folder)):
-        return state
+    if not found:
+        return state, frozen
     like = {"opt_state": state.opt_state, "step": 0, "history": history}
     tree, extra = jlora.checkpoint.restore(found[-1], jlora.unwrap(tree), extra=like)
     extra["history"] = jax.tree.map(np.array, extra["history"])
-    return State(jlora.partition(tree)[0], **extra)
+    trainable, frozen = jlora.partition(tree)
+    return State(trainable, **extra), frozen
 
 
 def train(
@@ -198,8 +227,9 @@ def train(
     epochs = texts.epochs(parts["train"], config.seed)
     batches = itertools.islice(epochs, start, config.steps)
     total = config.steps
-    if start == 0:
-        evaluate(trainable, frozen, texts, parts, history, 0)
+    if start == 0:  # of the base alone
+        alone = jlora.scaled(jlora.combine(trainable, frozen), 0.0)
+        evaluate(*jlora.partition(alone), texts, parts, history, 0)
     bar = tqdm(total=total, initial=start, desc=config.base, unit=" steps", ncols=88)
     with bar, stop_requests() as stop:
         for done, batch in enumerate(batches, start + 1):

@@ -74,6 +74,7 @@ def arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--base", choices=BASES, default="nf4", help="how the base is kept (nf4)")
     add("--block", type=int, default=64, help="numbers that share a scale")
+    add("--observed", type=int, default=8, help="batches seen before the start")
     add("--compare", action="store_true", help="train on each kind of base")
     add("--out", type=Path, help="the runs' folder (runs/smollm)")
     add("--fresh", action="store_true", help="start anew, dropping what --out holds")
@@ -94,6 +95,7 @@ def arguments() -> argparse.Namespace:
     args.new = 24
     if args.quick:
         args.steps, args.rows, args.width, args.held_out, args.new = 4, 2, 64, 8, 4
+        args.observed = 1
     args.out = args.out or Path("runs/smollm-quick" if args.quick else "runs/smollm")
     return args
 
@@ -135,15 +137,14 @@ def run(source, texts: Texts, parts, config: Config, args) -> Result:
         shutil.rmtree(folder, ignore_errors=True)
     model = source.model(scanned=True)
     float_mb = megabytes(model)
-    tree = finetune.prepare(model, config)
+    print(f"\n{config.base} base", flush=True)
+    state, frozen = finetune.begin(model, texts, parts, config, folder)
     del model
+    tree = jlora.combine(state.trainable, frozen)
     base_mb = megabytes(jlora.unwrap(tree))
-    state = finetune.begin(tree, config, folder)
-    trainable, frozen = jlora.partition(tree)
-    print(f"\n{config.base} base")
     print(jlora.summary(tree))
     print(f"base            {base_mb:8.1f} MB ({float_mb:.1f} MB in float32)")
-    print(f"adapters        {megabytes(trainable):8.1f} MB")
+    print(f"adapters        {megabytes(state.trainable):8.1f} MB")
     print(f"optimizer       {megabytes(state.opt_state):8.1f} MB", flush=True)
     if state.step < config.steps:
         step = finetune.compiled_step(state, frozen, config)
@@ -175,13 +176,13 @@ def show(tree, source, new: int) -> None:
 def border(tree, source, texts: Texts, parts, args) -> None:
     """Writes base and adapter for Hugging Face's libraries, and reads the latter back.
 
-    There the base is the float one, and the adapter was trained on a rounded base.
+    The base is what the adapter was trained on: the quantised numbers, as floats.
     """
     base, adapter = args.out / "base", args.out / "peft"
-    weights.write(source, base)
-    model = source.model(scanned=True)
-    plan = finetune.planned(model, args)
-    names = jlora.peft.match(model, base, plan=plan)
+    tree = finetune.in_floats(tree)
+    model = jlora.unwrap(tree)
+    weights.write(source.replace(model), base)
+    names = jlora.peft.match(model, base, plan=finetune.planned(model, args))
     shutil.rmtree(adapter, ignore_errors=True)
     config = {"base_model_name_or_path": str(base), "task_type": "CAUSAL_LM"}
     jlora.peft.save(adapter, tree, names=names, portable=True, config=config)
@@ -189,7 +190,7 @@ def border(tree, source, texts: Texts, parts, args) -> None:
     print(jlora.peft.check(adapter, server="vllm"))
     served = jlora.peft.load(adapter, model)
     found = finetune.perplexity(served, texts, parts["held out"])
-    print(f"perplexity of the float base with the adapter: {found:.2f}")
+    print(f"perplexity of what was written: {found:.2f}")
 
 
 def compare(results: dict[str, Result], strict: bool) -> None:

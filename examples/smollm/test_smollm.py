@@ -188,6 +188,7 @@ def test_epochs_differ_and_are_repeatable():
 CONFIG = finetune.Config(
     base="float",
     block=8,
+    observed=2,
     steps=8,
     rank=2,
     alpha=4.0,
@@ -200,23 +201,13 @@ CONFIG = finetune.Config(
     data="",
 )
 PARTS = {"train": np.arange(40, 200), "held out": np.arange(40)}
-BASES = [
-    "float",
-    pytest.param(
-        "nf4",
-        marks=pytest.mark.skipif(
-            not hasattr(jlora, "quantize"), reason="no jlora.quantize"
-        ),
-    ),
-]
 
 
 def tiny_run(tiny, folder, config=CONFIG, compiled={}):  # noqa: B006
     """Trains in `folder`; runs of equal configurations share what is compiled."""
     texts = Texts.encode(TEXTS, tiny.tokenizer, tiny.end, config.rows, config.width)
-    tree = finetune.prepare(tiny.model(scanned=True), config)
-    state = finetune.begin(tree, config, folder)
-    _, frozen = jlora.partition(tree)
+    model = tiny.model(scanned=True)
+    state, frozen = finetune.begin(model, texts, PARTS, config, folder)
     if config not in compiled:
         compiled[config] = finetune.compiled_step(state, frozen, config)
     step = compiled[config]
@@ -224,7 +215,7 @@ def tiny_run(tiny, folder, config=CONFIG, compiled={}):  # noqa: B006
     return state, frozen
 
 
-@pytest.fixture(scope="module", params=BASES)
+@pytest.fixture(scope="module", params=["float", "nf4"])
 def whole(request, tiny, tmp_path_factory):
     """A run that nothing stopped: its configuration, last state and base."""
     config = dataclasses.replace(CONFIG, base=request.param)
@@ -283,16 +274,20 @@ def test_continuations_are_greedy_and_end(tiny, whole):
 # ------------------------------------------------------------------------ the border
 
 
-def test_peft_serves_what_was_trained(tiny, folder, tmp_path):
+def test_peft_serves_what_was_trained(tiny, whole, tmp_path):
+    """On the base that was trained on: a quantised one, as floats."""
     torch = pytest.importorskip("torch")
     peft = pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")
-    state, frozen = tiny_run(tiny, tmp_path / "run")
+    _, state, frozen = whole
     tree = jlora.combine(state.trainable, frozen)
-    model = tiny.model(scanned=True)
-    names = jlora.peft.match(model, folder, plan=finetune.planned(model, CONFIG))
-    jlora.peft.save(tmp_path / "peft", tree, names=names, portable=True)
-    theirs = transformers.LlamaForCausalLM.from_pretrained(folder)
+    floats = finetune.in_floats(tree)
+    model = jlora.unwrap(floats)
+    weights.write(tiny.replace(model), tmp_path / "base")
+    plan = finetune.planned(model, CONFIG)
+    names = jlora.peft.match(model, tmp_path / "base", plan=plan)
+    jlora.peft.save(tmp_path / "peft", floats, names=names, portable=True)
+    theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
     theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "peft").eval()
     x = ids((2, 11))
     with torch.no_grad():
@@ -300,6 +295,14 @@ def test_peft_serves_what_was_trained(tiny, folder, tmp_path):
     got = jax.jit(jlora.lift(finetune.call))(tree, x)
     assert abs(call(model, x) - want).max() > 0.1
     np.testing.assert_allclose(got, want, atol=1e-3)
+
+
+@pytest.mark.parametrize("scanned", [False, True], ids=["list", "scanned"])
+def test_tensors_go_into_the_model_and_back(tiny, scanned):
+    back = tiny.replace(tiny.model(scanned))
+    assert back.tensors.keys() == tiny.tensors.keys()
+    for name, x in tiny.tensors.items():
+        np.testing.assert_array_equal(back.tensors[name], x)
 
 
 def test_all_of_main(folder, tmp_path, monkeypatch, capsys):

@@ -86,15 +86,12 @@ class Pretrained:
                 )
             )
         )
-        arrays: dict[str, list] = {}
+        places: dict[str, list[str]] = {}
         for path, layer, name, _ in names(self.config.layers):
-            if layer is not None:
-                path = f"layers/{path}" if scanned else f"layers/{layer}/{path}"
-            x = self.tensors[name]
-            arrays.setdefault(path, []).append(x.T if path.endswith("kernel") else x)
-        flat = {"/".join(map(str, keys)): x for keys, x in nnx.to_flat_state(state)}
-        for path, variable in flat.items():
-            found = arrays[path]
+            places.setdefault(_place(path, layer, scanned)[0], []).append(name)
+        for keys, variable in nnx.to_flat_state(state):
+            path = "/".join(map(str, keys))
+            found = [_turned(path, self.tensors[name]) for name in places[path]]
             stacked = scanned and path.startswith("layers/")
             x = jnp.asarray(np.stack(found) if stacked else found[0])
             if x.shape != variable.shape:
@@ -104,6 +101,30 @@ class Pretrained:
                 )
             variable.set_value(x)
         return nnx.merge(graph, state)
+
+    def replace(self, model: Llama) -> "Pretrained":
+        """The same with the arrays of a module."""
+        flat = nnx.to_flat_state(nnx.state(model))
+        arrays = {"/".join(map(str, k)): np.asarray(x.get_value()) for k, x in flat}
+        tensors = {}
+        for path, layer, name, _ in names(self.config.layers):
+            path, row = _place(path, layer, model.scanned)
+            tensors[name] = _turned(
+                path, arrays[path] if row is None else arrays[path][row]
+            )
+        return dataclasses.replace(self, tensors=tensors)
+
+
+def _place(path: str, layer: int | None, scanned: bool) -> tuple[str, int | None]:
+    """Where an array of a layer is in the module, and which row of a stack."""
+    if layer is None:
+        return path, None
+    return (f"layers/{path}", layer) if scanned else (f"layers/{layer}/{path}", None)
+
+
+def _turned(path: str, x: np.ndarray) -> np.ndarray:
+    """From torch's order of axes to Flax's, or back."""
+    return x.T if path.endswith("kernel") else x
 
 
 def load(path: Path | None) -> Pretrained:
