@@ -590,14 +590,11 @@ def is_lossy(w: Any) -> bool:
 def is_coded(w: Any) -> bool:
     """Whether it is an array of codes, which the user's function makes a weight of.
 
-    Nothing can be added to such an array: integers, or floats of 8 bits and less.
+    Nothing can be added to such an array: integers or floats of 8 bits and less.
     """
     if is_missing(w) or is_base(w):
         return False
-    dtype = jnp.dtype(w.dtype)
-    if jnp.issubdtype(dtype, jnp.floating):
-        return dtype.itemsize < 2
-    return jnp.issubdtype(dtype, jnp.integer)
+    return jnp.dtype(w.dtype).itemsize == 1 and w.dtype != bool
 
 
 def is_missing(w: Any) -> bool:

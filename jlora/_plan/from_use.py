@@ -100,7 +100,7 @@ def plan(
 
     def decoded(path: str) -> bool:
         uses = seen[path].uses if path in seen else []
-        return bool(uses) and all(use.resolved().floating for use in uses)
+        return bool(uses) and all(use.resolved().decoded for use in uses)
 
     return select(leaves, candidate, _IDLE, by_path.others(params), wanted, decoded)
 

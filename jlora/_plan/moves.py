@@ -6,6 +6,7 @@ other keeps a weight's axes if it keeps its shape; else nothing is known of its 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -70,14 +71,17 @@ def _reshape(weight: Weight, eqn: Any, old: Any, new: Any) -> Weight:
     *_compat.COPY,
     *_compat.VARY,
     *_compat.RESHARD,
-    "mul",
-    "div",
     "sub",
     "select_n",
     "concatenate",
 )
 def _kept(weight: Weight, eqn: Any, old: Any, new: Any) -> Weight:
     return weight
+
+
+@move("mul", "div")
+def _scaled(weight: Weight, eqn: Any, old: Any, new: Any) -> Weight:
+    return dataclasses.replace(weight, scaled=True)
 
 
 @move("stack")

@@ -34,8 +34,8 @@ class Use:
       mixed: the paths of the arrays of its own shape that the weight was multiplied by
         before this use.  Any of them may be the weight, and the others its mask.
       groups: a convolution's number of groups.
-      floating: whether it reads floating-point numbers, as of an integer weight that
-        the function dequantises.
+      decoded: whether it reads floating-point numbers that were multiplied or divided
+        by others before, as of codes that the function dequantises.
     """
 
     primitive: str
@@ -44,7 +44,7 @@ class Use:
     through: str | None = None
     mixed: tuple[str, ...] = ()
     groups: int = 1
-    floating: bool = True
+    decoded: bool = False
 
     def resolved(self) -> Use:
         """The use of the rows if they were matrices: the weight is a stack of them."""
@@ -106,6 +106,7 @@ class Weight:
         and its mask, and not a concatenation.
       perhaps: whether the value was multiplied by data of its own shape.  Then it is a
         weight if it meets data in a product, and data if it meets a weight.
+      scaled: whether it was multiplied or divided by numbers.
     """
 
     parts: tuple[tuple[str, Axes], ...]
@@ -113,6 +114,7 @@ class Weight:
     through: str | None = None
     mixed: bool = False
     perhaps: bool = False
+    scaled: bool = False
 
     @property
     def paths(self) -> tuple[str, ...]:

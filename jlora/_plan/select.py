@@ -126,8 +126,8 @@ def select(
       idle: the reason to report for a named leaf whose candidate is None.
       others: paths that are adapted only if they are named.
       wanted: what the caller asked for.
-      decoded: whether the function makes floating-point numbers of an integer leaf
-        before every use.
+      decoded: whether the function makes floating-point numbers of an integer leaf,
+        with a scale, before every use.
     """
     pairs = list(leaves.items())
     wanted.check(pairs)
@@ -139,7 +139,9 @@ def select(
         if wanted.excluded(path, x) or (wanted.targets and not named):
             continue
         floating = jnp.issubdtype(x.dtype, jnp.floating) or (
-            jnp.issubdtype(x.dtype, jnp.integer) and decoded(path)
+            jnp.issubdtype(x.dtype, jnp.integer)
+            and x.dtype.itemsize == 1
+            and decoded(path)
         )
         if not floating and named:
             raise ValueError(
@@ -153,8 +155,9 @@ def select(
         if not floating:
             if isinstance(found, Spec):
                 skipped[path] = (
-                    f"its dtype is {x.dtype} where it is used: only floating-point "
-                    "weights are adapted; pass the params with this weight dequantised"
+                    f"its dtype is {x.dtype}: only floating-point weights are adapted, "
+                    "and codes of 8 bits that the function multiplies by a scale; pass "
+                    "the params with this weight dequantised"
                 )
         elif found == UNTOLD:
             untold.append(path)

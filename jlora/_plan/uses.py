@@ -179,7 +179,7 @@ def _times(walk: Walk, eqn: Any, infos: list[Any]) -> list[Any] | None:
             mixed=True,
             through=next((i.through for i in every if i.through), None),
         )
-    return [weight]
+    return [dataclasses.replace(weight, scaled=name != "select_n")]
 
 
 def _span(info: Any, shape: Sequence[int]) -> int:

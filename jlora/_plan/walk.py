@@ -128,11 +128,12 @@ class Walk:
           read: the shape and dtype of that value.
           groups: a convolution's number of groups.
         """
-        paths, floating = weight.paths, jnp.issubdtype(read.dtype, jnp.floating)
+        paths = weight.paths
+        decoded = weight.scaled and jnp.issubdtype(read.dtype, jnp.floating)
         for i, (path, axes) in enumerate(weight.parts):
             mixed = tuple(p for p in paths if p != path) if weight.mixed else ()
             own = _original(axes, roles)
-            use = Use(name, own, None, weight.through, mixed, groups, floating)
+            use = Use(name, own, None, weight.through, mixed, groups, decoded)
             if weight.gathers:  # rows: the first use counts, beside their lookup
                 weight.gathers[i].rows = weight.gathers[i].rows or use
             else:
