@@ -95,7 +95,7 @@ def arguments() -> argparse.Namespace:
     args.new = 24
     if args.quick:
         args.steps, args.rows, args.width, args.held_out, args.new = 4, 2, 64, 8, 4
-        args.observed = 1
+        args.observed = 0
     args.out = args.out or Path("runs/smollm-quick" if args.quick else "runs/smollm")
     return args
 
