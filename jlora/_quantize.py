@@ -12,7 +12,10 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from jlora import _qwix
+from jlora._init.eva import given, moment
+from jlora._init.gptq import gptq
 from jlora._leaf import LoRA, base, is_adapted
+from jlora._leaf.forms import Misfit
 from jlora._plan.from_tree import from_tree
 from jlora._plan.plan import Plan, check, table
 from jlora._plan.select import Wanted
@@ -31,6 +34,7 @@ def quantize(
     targets: Pattern | Iterable[Pattern] | None = None,
     exclude: Pattern | Iterable[Pattern] = (),
     block: int | None = 64,
+    moments: Mapping[str, Any] | None = None,
     donate: bool = False,
 ) -> Any:
     """The tree with its weights in low-bit numbers, as QLoRA's base (arXiv:2305.14314).
@@ -40,8 +44,13 @@ def quantize(
     use, in the forward and in the backward pass, and keeps no dequantised copy; with
     and without an adapter on it.  An embedding has its blocks along the features.
 
+    By default each number is rounded to the nearest.  With ``moments`` the inputs' rows
+    of a weight are rounded in their order, and the error of each is made up for by
+    those that follow, as well as they can for such inputs as were observed (GPTQ,
+    arXiv:2210.17323).
+
     The leaves are quantised one after another.  On a mesh every device quantises its
-    own shards.  ``jax.ShapeDtypeStruct``s give shapes.
+    own shards; with moments, a whole weight.  ``jax.ShapeDtypeStruct``s give shapes.
 
     Args:
       tree: plain params, of which the weights are quantised; or an adapted tree, of
@@ -53,6 +62,8 @@ def quantize(
       targets: patterns of the paths to quantise, as in `plan`; None for all.
       exclude: patterns of paths that stay as they are.
       block: how many numbers share a scale; None for all along the in axes.
+      moments: the second moments of what enters each weight, as `jlora.observe` gives
+        them.  An embedding, which is looked up, has none and needs none.
       donate: whether to free each float array once it is quantised.  Then a model needs
         no more memory than its floats and one quantised leaf; the tree that was passed
         cannot be used any more.
@@ -64,7 +75,8 @@ def quantize(
     Raises:
       ValueError: no such qtype; a target that is no floating-point weight, or quantised
         already; a block that does not divide the in axes, or a device's shard of them;
-        a pattern that matches nothing; nothing to quantise.
+        a pattern that matches nothing; nothing to quantise; a weight without moments.
+      TypeError: moments that are none.
       ImportError: qwix is not installed (pip install "jlora[quant]").
 
     Example:
@@ -85,7 +97,7 @@ def quantize(
         w = _base(x)
         if path not in tiles or not w.size:
             return x
-        new = _qwix.quantized(w, qtype, tiles[path])
+        new = _quantized(path, w, qtype, tiles[path], *axes[path], moments)
         _require_finite(path, new)
         if donate and isinstance(w, jax.Array) and not isinstance(w, jax.core.Tracer):
             jax.block_until_ready(new)
@@ -93,6 +105,27 @@ def quantize(
         return dataclasses.replace(x, w=new) if is_adapted(x) else new
 
     return by_path.map_leaves(leaf, opened(tree))
+
+
+def _quantized(
+    path: str,
+    w: Any,
+    qtype: str,
+    tiles: tuple[int, ...],
+    roles: str,
+    embeds: bool,
+    moments: Mapping[str, Any] | None,
+) -> Any:
+    """One weight in low-bit numbers."""
+    if moments is None or embeds:
+        return _qwix.quantized(w, qtype, tiles)
+    try:
+        own = moment(given(moments, "quantize"), path, "quantize")
+        return gptq(w, qtype, tiles, roles, own, "quantize")
+    except Misfit as e:
+        raise ValueError(
+            f"quantize: {path!r} is a weight of shape {tuple(w.shape)}: expected {e}."
+        ) from None
 
 
 def _require_finite(path: str, new: Any) -> None:

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import importlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -200,7 +200,13 @@ def tiles_of(
 _LARGE = 1 << 26  # numbers; the rounding of more of them at once takes too much memory
 
 
-def quantized(w: Any, qtype: str, tiles: Sequence[int]) -> Any:
+def quantized(
+    w: Any,
+    qtype: str,
+    tiles: Sequence[int],
+    how: Callable[..., Any] | None = None,
+    *operands: jax.Array,
+) -> Any:
     """The array quantised: low-bit numbers, and a scale for each tile.
 
     The scale of a tile is its largest magnitude over that of the qtype, in w's dtype.
@@ -211,9 +217,13 @@ def quantized(w: Any, qtype: str, tiles: Sequence[int]) -> Any:
       qtype: the name of the qtype.
       tiles: along each axis, how many numbers share a scale.  It divides the axis; and
         a shard of it, unless it is the whole axis.
+      how: (qtype, tiles, w, *operands) to the quantised array, in the place of rounding
+        to the nearest numbers.  Hashable.
+      *operands: more arrays for ``how``.
     """
-    make = _Make(qtype, tuple(tiles))
-    shapes, place = jax.eval_shape(make, base.struct(w)), sharding.of_array(w)
+    make = _Make(qtype, tuple(tiles), how or rounded)
+    shapes = jax.eval_shape(make, base.struct(w), *operands)
+    place = sharding.of_array(w)
     own: Any = None
     if isinstance(place, NamedSharding):
         specs = Quantized(shapes).specs([*place.spec])
@@ -221,11 +231,11 @@ def quantized(w: Any, qtype: str, tiles: Sequence[int]) -> Any:
     if isinstance(w, jax.ShapeDtypeStruct):
         return shapes if own is None else jax.tree.map(_abstract, shapes, own)
     if isinstance(w, jax.core.Tracer):
-        return automatic(make, lambda: own, w)
-    if not sharding.is_split(place):
+        return automatic(make, lambda: own, w, *operands)
+    if how is None and not sharding.is_split(place):
         make = dataclasses.replace(make, parts=_parts(w.shape, tiles))
     places, treedef = jax.tree.flatten(own)
-    return _compiled(make, tuple(places), treedef)(w)
+    return _compiled(make, tuple(places), treedef)(w, *operands)
 
 
 def _abstract(x: Any, place: Any) -> Any:
@@ -236,8 +246,8 @@ def _abstract(x: Any, place: Any) -> Any:
 def _compiled(make: _Make, places: tuple[Any, ...], treedef: Any) -> Any:
     own = jax.tree.unflatten(treedef, places)
 
-    def fn(w: jax.Array) -> Any:
-        return automatic(make, lambda: own, w)
+    def fn(*operands: jax.Array) -> Any:
+        return automatic(make, lambda: own, *operands)
 
     return jax.jit(fn, out_shardings=own)
 
@@ -258,32 +268,41 @@ class _Make:
     Attributes:
       qtype: the name of the qtype.
       tiles: along each axis, how many numbers share a scale.
+      how: the function that rounds.
       parts: how many parts of the first axis are quantised one after another.
     """
 
     qtype: str
     tiles: tuple[int, ...]
+    how: Callable[..., Any]
     parts: int = 1
 
-    def __call__(self, w: jax.Array) -> Any:
-        one = functools.partial(_rounded, self.qtype, self.tiles)
+    def __call__(self, w: jax.Array, *operands: jax.Array) -> Any:
+        one = functools.partial(self.how, self.qtype, self.tiles)
         if self.parts < 2:
-            return one(w)
+            return one(w, *operands)
         made = lax.map(one, w.reshape(self.parts, -1, *w.shape[1:]))
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), made)
 
 
-def _rounded(qtype: str, tiles: tuple[int, ...], w: jax.Array) -> Any:
+def rounded(qtype: str, tiles: tuple[int, ...], w: jax.Array, dtype: Any = None) -> Any:
+    """w as its nearest low-bit numbers; with scales in dtype, by default w's."""
     sizes = list(enumerate(zip(w.shape, tiles, strict=True)))
     wide = jnp.promote_types(w.dtype, jnp.float32)
+    block = block_of(qtype)  # qwix wants to be told, also if it is the whole axis
     q = qwix().quantize(
         w.astype(wide),
         qtype if qtype in _FORMATS else jnp.dtype(qtype),
         channelwise_axes=[k for k, (_, tile) in sizes if tile == 1],
-        tiled_axes={k: tile for k, (n, tile) in sizes if 1 < tile < n},
-        scale_dtype=w.dtype,
+        tiled_axes={k: tile for k, (n, tile) in sizes if 1 < tile < n or tile == block},
+        scale_dtype=w.dtype if dtype is None else dtype,
     )
-    return _qarray()(q.qvalue, q.scale, q.zero_point, qtype)
+    return array(q.qvalue, q.scale, qtype, q.zero_point)
+
+
+def array(codes: Any, scale: Any, qtype: str, zero_point: Any = None) -> Any:
+    """A quantised array from its parts."""
+    return _qarray()(codes, scale, zero_point, qtype)
 
 
 def like(w: jax.Array, array: Any) -> Any:

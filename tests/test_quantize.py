@@ -234,6 +234,8 @@ def test_dequantised_as_qwix_does(qtype):
 def test_formats_with_blocks_of_their_own(qtype, block):
     coded = jlora.quantize({"kernel": normal(64, 6)}, qtype, block=block)["kernel"]
     same(dequantized(coded), qwix.dequantize(coded))
+    alone = jlora.quantize({"kernel": normal(block, 6)}, qtype, block=block)["kernel"]
+    assert alone.scale.shape == (1, 6)
     with pytest.raises(ValueError, match=f"{qtype} has blocks of {block}, found block"):
         jlora.quantize({"kernel": normal(64, 6)}, qtype)
 
@@ -785,7 +787,8 @@ def test_loftq_with_moments_changes_the_outputs_least(name):
         return np.asarray(v, np.float64).transpose(order).reshape(sizes)
 
     q = qwix.dequantize(tree["w"].w)
-    same(q, qwix.dequantize(jlora.quantize(params, "int4", plan=plan, block=4)["w"]))
+    alone = jlora.quantize(params, "int4", plan=plan, block=4, moments={"w": found})
+    same(q, qwix.dequantize(alone["w"]))
     values, vectors = np.linalg.eigh(found.reshape(-1, *found.shape[-2:]))
     root = vectors * np.sqrt(values)[:, None] @ vectors.swapaxes(1, 2)
     u, s, vt = np.linalg.svd(root @ matrices(w - q))

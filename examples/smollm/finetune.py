@@ -45,8 +45,8 @@ class Config:
     block: int
     """How many numbers of a quantised base share a scale."""
     observed: int
-    """Batches of which the adapters of a quantised base know what enters each weight,
-    so that they start as what makes up for its error; 0: they start at zero."""
+    """Batches that show what enters each weight, so that a quantised base rounds where
+    it shows least (GPTQ); 0: each number to the nearest."""
     steps: int
     rank: int
     alpha: float
@@ -91,23 +91,20 @@ def prepare(model, config: Config, batches: Iterable[Batch] = ()):
     if config.base == "float":
         return jlora.wrap(model, plan=plan, key=key)
     observe = jax.jit(partial(jlora.observe, call, plan=plan))
-    moments = sum(observe(model, x.ids, x.segments) for x in batches)
-    if not moments:
-        model = jlora.quantize(model, config.base, plan=plan, block=config.block)
-        return jlora.wrap(model, plan=plan, key=key)
-    loftq = jlora.initializers.loftq(config.base, block=config.block, moments=moments)
-    return jlora.wrap(model, plan=plan, key=key, init=loftq)
+    moments = None
+    for x in tqdm(list(batches), desc="observing", unit=" batches", ncols=88):
+        own = observe(model, x.ids, x.segments)
+        moments = own if moments is None else moments + own
+    model = jlora.quantize(
+        model, config.base, plan=plan, block=config.block, moments=moments
+    )
+    return jlora.wrap(model, plan=plan, key=key)
 
 
 def in_floats(tree):
     """The same adapters, on the base that they were trained on, as floats."""
     base = jlora.merge(jlora.unwrap(tree))
-    # An adapter of loftq is refused where its own base may be missing. Here it is.
-    adapter = {
-        path: dataclasses.replace(leaf, moved=None)
-        for path, leaf in jlora.adapter(tree).items()
-    }
-    return jlora.attach(base, adapter)
+    return jlora.attach(base, jlora.adapter(tree))
 
 
 def optimizer(config: Config) -> optax.GradientTransformation:

@@ -74,7 +74,7 @@ def arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--base", choices=BASES, default="nf4", help="how the base is kept (nf4)")
     add("--block", type=int, default=64, help="numbers that share a scale")
-    add("--observed", type=int, default=8, help="batches seen before the start")
+    add("--observed", type=int, default=16, help="batches seen for the rounding")
     add("--compare", action="store_true", help="train on each kind of base")
     add("--out", type=Path, help="the runs' folder (runs/smollm)")
     add("--fresh", action="store_true", help="start anew, dropping what --out holds")

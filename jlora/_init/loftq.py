@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jlora import _qwix
 from jlora._algebra.delta import delta
 from jlora._init.eva import as_matrices, given, moment
+from jlora._init.gptq import gptq
 from jlora._init.matrices import Matrices, exact, positive, rank_of
 from jlora._init.principal import MESH, largest
 from jlora._leaf import LoRA, base
@@ -33,8 +34,9 @@ def loftq(
     float one than with a quantised base and a delta of zero.
 
     By default the best is the closest.  With ``moments`` it is what changes the outputs
-    least, for inputs such as were observed (QERA, arXiv:2410.06040, theorem 1); of that
-    a small rank takes more.
+    least, for inputs such as were observed: Q is rounded by GPTQ, as in
+    `jlora.quantize`, and a·b is what helps the outputs most (CLoQ, arXiv:2501.18475;
+    QERA, arXiv:2410.06040, theorem 1).
 
     An adapter fits this base alone, which the tree has.  `wrap` gets float params.
 
@@ -139,7 +141,7 @@ class _LoftQ:
 
         rest, q, a, b = whole, None, None, None
         for _ in range(self.steps):
-            q = _qwix.quantized(rest.astype(w.dtype), self.qtype, tiles)
+            q = self._quantized(rest.astype(w.dtype), tiles, spec.axes)
             error = m.take(whole - base.array(q).astype(wide))
             if self.moment is None:
                 a, b = m.factors(*jax.lax.map(split, error))
@@ -149,6 +151,11 @@ class _LoftQ:
             own = jnp.full(m.sizes("b"), spec.scale, wide)
             rest = whole - delta(LoRA(None, a, b, own, roles=spec.axes.lstrip("b")))
         return q, a, b
+
+    def _quantized(self, w: jax.Array, tiles: tuple[int, ...], axes: str) -> Any:
+        if self.moment is None:
+            return _qwix.quantized(w, self.qtype, tiles)
+        return gptq(w, self.qtype, tiles, axes, self.moment, "loftq")
 
     def on_mesh(self) -> Any:
         """The initialiser for a weight that is sharded."""

@@ -86,6 +86,12 @@ class Matrices:
         w = order(w, range(w.ndim), by_role("bio", self.axes))
         return w.astype(wide).reshape(-1, *self.size)
 
+    def put(self, matrices: jax.Array) -> jax.Array:
+        """An array of the weight's shape from its matrices (batch, in, out)."""
+        lies = by_role("bio", self.axes)
+        x = matrices.reshape([self.shape[k] for k in lies])
+        return order(x, lies, range(len(lies)))
+
     def factors(self, a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The weight's factors, from those of its matrices."""
         batch, r = self.sizes("b"), a.shape[-1]

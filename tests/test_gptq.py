@@ -1,0 +1,258 @@
+"""Rounding by second moments (GPTQ), against the paper's elimination in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import qwix
+from helpers import close, normal, same, wrap_random
+from jax import lax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jlora
+from jlora._init.gptq import DAMPING
+from jlora._leaf.quantized import NF4
+
+# The function, its weight, its input, and the weight's axes in the order b, i, o.
+CASES = {
+    "dense": (lambda p, x: x @ p["w"], normal(8, 6), normal(30, 8), (0, 1)),
+    "torch's order": (lambda p, x: x @ p["w"].T, normal(6, 8), normal(30, 8), (1, 0)),
+    "heads": (
+        lambda p, x: jnp.einsum("bi,ihd->bhd", x, p["w"]),
+        normal(8, 2, 3),
+        normal(30, 8),
+        (0, 1, 2),
+    ),
+    "several in axes": (
+        lambda p, x: jnp.einsum("bhd,hdo->bo", x, p["w"]),
+        normal(4, 2, 3),
+        normal(30, 4, 2),
+        (0, 1, 2),
+    ),
+    "out before in": (
+        lambda p, x: jnp.einsum("bhd,hod->bo", x, p["w"]),
+        normal(2, 3, 4),
+        normal(30, 2, 4),
+        (0, 2, 1),
+    ),
+    "stack": (
+        lambda p, x: lax.scan(lambda c, w: (jnp.tanh(c @ w), None), x, p["w"])[0],
+        normal(3, 8, 8, scale=0.3),
+        normal(30, 8),
+        (0, 1, 2),
+    ),
+    "convolution": (
+        lambda p, x: lax.conv_general_dilated(
+            x, p["w"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        ),
+        normal(2, 1, 4, 3),
+        normal(2, 5, 5, 4),
+        (0, 1, 2, 3),
+    ),
+    "experts": (
+        lambda p, x: jnp.einsum("ebi,eio->ebo", x, p["w"]),
+        normal(3, 8, 5),
+        normal(3, 20, 8),
+        (0, 1, 2),
+    ),
+}
+
+
+def zeros(x):
+    return jnp.zeros(x.shape, x.dtype)
+
+
+BATCHED = {"stack", "experts"}
+
+
+def observed(name):
+    fn, w, x, order = CASES[name]
+    plan = jlora.plan(fn, {"w": w}, x, rank=2, targets="**")
+    moments = jlora.observe(fn, {"w": w}, x, plan=plan)
+    n = moments["w"].shape[-1]
+
+    def matrices(array):
+        array = np.asarray(array, np.float64).transpose(order)
+        return array.reshape(len(w) if name in BATCHED else 1, n, -1)
+
+    return plan, moments, matrices
+
+
+def levels(qtype):
+    """The numbers that a block with a largest magnitude of 1 can have."""
+    if qtype == "nf4":
+        return np.array(NF4)
+    top = 2 ** (int(qtype[3:]) - 1)
+    return np.arange(-top, top) / (top - 0.5)
+
+
+def check_elimination(w, moment, qtype, block, got):
+    """The paper's section 3.1: all inverses anew, of the inputs that are still floats.
+
+    w and got (in, out).  Each number got is one of the nearest to what the elimination
+    has made of w, given the numbers got before it; so either of two may be had where a
+    float lies between them.
+    """
+    w = w.copy()
+    h = moment / np.mean(np.diag(moment)) + DAMPING * np.eye(len(moment))
+    for i in range(len(w)):
+        if i % block == 0:
+            largest = abs(w[i : i + block]).max(0)
+        numbers = levels(qtype) * largest[:, None]
+        inside = np.clip(w[i], -largest, largest)
+        assert (abs(numbers - got[i][:, None]).min(1) <= 1e-5 * largest).all()
+        least = abs(numbers - inside[:, None]).min(1)
+        assert (abs(got[i] - inside) <= least + 1e-5 * largest).all()
+        inverse = np.linalg.inv(h[i:, i:])
+        w[i:] -= np.outer(inverse[0] / inverse[0, 0], w[i] - got[i])
+
+
+@pytest.mark.parametrize("qtype", ["nf4", "int4", "int8"])
+@pytest.mark.parametrize("name", CASES)
+def test_the_numbers(name, qtype):
+    _, w, _, _ = CASES[name]
+    plan, moments, matrices = observed(name)
+    got = jlora.quantize({"w": w}, qtype, plan=plan, block=4, moments=moments)["w"]
+    found = np.asarray(moments["w"], np.float64)
+    assert got.qtype == qtype and (got.shape, got.dtype) == (w.shape, w.dtype)
+    for matrix, moment, new in zip(
+        matrices(w),
+        found.reshape(-1, *found.shape[-2:]),
+        matrices(qwix.dequantize(got)),
+        strict=True,
+    ):
+        check_elimination(matrix, moment, qtype, 4, new)
+    plain = jlora.quantize({"w": w}, qtype, plan=plan, block=4)["w"]
+    same(jax.tree.map(zeros, got), jax.tree.map(zeros, plain))
+
+
+@pytest.mark.parametrize("qtype", ["int2", "int3", "float8_e4m3fn", "float4_e2m1fn"])
+@pytest.mark.parametrize("block", [8, 32, None])
+def test_the_outputs_change_less(qtype, block):
+    """Than with each number rounded to the nearest; most where inputs go together."""
+    x = normal(200, 4) @ normal(4, 32, seed=1) + 0.1 * normal(200, 32, seed=2)
+    params = {"kernel": normal(32, 16, seed=3)}
+    plan = jlora.plan(lambda p, x: x @ p["kernel"], params, x)
+    moments = {"kernel": x.T @ x}
+
+    def off(**options):
+        coded = jlora.quantize(params, qtype, plan=plan, block=block, **options)
+        new = qwix.dequantize(coded["kernel"])
+        return float(jnp.linalg.norm(x @ (new - params["kernel"])))
+
+    assert off(moments=moments) < 0.7 * off()
+
+
+@pytest.mark.parametrize(
+    ("qtype", "block"), [("mxfp8", 32), ("mxfp4", 32), ("nvfp4", 16)]
+)
+def test_formats_with_blocks_of_their_own(qtype, block):
+    x = normal(200, 4) @ normal(4, 64, seed=1) + 0.1 * normal(200, 64, seed=2)
+    params = {"kernel": normal(64, 16, seed=3)}
+
+    def off(**options):
+        coded = jlora.quantize(params, qtype, block=block, **options)["kernel"]
+        return float(jnp.linalg.norm(x @ (qwix.dequantize(coded) - params["kernel"])))
+
+    assert off(moments={"kernel": x.T @ x}) < 0.8 * off()
+
+
+@pytest.mark.parametrize("qtype", ["nf4", "int8", "float8_e4m3fn"])
+def test_without_correlations_it_is_the_nearest(qtype):
+    """Also for inputs that were never seen, such as an expert's that had no token."""
+    params = {"kernel": normal(3, 64, 8)}
+    plan = jlora.plan(
+        lambda p, x: jnp.einsum("ebi,eio->ebo", x, p["kernel"]),
+        params,
+        normal(3, 2, 64),
+    )
+    moments = jnp.stack([jnp.zeros((64, 64)), jnp.eye(64), 1e6 * jnp.eye(64)])
+    options = {"plan": plan, "block": 32}
+    got = jlora.quantize(params, qtype, moments={"kernel": moments}, **options)
+    same(got, jlora.quantize(params, qtype, **options))
+
+
+def test_half_precision_and_dead_inputs():
+    """Two inputs that are equal, and one that is always zero."""
+    x = normal(50, 16).at[:, 3].set(0).at[:, 5].set(normal(50, 16)[:, 6])
+    params = {"kernel": normal(16, 8, dtype=jnp.bfloat16)}
+    coded = jlora.quantize(params, "nf4", block=8, moments={"kernel": x.T @ x})
+    new = qwix.dequantize(coded["kernel"])
+    assert coded["kernel"].scale.dtype == new.dtype == jnp.bfloat16
+    plain = qwix.dequantize(jlora.quantize(params, "nf4", block=8)["kernel"])
+
+    def off(w):
+        return jnp.linalg.norm(x @ (w - params["kernel"]).astype(jnp.float32))
+
+    assert off(new) < off(plain)
+
+
+def test_shapes_alone_and_under_jit():
+    x, params = normal(30, 8), {"kernel": normal(8, 6)}
+    moments = {"kernel": x.T @ x}
+
+    def make(params):
+        return jlora.quantize(params, "int8", block=4, moments=moments)
+
+    coded = make(params)
+    same(jax.jit(make)(params), coded)
+    shapes = make(jax.eval_shape(lambda: params))
+    same(jax.tree.map(zeros, shapes), jax.tree.map(zeros, coded))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("spec", [P("x"), P("x", "y"), P(None, "y")], ids=str)
+def test_on_a_mesh(spec, kind):
+    """As on one device, with scales that lie where their numbers do."""
+    x, w = normal(30, 16), normal(16, 12)
+    moments = {"kernel": x.T @ x}
+    want = jlora.quantize({"kernel": w}, "nf4", block=4, moments=moments)["kernel"]
+    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(kind, kind))
+    with jax.set_mesh(mesh):
+        params = {"kernel": jax.device_put(w, NamedSharding(mesh, spec))}
+        got = jlora.quantize(params, "nf4", block=4, moments=moments)["kernel"]
+        for field in (got.qvalue, got.scale):
+            assert field.sharding.is_equivalent_to(NamedSharding(mesh, spec), 2)
+    close(
+        qwix.dequantize(jax.tree.map(jnp.asarray, jax.device_get(got))),
+        qwix.dequantize(want),
+        1e-6,
+    )
+
+
+def test_bases_of_an_adapted_tree():
+    """The paths are the same; the roles are those of the leaves."""
+    x, params = normal(30, 8), {"kernel": normal(8, 6)}
+    plan = jlora.plan(lambda p, x: x @ p["kernel"], params, x, rank=2)
+    tree = wrap_random(params, plan)
+    options = {"block": 4, "moments": {"kernel": x.T @ x}}
+    got = jlora.quantize(tree, "int4", **options)["kernel"]
+    same(got.w, jlora.quantize(params, "int4", plan=plan, **options)["kernel"])
+    same((got.a, got.b), (tree["kernel"].a, tree["kernel"].b))
+
+
+def test_embeddings_have_no_moments():
+    params = {"embed": normal(7, 8), "kernel": normal(8, 6)}
+
+    def fn(p, ids):
+        return p["embed"][ids] @ p["kernel"]
+
+    ids = jnp.arange(6)
+    plan = jlora.plan(fn, params, ids, targets="**")
+    moments = jlora.observe(fn, params, ids, plan=plan)
+    got = jlora.quantize(params, "nf4", plan=plan, block=4, moments=moments)
+    plain = jlora.quantize(params, "nf4", plan=plan, block=4)
+    same(got["embed"], plain["embed"])
+    assert (got["kernel"].qvalue != plain["kernel"].qvalue).any()
+
+
+def test_bad_moments():
+    params = {"kernel": normal(8, 6)}
+    for moments, error, what in [
+        (3, TypeError, "quantize: expected moments by path"),
+        ({"kernle": jnp.eye(8)}, ValueError, "no moments of 'kernel'; near .*kernle"),
+        ({"kernel": jnp.eye(6)}, ValueError, r"expected moments of shape \(8, 8\)"),
+    ]:
+        with pytest.raises(error, match=what):
+            jlora.quantize(params, "nf4", block=4, moments=moments)
