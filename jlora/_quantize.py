@@ -45,7 +45,7 @@ def quantize(
     and without an adapter on it.  An embedding has its blocks along the features.
 
     By default each number is rounded to the nearest.  With ``moments`` the inputs' rows
-    of a weight are rounded in their order, and the error of each is made up for by
+    of a weight are rounded one after another, and the error of each is made up for by
     those that follow, as well as they can for such inputs as were observed (GPTQ,
     arXiv:2210.17323).
 

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jlora
-from jlora._init.gptq import DAMPING
+from jlora._init.gptq import DAMPING, PARTS
 from jlora._leaf.quantized import NF4
 
 # The function, its weight, its input, and the weight's axes in the order b, i, o.
@@ -80,32 +80,60 @@ def observed(name):
 
 
 def levels(qtype):
-    """The numbers that a block with a largest magnitude of 1 can have."""
+    """The numbers that a block with a scale of 1 can have, and the largest magnitude.
+
+    That of integers is between the last and the one after it.  They are symmetric.
+    """
     if qtype == "nf4":
-        return np.array(NF4)
+        return np.array(NF4), 1.0
     top = 2 ** (int(qtype[3:]) - 1)
-    return np.arange(-top, top) / (top - 0.5)
+    return np.arange(1 - top, top), top - 0.5
 
 
-def check_elimination(w, moment, qtype, block, got):
+def distance(x, scale, qtype):
+    """Of each number to the nearest that its block has."""
+    numbers = levels(qtype)[0] * np.asarray(scale)[..., None]
+    return abs(np.asarray(x)[..., None] - numbers).min(-1)
+
+
+def check_elimination(w, moment, qtype, scale, got):
     """The paper's section 3.1: all inverses anew, of the inputs that are still floats.
 
-    w and got (in, out).  Each number got is one of the nearest to what the elimination
-    has made of w, given the numbers got before it; so either of two may be had where a
-    float lies between them.
+    w, scale and got (in, out).  Each number got is one of the nearest to what the
+    elimination has made of w, given the numbers got before it; so either of two may be
+    had where a float lies between them.
     """
-    w = w.copy()
+    w, largest = w.copy(), scale * levels(qtype)[1]
     h = moment / np.mean(np.diag(moment)) + DAMPING * np.eye(len(moment))
-    for i in range(len(w)):
-        if i % block == 0:
-            largest = abs(w[i : i + block]).max(0)
-        numbers = levels(qtype) * largest[:, None]
-        inside = np.clip(w[i], -largest, largest)
-        assert (abs(numbers - got[i][:, None]).min(1) <= 1e-5 * largest).all()
-        least = abs(numbers - inside[:, None]).min(1)
-        assert (abs(got[i] - inside) <= least + 1e-5 * largest).all()
-        inverse = np.linalg.inv(h[i:, i:])
-        w[i:] -= np.outer(inverse[0] / inverse[0, 0], w[i] - got[i])
+    order = np.argsort(-np.diag(moment), kind="stable")
+    for n, i in enumerate(order):
+        inside = np.clip(w[i], -largest[i], largest[i])
+        least = distance(inside, scale[i], qtype)
+        assert (distance(got[i], scale[i], qtype) <= 1e-5 * largest[i]).all()
+        assert (abs(got[i] - inside) <= least + 1e-5 * largest[i]).all()
+        left = order[n:]
+        inverse = np.linalg.inv(h[np.ix_(left, left)])
+        w[left] -= np.outer(inverse[0] / inverse[0, 0], w[i] - got[i])
+
+
+def check_scales(w, moment, qtype, scale, block):
+    """The best of `PARTS` of each block, by the moments on the diagonal."""
+    shape = -1, block, w.shape[1]
+    seen = np.diag(moment).reshape(-1, block, 1)
+    whole, blocks = abs(w.reshape(shape)).max(1), w.reshape(shape)
+
+    def error(part):
+        own = (part * whole / levels(qtype)[1])[:, None]
+        return (seen * distance(blocks, own, qtype) ** 2).sum(1)
+
+    errors = np.stack([error(part) for part in PARTS])
+    found = scale.reshape(shape)[:, 0] * levels(qtype)[1] / whole
+    chosen = abs(found - np.array(PARTS)[:, None, None]).argmin(0)
+    assert (abs(found - np.array(PARTS)[chosen]) < 1e-5).all()
+    least = errors.min(0)
+    assert (
+        np.take_along_axis(errors, chosen[None], 0)[0] <= least * 1.001 + 1e-9
+    ).all()
 
 
 @pytest.mark.parametrize("qtype", ["nf4", "int4", "int8"])
@@ -116,13 +144,18 @@ def test_the_numbers(name, qtype):
     got = jlora.quantize({"w": w}, qtype, plan=plan, block=4, moments=moments)["w"]
     found = np.asarray(moments["w"], np.float64)
     assert got.qtype == qtype and (got.shape, got.dtype) == (w.shape, w.dtype)
-    for matrix, moment, new in zip(
+    scale = np.asarray(got.scale)
+    for axis, n in enumerate(w.shape):
+        scale = np.repeat(scale, n // scale.shape[axis], axis)
+    for matrix, moment, own, new in zip(
         matrices(w),
         found.reshape(-1, *found.shape[-2:]),
+        matrices(scale),
         matrices(qwix.dequantize(got)),
         strict=True,
     ):
-        check_elimination(matrix, moment, qtype, 4, new)
+        check_elimination(matrix, moment, qtype, own, new)
+        check_scales(matrix, moment, qtype, own, 4)
     plain = jlora.quantize({"w": w}, qtype, plan=plan, block=4)["w"]
     same(jax.tree.map(zeros, got), jax.tree.map(zeros, plain))
 
@@ -158,19 +191,22 @@ def test_formats_with_blocks_of_their_own(qtype, block):
     assert off(moments={"kernel": x.T @ x}) < 0.8 * off()
 
 
-@pytest.mark.parametrize("qtype", ["nf4", "int8", "float8_e4m3fn"])
-def test_without_correlations_it_is_the_nearest(qtype):
-    """Also for inputs that were never seen, such as an expert's that had no token."""
-    params = {"kernel": normal(3, 64, 8)}
-    plan = jlora.plan(
-        lambda p, x: jnp.einsum("ebi,eio->ebo", x, p["kernel"]),
-        params,
-        normal(3, 2, 64),
-    )
-    moments = jnp.stack([jnp.zeros((64, 64)), jnp.eye(64), 1e6 * jnp.eye(64)])
+def test_inputs_that_were_never_seen():
+    """Such as those of an expert that had no token: each number is the nearest."""
+    params = {"kernel": normal(2, 64, 8)}
+
+    def fn(p, x):
+        return jnp.einsum("ebi,eio->ebo", x, p["kernel"])
+
+    plan = jlora.plan(fn, params, normal(2, 2, 64))
+    moments = jnp.stack([jnp.zeros((64, 64)), 1e6 * jnp.eye(64)])
     options = {"plan": plan, "block": 32}
-    got = jlora.quantize(params, qtype, moments={"kernel": moments}, **options)
-    same(got, jlora.quantize(params, qtype, **options))
+    plain = jlora.quantize(params, "nf4", **options)
+    got = jlora.quantize(params, "nf4", moments={"kernel": moments}, **options)
+    got, plain = (jax.tree.map(jnp.array, x["kernel"]) for x in (got, plain))
+    same(jax.tree.map(lambda x: x[0], got), jax.tree.map(lambda x: x[0], plain))
+    error = [qwix.dequantize(x)[1] - params["kernel"][1] for x in (got, plain)]
+    assert jnp.linalg.norm(error[0]) < jnp.linalg.norm(error[1])  # by its scales alone
 
 
 def test_half_precision_and_dead_inputs():

@@ -20,15 +20,19 @@ DAMPING = 0.01
 """What is added to the second moment of each input, in parts of their mean (as in the
 paper's section 3.3), so that inputs which never vary do not divide by zero."""
 
+PARTS = tuple(1 - k / 40 for k in range(11))
+"""From 1 to 3/4: what a block's largest magnitude may be clipped to."""
+
 
 def gptq(
     w: Any, qtype: str, tiles: tuple[int, ...], axes: str, moment: Any, what: str
 ) -> Any:
     """The array quantised so that the outputs change little, not the weight.
 
-    GPTQ (arXiv:2210.17323, algorithm 1): the inputs' rows of the weight are rounded in
-    their order.  The error of each is made up for by the rows that are still floats, as
-    well as they can for inputs with these second moments.
+    GPTQ (arXiv:2210.17323, algorithm 1): the inputs' rows of the weight are rounded one
+    after another, the one with most energy first.  The error of each is made up for by
+    the rows that are still floats, as well as they can for inputs with these second
+    moments.  The scales are chosen before, so that a block lies together.
 
     Args:
       w: an array, or the shape of one.
@@ -76,28 +80,58 @@ def _matrix(
     qtype: str, size: int, dtype: Any, w: jax.Array, moment: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The numbers (in, out) and scales (in / size, out) of one matrix, in float32."""
-    n = len(w)
-    factor = _inverse_factor(moment.astype(w.dtype))
+    n, moment = len(w), moment.astype(w.dtype)
+    seen = jnp.diag(moment)
     nearest = functools.partial(_nearest, qtype, dtype)
+    largest = _clipped(nearest, w.reshape(n // size, size, -1), seen.reshape(-1, size))
+    order = jnp.argsort(-seen)  # what shows most is rounded first, and made up for
+    factor = _inverse_factor(moment[order][:, order])
+    part = next(k for k in range(min(n, 128), 0, -1) if n % k == 0)
 
-    def block(w: jax.Array, k: jax.Array) -> tuple[jax.Array, Any]:
-        rows = lax.dynamic_slice_in_dim(factor, k * size, size)
-        part = lax.dynamic_slice_in_dim(w, k * size, size)
-        own = lax.dynamic_slice_in_dim(rows, k * size, size, axis=1)
-        largest = abs(part).max(0)
+    def rows(left: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
+        own, tops, x = (
+            lax.dynamic_slice_in_dim(y, k * part, part)
+            for y in (factor, largest[order // size], left)
+        )
+        square = lax.dynamic_slice_in_dim(own, k * part, part, axis=1)
 
-        def row(part: jax.Array, j: jax.Array) -> tuple[jax.Array, Any]:
-            codes, scale, value = nearest(part[j], largest)
-            error = (part[j] - value) / own[j, j]
-            left = part - jnp.outer(jnp.where(jnp.arange(size) > j, own[j], 0), error)
-            return left, (codes, scale, error)
+        def row(x: jax.Array, j: jax.Array) -> tuple[jax.Array, Any]:
+            codes, _, value = nearest(x[j], tops[j])
+            error = (x[j] - value) / square[j, j]
+            later = jnp.where(jnp.arange(part) > j, square[j], 0)
+            return x - jnp.outer(later, error), (codes, error)
 
-        _, (codes, scale, error) = lax.scan(row, part, jnp.arange(size))
-        later = jnp.where(jnp.arange(n) >= (k + 1) * size, rows, 0)
-        return w - exact(later.T, error), (codes, scale[0])
+        _, (codes, error) = lax.scan(row, x, jnp.arange(part))
+        later = jnp.where(jnp.arange(n) >= (k + 1) * part, own, 0)
+        return left - exact(later.T, error), codes
 
-    _, (codes, scale) = lax.scan(block, w, jnp.arange(n // size))
-    return codes.reshape(w.shape), scale
+    _, codes = lax.scan(rows, w[order], jnp.arange(n // part))
+    codes = jnp.zeros_like(w).at[order].set(codes.reshape(w.shape))
+    return codes, jax.vmap(nearest)(largest, largest)[1]
+
+
+def _clipped(nearest: Any, blocks: jax.Array, seen: jax.Array) -> jax.Array:
+    """The largest magnitude (blocks, out) that each block gets numbers for.
+
+    Larger ones are clipped.  It is the part of the block's own largest, of those in
+    `PARTS`, with the least squared error, each input weighed by its moment.
+
+    Args:
+      nearest: a row and the largest magnitude to codes, scale and values.
+      blocks: (blocks, size, out) of the weight.
+      seen: (blocks, size) second moments.
+    """
+    whole = abs(blocks).max(1)
+    rounded = jax.vmap(
+        jax.vmap(nearest, (0, None))
+    )  # (blocks, size, out), (blocks, out)
+
+    def error(part: jax.Array) -> jax.Array:
+        values = rounded(blocks, part * whole)[2]
+        return jnp.einsum("bso,bs->bo", jnp.square(values - blocks), seen)
+
+    parts = jnp.array(PARTS, blocks.dtype)
+    return whole * parts[lax.map(error, parts).argmin(0)]
 
 
 def _inverse_factor(moment: jax.Array) -> jax.Array:
@@ -114,10 +148,13 @@ def _nearest(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """A row in low bits: codes and scales in float32, and values; for each output.
 
-    The scale is that of the block, of which this is the largest magnitude.
+    The scale is that of the block, of which this is the largest magnitude.  What is
+    beyond has the outermost code, which is as far from zero on both sides: integers
+    round what is half a step beyond, and it stays a hair below that.
     """
+    bound = largest * (1 - 2**-8)
     size = _qwix.block_of(qtype) or 2
-    pair = jnp.stack([jnp.clip(x, -largest, largest), largest])
+    pair = jnp.stack([jnp.clip(x, -bound, bound), largest])
     q = _qwix.rounded(qtype, (size, 1), jnp.pad(pair, [(0, size - 2), (0, 0)]), dtype)
     value = base.array(q)[0].astype(x.dtype)
     return q.qvalue[0].astype(jnp.float32), q.scale[0].astype(jnp.float32), value
