@@ -73,8 +73,8 @@ def arguments() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--base", choices=BASES, default="nf4", help="how the base is kept (nf4)")
-    add("--block", type=int, default=64, help="numbers that share a scale")
-    add("--observed", type=int, default=16, help="batches seen for the rounding")
+    add("--block", type=int, default=32, help="numbers that share a scale")
+    add("--observed", type=int, default=64, help="batches seen for the rounding")
     add("--compare", action="store_true", help="train on each kind of base")
     add("--out", type=Path, help="the runs' folder (runs/smollm)")
     add("--fresh", action="store_true", help="start anew, dropping what --out holds")
@@ -82,9 +82,9 @@ def arguments() -> argparse.Namespace:
     add("--model", type=Path, help="your own Llama: a GGUF file or a snapshot's folder")
     add("--data", type=Path, help="your own texts, one a line")
     add("--steps", type=int, default=150)
-    add("--rank", type=int, default=8)
-    add("--alpha", type=float, default=16.0)
-    add("--learning-rate", type=float, default=1e-3)
+    add("--rank", type=int, default=32)
+    add("--alpha", type=float, default=64.0)
+    add("--learning-rate", type=float, default=2e-3)
     add(
         "--rows", type=int, default=4, help="rows of a batch, in which texts are packed"
     )

@@ -297,6 +297,42 @@ def test_peft_serves_what_was_trained(tiny, whole, tmp_path):
     np.testing.assert_allclose(got, want, atol=1e-3)
 
 
+@pytest.mark.slow  # and 93 MB to fetch
+def test_peft_serves_the_pinned_model(tmp_path):
+    """With adapters of random numbers, on an nf4 base."""
+    torch = pytest.importorskip("torch")
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    source = pinned_model()
+    config = dataclasses.replace(CONFIG, base="nf4", block=32, observed=0, rank=8)
+    tree = finetune.prepare(source.model(scanned=True), config)
+    rng = np.random.default_rng(0)
+    tree = jlora.attach(
+        jlora.unwrap(tree),
+        {
+            path: dataclasses.replace(
+                leaf, b=jnp.asarray(0.02 * rng.normal(size=leaf.b.shape), jnp.float32)
+            )
+            for path, leaf in jlora.adapter(tree).items()
+        },
+    )
+    floats = finetune.in_floats(tree)
+    model = jlora.unwrap(floats)
+    weights.write(source.replace(model), tmp_path / "base")
+    plan = finetune.planned(model, config)
+    names = jlora.peft.match(model, tmp_path / "base", plan=plan)
+    jlora.peft.save(tmp_path / "peft", floats, names=names, portable=True)
+    theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "peft").eval()
+    x = np.array([source.tokenizer.encode("The film is a quiet, moving story.").ids])
+    with torch.no_grad():
+        want = theirs(torch.tensor(x)).logits.numpy()
+    got = jax.jit(jlora.lift(finetune.call))(tree, x)
+    plain = call(model, x)
+    assert abs(plain - want).max() > 0.1
+    np.testing.assert_allclose(got, want, atol=1e-3)
+
+
 @pytest.mark.parametrize("scanned", [False, True], ids=["list", "scanned"])
 def test_tensors_go_into_the_model_and_back(tiny, scanned):
     back = tiny.replace(tiny.model(scanned))
@@ -445,12 +481,16 @@ def test_a_damaged_download_is_refused(tmp_path, monkeypatch):
         weights.load(None)
 
 
-@pytest.mark.slow  # and 93 MB to fetch
-def test_the_pinned_model_knows_the_capital_of_france():
+def pinned_model():
     try:
-        source = weights.load(None)
+        return weights.load(None)
     except SystemExit as error:
         pytest.skip(str(error))
+
+
+@pytest.mark.slow  # and 93 MB to fetch
+def test_the_pinned_model_knows_the_capital_of_france():
+    source = pinned_model()
     said = finetune.continuations(
         source.model(scanned=True),
         ["The capital of France is"],
