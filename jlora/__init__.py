@@ -31,6 +31,7 @@ The house.  Each part imports only from the parts above it in this list:
   (partition, labels, scaled, dropout), `_summary` (count, summary), `_pairs`
   (riemannian, lora_fa: gradients of both factors), `_optim` (optimizer), `_fade` (fade,
   drop_base: the base goes away while the adapter trains).
+* `_bank` (stack, pick, put, per_example: many adapters of one base).
 * `_qwix` (arrays quantised, with qwix) and `_quantize` (quantize, rounding).
 * `_observe` (observe, redistribute: what enters each weight).
 * `_arithmetic`: adapters as values: mix, truncate, extract, and their spectra.
@@ -71,11 +72,16 @@ from jlora._arithmetic.mix import mix as mix
 from jlora._arithmetic.spectrum import Spectrum as Spectrum
 from jlora._arithmetic.spectrum import spectrum as spectrum
 from jlora._arithmetic.truncate import truncate as truncate
+from jlora._bank import per_example as per_example
+from jlora._bank import pick as pick
+from jlora._bank import put as put
+from jlora._bank import stack as stack
 from jlora._fade import drop_base as drop_base
 from jlora._fade import fade as fade
 from jlora._leaf import Full as Full
 from jlora._leaf import LoRA as LoRA
 from jlora._leaf import is_adapted as is_adapted
+from jlora._leaf.bank import Bank as Bank
 from jlora._leaf.base import Dropped as Dropped
 from jlora._lift.lift import explain as explain
 from jlora._lift.lift import lift as lift

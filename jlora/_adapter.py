@@ -18,6 +18,7 @@ from jlora import _qwix
 from jlora._algebra.rows import replaces
 from jlora._algebra.weight import dense
 from jlora._leaf import Adapted, Full, LoRA, base, fields, is_adapted
+from jlora._leaf.bank import Bank
 from jlora._leaf.fields import lacking, missing
 from jlora._plan.plan import table
 from jlora._tree import by_path, output_bias, paths, sharding
@@ -263,6 +264,9 @@ def attach(params: Any, adapter: Adapter) -> Any:
         if path not in adapter:
             return jnp.zeros_like(x) if path in gone and is_array(x) else x
         new = adapter[path]
+        if isinstance(new, Full) and new.on is not None:
+            value = jnp.where(new.on, new.value, base.array(x).astype(new.value.dtype))
+            new = dataclasses.replace(new, value=value, on=None)
         if isinstance(new, LoRA) and new.bias_path is not None:
             # A loralib file does not tell which layers have a bias.
             if paths.resolve(new.bias_path, path) not in leaves:
@@ -321,6 +325,12 @@ def _lost(leaf: Any) -> str:
 
 def _fitting(what: str, params: Any, adapter: Adapter) -> None:
     """Raises unless every leaf of the adapter fits an array of params."""
+    if isinstance(adapter, Bank) and adapter.slots is not None:
+        raise ValueError(
+            f"{what}: found a bank of {adapter.slots} adapters: expected one, "
+            "jlora.pick(bank, i). For a batch whose examples have adapters of their "
+            "own: jlora.per_example(fn)(params, bank, ids, ...)."
+        )
     if not isinstance(adapter, dict) or not all(map(is_adapted, adapter.values())):
         found = type(adapter).__name__
         if isinstance(adapter, dict):

@@ -45,7 +45,7 @@ LORA = {
     "gain": Field("bo", optional=True, kept=False),
     "dropout": Field("b", optional=True, kept=False),
 }
-FULL = {"value": Field("*", trains=True)}
+FULL = {"value": Field("*", trains=True), "on": Field("", optional=True)}
 
 
 def labels(name: str, axes: str) -> list[int]:

@@ -172,10 +172,13 @@ class Full(_NotAnArray):
       w: the frozen base, as in `LoRA`.
       value: the array that trains.  It starts as a copy of ``w``, in float32 unless the
         user asks for another dtype.
+      on: () whether the value counts, and not ``w``; only in a bank of adapters, and in
+        one that was picked from it.  Else None: it does.
     """
 
     w: Any
     value: Any
+    on: Any = None
 
     fields: ClassVar = FULL
     form: ClassVar = None

@@ -1,0 +1,377 @@
+"""Many adapters of one base: stack, pick, put, per_example.
+
+A bank is stacked adapters, and one of them is a slice of it.  So a batch of which each
+example has its own adapter is a `jax.vmap` of a lifted function, in which the base has
+no batch axis: its products are those of one model on all examples.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import checkify
+
+from jlora._adapter import attach
+from jlora._explicit import automatic
+from jlora._leaf import Adapted, Full, LoRA, base, fields, is_adapted
+from jlora._leaf.bank import Bank
+from jlora._leaf.forms import Misfit
+from jlora._lift.lift import lift
+from jlora._tree import paths
+
+
+def stack(adapters: Sequence[Mapping[str, Adapted]]) -> Bank:
+    """Adapters of one base as a bank: every array has an axis of slots first.
+
+    They may have ranks, alphas and targets of their own.  A lower rank is filled up
+    with zeros, which stay zero in training: neither factor has a gradient there.  A
+    path that one of them does not have is the base there.
+
+    A bank is trained, partitioned, sharded and saved as an adapter is; inside of
+    `jax.vmap` over its slots it is one.
+
+    Args:
+      adapters: as `jlora.adapter` gives them, of the same base.
+
+    Raises:
+      ValueError: no adapters; one that is none; two of different models, or of forms
+        that do not go together; a base that was dropped.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jlora
+      >>> params = {"kernel": jnp.ones((3, 4))}
+      >>> one, two = (jlora.adapter(jlora.wrap(params, rank=r)) for r in (1, 2))
+      >>> jlora.stack([one, two])["kernel"].a.shape
+      (2, 3, 2)
+    """
+    if isinstance(adapters, Mapping) or not (adapters := list(adapters)):
+        raise ValueError(
+            "stack: expected a list of adapters, such as [jlora.adapter(tree), ...], "
+            f"found {'one' if isinstance(adapters, Mapping) else 'none'}."
+        )
+    for k, adapter in enumerate(adapters):
+        _require_one(adapter, f"stack: adapter {k}")
+    like: dict[str, Any] = {}
+    for k, adapter in enumerate(adapters):
+        for path, x in adapter.items():
+            own = _struct(x)
+            with _at(f"stack: {path!r} of adapter {k}"):
+                like[path] = _common(like.get(path, own), own)
+    slots = [
+        _slot(adapter, like, f"stack: {{}} of adapter {k}")
+        for k, adapter in enumerate(adapters)
+    ]
+    leaves = jax.tree.map(lambda *xs: jnp.stack(xs), *slots)
+    return Bank(leaves, {path: x.ndim for path, x in like.items()})
+
+
+def pick(bank: Bank, i: Any) -> dict[str, Adapted]:
+    """The adapter in slot i; with i = -1 one that does nothing.
+
+    Its rank is that of the bank.  ``i`` may be traced: one compiled function serves all
+    slots.  Then an index that the bank does not have counts as -1; under
+    `checkify.checkify` it is an error.
+
+    Args:
+      bank: as `stack` gives it.
+      i: () an integer.
+
+    Raises:
+      ValueError: no bank; a slot that it does not have.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> params = {"kernel": jnp.ones((3, 4))}
+      >>> bank = jlora.stack([jlora.adapter(jlora.wrap(params, rank=2))] * 3)
+      >>> jlora.pick(bank, 1)["kernel"].a.shape
+      (3, 2)
+    """
+    n = _slots(bank, "pick")
+    return _picked(bank, _index(i, n, "pick", -1), n)
+
+
+def _index(i: Any, n: int, what: str, least: int) -> jax.Array:
+    """The index of a slot as an array; raises if it is known that no slot has it."""
+    i = jnp.asarray(i)
+    if i.ndim or not jnp.issubdtype(i.dtype, jnp.integer):
+        raise ValueError(
+            f"{what}: found {i.dtype} of shape {i.shape}: expected the index of one "
+            "slot, an integer. For a batch of them: jlora.per_example."
+        )
+    if not isinstance(i, jax.core.Tracer) and not least <= i < n:
+        none = ", or -1 for no adapter" if least < 0 else ""
+        raise ValueError(
+            f"{what}: slot {int(i)} of a bank of {n}: expected 0 to {n - 1}{none}."
+        )
+    checkify.debug_check((i >= least) & (i < n), f"{what}: slot {{}} of {n}", i)
+    return i
+
+
+def _picked(bank: Bank, i: jax.Array, n: int) -> dict[str, Adapted]:
+    on = (i >= 0) & (i < n)
+    at = jnp.clip(i, 0, n - 1)
+    leaves = jax.tree.map(lambda x: _taken(x, at), dict(bank))
+    return {path: _gated(x, on) for path, x in leaves.items()}
+
+
+def _taken(x: jax.Array, i: jax.Array) -> jax.Array:
+    """x[i], sharded as a slot of x is."""
+
+    def like() -> Any:
+        own = jax.typeof(x).sharding
+        return own.update(spec=jax.sharding.PartitionSpec(*own.spec[1:]))
+
+    return automatic(lambda x, i: x[i], like, x, i)
+
+
+def _gated(leaf: Any, on: jax.Array) -> Any:
+    """The leaf, or one that does nothing."""
+    if isinstance(leaf, LoRA):
+        return dataclasses.replace(leaf, scale=jnp.where(on, leaf.scale, 0))
+    return dataclasses.replace(leaf, on=leaf.on & on)
+
+
+def put(bank: Bank, i: Any, adapter: Mapping[str, Adapted]) -> Bank:
+    """The bank with an adapter in slot i, in the place of what was there.
+
+    In `jax.jit`, with the bank donated, it writes the slot alone, and one compiled
+    function serves all slots and all adapters of one rank.
+
+    Args:
+      bank: as `stack` gives it.
+      i: () an integer, which may be traced.
+      adapter: of the same base.  Its rank is the bank's at most.  A path that it does
+        not have is the base there.
+
+    Raises:
+      ValueError: no bank; a slot that it does not have; an adapter of another model; a
+        path that the bank does not have; a rank above the bank's.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jlora
+      >>> params = {"kernel": jnp.ones((3, 4))}
+      >>> new = jlora.adapter(jlora.wrap(params, rank=2, alpha=8))
+      >>> bank = jlora.stack([jlora.adapter(jlora.wrap(params, rank=4))] * 3)
+      >>> bank = jax.jit(jlora.put, donate_argnums=0)(bank, 1, new)
+      >>> bank["kernel"].scale.tolist()
+      [1.0, 4.0, 1.0]
+    """
+    n = _slots(bank, "put")
+    i = _index(i, n, "put", 0)
+    _require_one(adapter, "put: the adapter")
+    if extra := [path for path in adapter if path not in bank]:
+        raise ValueError(
+            f"put: the adapter has {extra[0]!r}, which the bank has not; near paths: "
+            f"{paths.near(extra[0], bank)}. Stack the adapters anew, with this one."
+        )
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), dict(bank)
+    )
+    for path, x in adapter.items():
+        with _at(f"put: {path!r}"):
+            _require_room(like[path], _common(like[path], _struct(x)))
+    slot = _slot(adapter, like, "put: {}")
+    new = jax.tree.map(lambda x, y: _written(x, i, y), dict(bank), slot)
+    return Bank(new, bank.ndims)
+
+
+def _written(x: jax.Array, i: jax.Array, y: jax.Array) -> jax.Array:
+    """x with y at i, sharded as x is."""
+    return automatic(
+        lambda x, i, y: x.at[i].set(y), lambda: jax.typeof(x).sharding, x, i, y
+    )
+
+
+def per_example(fn: Callable[..., Any], *, in_axes: Any = 0, out_axes: Any = 0) -> Any:
+    """fn on a batch of which every example has its own adapter.
+
+    The result is called as ``(params, bank, ids, *args)``; fn sees ``params`` with the
+    adapter in slot ``ids[k]`` on them, and the k-th slice of each argument, as under
+    `jax.vmap`.  The base has no batch axis: its products are those of one model on all
+    examples.  An id of -1 is the base alone; so is one that the bank does not have, or
+    an error under `checkify.checkify`.
+
+    Args:
+      fn: a function of params and one example, without a batch axis.
+      in_axes: the axis of examples of each of ``args``, as in `jax.vmap`; None where an
+        argument is for all of them.
+      out_axes: as in `jax.vmap`.
+
+    Raises:
+      ValueError: when it is called: no bank; ids that are no vector of integers; what
+        `jlora.attach` raises.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> params = {"kernel": jnp.ones((3, 4))}
+      >>> bank = jlora.stack([jlora.adapter(jlora.wrap(params, rank=2))] * 3)
+      >>> fn = jlora.per_example(lambda params, x: x @ params["kernel"])
+      >>> fn(params, bank, jnp.array([2, -1]), jnp.ones((2, 3))).shape
+      (2, 4)
+    """
+    lifted = lift(fn)
+
+    @functools.wraps(fn)
+    def call(params: Any, bank: Bank, ids: Any, *args: Any) -> Any:
+        n = _slots(bank, "per_example")
+        ids = jnp.asarray(ids)
+        if ids.ndim != 1 or not jnp.issubdtype(ids.dtype, jnp.integer):
+            raise ValueError(
+                f"per_example: ids is {ids.dtype} of shape {ids.shape}: expected a "
+                "vector of integers, one for each example; -1 for no adapter."
+            )
+        _check_ids(ids, n)
+
+        def one(i: jax.Array, *args: Any) -> Any:
+            return lifted(attach(params, _picked(bank, i, n)), *args)
+
+        axes = in_axes if isinstance(in_axes, (tuple, list)) else (in_axes,) * len(args)
+        return jax.vmap(one, (0, *axes), out_axes)(ids, *args)
+
+    return call
+
+
+def _slots(bank: Any, what: str) -> int:
+    """The number of slots; raises ValueError if it is no bank."""
+    n = bank.slots if isinstance(bank, Bank) else None
+    if n is None:
+        found = "one adapter" if isinstance(bank, Mapping) else type(bank).__name__
+        raise ValueError(
+            f"{what}: expected a bank of adapters, found {found}: "
+            "jlora.stack([adapter, ...]) makes one."
+        )
+    return n
+
+
+def _check_ids(ids: jax.Array, n: int) -> None:
+    """Raises for ids that no slot has, if they are known; else `checkify` does."""
+    if not isinstance(ids, jax.core.Tracer):
+        wrong = [int(i) for i in np.asarray(ids) if not -1 <= i < n]
+        if wrong:
+            raise ValueError(
+                f"per_example: ids has {wrong[0]}, and the bank has {n} slots: "
+                f"expected 0 to {n - 1}, or -1 for no adapter."
+            )
+    known = jnp.all((ids >= -1) & (ids < n))
+    checkify.debug_check(known, f"per_example: ids beyond the bank's {n} slots")
+
+
+def _require_one(adapter: Any, what: str) -> None:
+    """Raises unless it is an adapter, whose base was not dropped."""
+    if isinstance(adapter, Bank) and adapter.slots is not None:
+        raise ValueError(
+            f"{what} is a bank of {adapter.slots} slots: expected one adapter, such as "
+            "jlora.pick(bank, 0)."
+        )
+    if not isinstance(adapter, Mapping) or not all(map(is_adapted, adapter.values())):
+        raise ValueError(
+            f"{what} is a {type(adapter).__name__}: expected what "
+            "jlora.adapter(tree) gives, a flat dict from path to adapted leaf."
+        )
+    for path, x in adapter.items():
+        if base.is_zero(x.w):
+            raise ValueError(
+                f"{what} has {path!r} without a base, which was dropped: it is a whole "
+                "model, and shares no base with others."
+            )
+        if lacks := fields.lacking(x):
+            raise ValueError(
+                f"{what} has {path!r} without {', '.join(lacks)}: expected a whole "
+                "adapter; if it is half of a partition, combine it first."
+            )
+
+
+@contextlib.contextmanager
+def _at(where: str) -> Iterator[None]:
+    """Says where a leaf is that does not fit."""
+    try:
+        yield
+    except Misfit as e:
+        raise ValueError(f"{where}: expected {e}.") from None
+
+
+def _struct(leaf: Any) -> Any:
+    """Its arrays' shapes and dtypes, without a base; and with what a slot has."""
+    leaf = jax.eval_shape(lambda: fields.bare(leaf))
+    if isinstance(leaf, Full):
+        return dataclasses.replace(leaf, on=jax.ShapeDtypeStruct((), bool))
+    return leaf
+
+
+def _common(one: Any, other: Any) -> Any:
+    """The shapes and dtypes of slots that can hold both.
+
+    Raises:
+      Misfit: nothing can.
+    """
+    if type(one) is not type(other):
+        kinds = [
+            "a whole array" if isinstance(x, Full) else "factors" for x in (one, other)
+        ]
+        raise Misfit(f"{kinds[0]} that train, as in the others, found {kinds[1]}")
+    if one.shape != other.shape or one.axes != other.axes:
+        raise Misfit(
+            f"a weight of shape {one.shape} with the roles {one.axes!r}, as in the "
+            f"others, found {other.shape} with {other.axes!r}: it is of another model"
+        )
+    if one.form != other.form:
+        raise Misfit(f"the form {one.form}, as in the others, found {other.form}")
+    if isinstance(one, LoRA):
+        if (one.m is None) != (other.m is None):
+            raise Misfit(
+                "a magnitude (DoRA) in all of them or in none, since without one a "
+                "weight has no norm of its own"
+            )
+        if one.form is not None and one.rank != other.rank:
+            raise Misfit(
+                f"rank {one.rank}, as in the others, for the form {one.form}, whose "
+                f"factors are not filled up, found {other.rank}"
+            )
+    new = {}
+    for name in fields.stored(one) + fields.stored(other):
+        pair = [x for x in (getattr(one, name), getattr(other, name)) if x is not None]
+        dtype = functools.reduce(jnp.promote_types, [x.dtype for x in pair])
+        shape = tuple(map(max, *[x.shape for x in pair])) if pair[1:] else pair[0].shape
+        new[name] = jax.ShapeDtypeStruct(shape, dtype)
+    return dataclasses.replace(one, **new)
+
+
+def _require_room(bank: Any, both: Any) -> None:
+    """Raises Misfit if a slot of the bank is not one that can hold both."""
+    for name in fields.stored(both):
+        has, needs = getattr(bank, name), getattr(both, name)
+        if has is None:
+            raise Misfit(f"no {name}, which the bank has not for this path")
+        if has.shape != needs.shape:
+            raise Misfit(
+                f"a rank of at most {bank.rank}, which the bank has, found {both.rank}"
+            )
+
+
+def _slot(adapter: Mapping[str, Any], like: Mapping[str, Any], where: str) -> Any:
+    """An adapter's arrays as a slot has them; zeros where it has none."""
+
+    def one(path: str, want: Any) -> Any:
+        leaf = adapter.get(path)
+        new = {}
+        for name in fields.stored(want):
+            to = getattr(want, name)
+            x = None if leaf is None else getattr(leaf, name)
+            if name == "on":
+                x = jnp.asarray(leaf is not None if x is None else x)
+            elif x is None:  # a magnitude of one, with a scale of zero, is none
+                x = jnp.ones(to.shape) if name == "m" else jnp.zeros(to.shape)
+            if x.shape != to.shape:  # a lower rank
+                more = [(0, n - m) for n, m in zip(to.shape, x.shape, strict=True)]
+                x = jnp.pad(x, more)
+            new[name] = x.astype(to.dtype)
+        return dataclasses.replace(want, **new)
+
+    return {path: one(path, want) for path, want in like.items()}

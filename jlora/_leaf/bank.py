@@ -1,0 +1,66 @@
+"""A bank: many adapters of one base, each in its slot.
+
+A bank is an adapter, every array of which has one more axis, the first: its slots.  So
+`jax.vmap` over a bank gives the adapters one by one, an optimizer trains them all, and
+a sharding says on which devices which slots are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from jlora._leaf.fields import stored
+from jlora._leaf.leaf import Adapted
+
+
+class Bank(dict[str, Adapted]):
+    """A flat dict from path to leaf, whose arrays have an axis of slots first.
+
+    Inside of `jax.vmap` over its slots it is one adapter, and serves as that.
+
+    Attributes:
+      ndims: static; the number of axes of the weight of each path.
+    """
+
+    ndims: Mapping[str, int]
+
+    def __init__(self, leaves: Mapping[str, Adapted], ndims: Mapping[str, int]):
+        super().__init__(leaves)
+        self.ndims = dict(ndims)
+
+    @property
+    def slots(self) -> int | None:
+        """The number of slots; None inside of a vmap over them, or without arrays."""
+        for path, x in self.items():
+            arrays = [getattr(x, name) for name in stored(x)]
+            shapes = [y.shape for y in arrays if hasattr(y, "shape")]
+            if shapes and x.ndim == self.ndims[path] + 1:
+                return int(shapes[0][0])
+        return None
+
+    def __repr__(self) -> str:
+        n = self.slots
+        of = "inside of a vmap" if n is None else f"of {n} slots"
+        return f"Bank({of}: {dict.__repr__(self)})"
+
+
+def _flatten(bank: Bank) -> tuple[list[Any], Any]:
+    keys = sorted(bank)
+    return [bank[k] for k in keys], tuple((k, bank.ndims[k]) for k in keys)
+
+
+def _flatten_with_keys(bank: Bank) -> tuple[list[Any], Any]:
+    leaves, static = _flatten(bank)
+    paths = [jax.tree_util.DictKey(path) for path, _ in static]
+    return list(zip(paths, leaves, strict=True)), static
+
+
+def _unflatten(static: Any, leaves: Any) -> Bank:
+    paths = [path for path, _ in static]
+    return Bank(dict(zip(paths, leaves, strict=True)), dict(static))
+
+
+jax.tree_util.register_pytree_with_keys(Bank, _flatten_with_keys, _unflatten, _flatten)

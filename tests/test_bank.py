@@ -1,0 +1,489 @@
+"""Many adapters at once: every example equals the model with its adapter merged."""
+
+import equinox as eqx
+import flax.linen as nn
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from helpers import (
+    by_hand,
+    close,
+    cotangents,
+    dot_with,
+    integers,
+    normal,
+    randomise,
+    wrap_random,
+)
+from jax import lax
+from jax.experimental import checkify
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jlora
+
+N = 4  # slots
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x, _=None):
+        return jnp.tanh(nn.Dense(6)(nn.relu(nn.Dense(9)(x)))), None
+
+
+class Layers(nn.Module):
+    """Scanned and rematerialised."""
+
+    @nn.compact
+    def __call__(self, x):
+        stack = nn.scan(
+            nn.remat(Block),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=3,
+        )
+        return stack()(x, None)[0]
+
+
+class Module(nnx.Module):
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.embed = nnx.Embed(7, 6, rngs=rngs)
+        self.up = nnx.Linear(6, 8, rngs=rngs)
+        self.down = nnx.Linear(8, 6, rngs=rngs)
+
+    def __call__(self, ids):
+        x = self.embed(ids)
+        return self.embed.attend(x + self.down(nnx.relu(self.up(x))))
+
+
+def haiku_model(x):
+    return hk.Linear(5)(jax.nn.relu(hk.Linear(8)(x)))
+
+
+HAIKU = hk.without_apply_rng(hk.transform(haiku_model))
+
+
+def experts(p, x):
+    """Each token to all, by weights of its own."""
+    gates = jax.nn.softmax(x @ p["router"])
+    h = jnp.einsum("ti,eio->teo", x, p["up"])
+    return jnp.einsum("teo,te->to", h, gates)
+
+
+def convolution(p, x):
+    numbers = ("NHWC", "HWIO", "NHWC")
+    y = lax.conv_general_dilated(
+        x[None], p["w"], (1, 1), "SAME", dimension_numbers=numbers
+    )
+    return y[0].mean((0, 1)) @ p["head"]
+
+
+# fn of one example; its params; a batch of examples
+CASES = {
+    "plain": (
+        lambda p, x: jnp.tanh(x @ p["up"] + p["bias"]) @ p["down"],
+        {"up": normal(6, 8), "bias": normal(8), "down": normal(8, 5, seed=1)},
+        normal(9, 3, 6),
+    ),
+    "linen": (
+        Layers().apply,
+        Layers().init(jax.random.key(0), normal(6)),
+        normal(9, 6),
+    ),
+    "nnx": (lambda m, ids: m(ids), Module(), integers(9, 3, below=7)),
+    "haiku": (
+        HAIKU.apply,
+        HAIKU.init(jax.random.key(0), normal(3, 6)),
+        normal(9, 3, 6),
+    ),
+    "equinox": (
+        lambda m, x: jax.vmap(m)(x),
+        eqx.nn.MLP(6, 5, 8, 2, key=jax.random.key(0)),
+        normal(9, 3, 6),
+    ),
+    "experts": (
+        experts,
+        {"router": normal(6, 3), "up": normal(3, 6, 5)},
+        normal(9, 4, 6),
+    ),
+    "convolution": (
+        convolution,
+        {"w": normal(3, 3, 4, 5), "head": normal(5, 2)},
+        normal(9, 6, 6, 4),
+    ),
+}
+IDS = jnp.array([2, 0, -1, 3, 3, 1, 0, -1, 2])
+OPTIONS = [{}, {"dora": True}, {"lora_bias": True}, {"rslora": True}]
+
+
+def adapters_of(fn, params, example, **shared):
+    """Of ranks, alphas and targets of their own, with random numbers."""
+    made = []
+    whole = jlora.plan(fn, params, example, targets="**")
+    for k in range(N):
+        paths = list(whole)
+        targets = paths if k != 1 else paths[:1]
+        own = {"rank": 1 + k % 3, "alpha": 2.0 + k, "targets": targets}
+        plan = jlora.plan(fn, params, example, **own)
+        if callable(params):  # a module of Equinox holds functions
+            tree = randomise(jlora.wrap(params, plan=plan, **shared), k)
+        else:
+            tree = wrap_random(params, plan, seed=k, **shared)
+        made.append(tree)
+    return made
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda x: next(iter(x), "lora"))
+@pytest.mark.parametrize("name", CASES)
+def test_a_mixed_batch(name, options):
+    """Values and gradients, against each adapter merged by hand."""
+    fn, params, x = CASES[name]
+    if "lora_bias" in options and name in ("experts", "nnx"):
+        pytest.skip("no bias, or no layer that would add one")
+    if options and name in ("equinox", "haiku"):
+        options = {}
+    made = adapters_of(fn, params, x[0], **options)
+    bank = jlora.stack([jlora.adapter(tree) for tree in made])
+    assert isinstance(bank, jlora.Bank) and bank.slots == N
+    weights = cotangents(jax.eval_shape(jax.vmap(lambda x: fn(params, x)), x))
+
+    def ours(bank, x):
+        out = jlora.per_example(fn)(params, bank, IDS, x)
+        return dot_with(weights, out), out
+
+    (_, out), grads = jax.jit(jax.value_and_grad(ours, has_aux=True, allow_int=True))(
+        bank, x
+    )
+    for k, i in enumerate(IDS.tolist()):
+        if i >= 0 and "lora_bias" in options:  # plain params have no place for it
+            want = jlora.lift(fn)(made[i], x[k])
+        else:
+            want = fn(params if i < 0 else jlora.merge(made[i]), x[k])
+        close(out[k], want, 2e-5, f"example {k}")
+
+    for i, tree in enumerate(made):
+        trains, frozen = jlora.partition(tree)
+        rows = np.flatnonzero(np.asarray(IDS) == i)
+
+        def alone(trains, rows=rows, frozen=frozen):
+            tree = jlora.combine(trains, frozen)
+            outs = [jlora.lift(fn)(tree, x[k]) for k in rows]
+            return sum(
+                dot_with([w[k] for w in weights], y)
+                for k, y in zip(rows, outs, strict=True)
+            )
+
+        want = dict(jlora.adapter(jlora.combine(jax.grad(alone)(trains), frozen)))
+        for path, leaf in want.items():
+            for field in ("a", "b", "c", "m"):
+                g, own = getattr(leaf, field), getattr(grads[path], field)
+                if g is None:
+                    continue
+                at = tuple(slice(0, n) for n in g.shape)
+                close(own[i][at], g, 1e-4, f"{path} {field} of slot {i}")
+
+
+def test_slots_that_are_not_used_have_no_gradient():
+    fn, params, x = CASES["plain"]
+    made = adapters_of(fn, params, x[0], dora=True, lora_bias=True)
+    bank = jlora.stack([jlora.adapter(tree) for tree in made])
+
+    def loss(bank):
+        return jnp.sum(
+            jlora.per_example(fn)(params, bank, jnp.array([0, 2, -1]), x[:3])
+        )
+
+    for leaf in jax.grad(loss)(bank).values():
+        for name in ("a", "b", "c", "m"):
+            g = getattr(leaf, name)
+            assert (g[1] == 0).all() and (g[3] == 0).all() and (g[0] != 0).any()
+
+
+def test_padding_stays_zero_in_training():
+    """A slot's rank is its adapter's, also under Adam with weight decay."""
+    fn, params, x = CASES["plain"]
+    plans = [jlora.plan(fn, params, x[0], rank=r) for r in (1, 3)]
+    bank = jlora.stack([jlora.adapter(wrap_random(params, p)) for p in plans])
+    trains, frozen = jlora.partition(bank)
+    tx = optax.adamw(1e-2, weight_decay=0.1)
+    state, ids = tx.init(trains), jnp.array([0, 1, 0])
+
+    @jax.jit
+    def step(trains, state):
+        def loss(trains):
+            bank = jlora.combine(trains, frozen)
+            return jnp.sum(jlora.per_example(fn)(params, bank, ids, x[:3]) ** 2)
+
+        updates, state = tx.update(jax.grad(loss)(trains), state, trains)
+        return optax.apply_updates(trains, updates), state
+
+    for _ in range(3):
+        trains, state = step(trains, state)
+    for path, leaf in trains.items():
+        assert (leaf.a[0][..., 1:] == 0).all() and (leaf.b[0][1:] == 0).all()
+        assert (leaf.a[0][..., 0] != bank[path].a[0][..., 0]).all()
+
+
+def test_whole_arrays_and_rows_that_train():
+    fn, params, ids = CASES["nnx"]
+    model = params
+    plan = jlora.plan(fn, model, ids[0], rank=2)
+    rows = {"embed/embedding": [1, 4]}
+    trees = [
+        jlora.wrap(model, plan=plan, train="down/bias", train_rows=rows),
+        jlora.wrap(model, plan=plan, train_rows=rows),
+        jlora.wrap(model, plan=plan),
+    ]
+    rng = np.random.default_rng(0)
+
+    def moved(tree):
+        halves = jlora.partition(tree)
+        noisy = jax.tree.map(
+            lambda x: x + rng.normal(size=x.shape).astype("f4"), halves[0]
+        )
+        return jlora.combine(noisy, halves[1])
+
+    trees = [moved(tree) for tree in trees]
+    bank = jlora.stack([jlora.adapter(tree) for tree in trees])
+    which = jnp.array([0, 1, 2, -1, 0])
+    got = jax.jit(jlora.per_example(fn))(model, bank, which, ids[:5])
+    for k, i in enumerate(which.tolist()):
+        own = model if i < 0 else jlora.merge(trees[i])
+        close(got[k], fn(own, ids[k]), 2e-5, f"slot {i}")
+
+
+def test_a_vmap_over_a_bank_gives_its_adapters():
+    fn, params, x = CASES["plain"]
+    made = adapters_of(fn, params, x[0])
+    bank = jlora.stack([jlora.adapter(tree) for tree in made])
+
+    def one(adapter, x):
+        return jlora.lift(fn)(jlora.attach(params, adapter), x)
+
+    got = jax.vmap(one, (0, None))(bank, x[0])
+    for k, tree in enumerate(made):
+        close(got[k], fn(jlora.merge(tree), x[0]), 2e-5)
+        close(one(jlora.pick(bank, k), x[0]), got[k], 1e-6)
+
+
+def test_put_replaces_a_slot_without_compiling_anew():
+    fn, params, x = CASES["plain"]
+    made = adapters_of(fn, params, x[0])
+    bank = jlora.stack([jlora.adapter(tree) for tree in made])
+    plans = [jlora.plan(fn, params, x[0], rank=2, alpha=k + 1.0) for k in range(3)]
+    trees = [wrap_random(params, plan, seed=9 + k) for k, plan in enumerate(plans)]
+    traced = []
+
+    def served(bank, ids, x):
+        traced.append("served")
+        return jlora.per_example(fn)(params, bank, ids, x)
+
+    def replaced(bank, i, adapter):
+        traced.append("put")
+        return jlora.put(bank, i, adapter)
+
+    served, replaced = jax.jit(served), jax.jit(replaced, donate_argnums=0)
+    ids = jnp.array([0, 1, 2, 3])
+    before = served(bank, ids, x[:4])
+    for k, tree in enumerate(trees):
+        bank = replaced(bank, k % 2 + 1, jlora.adapter(tree))
+    after = served(bank, ids[::-1], x[:4][::-1])[::-1]
+    assert traced == ["served", "put"] and isinstance(bank, jlora.Bank)
+    close(after[0], before[0], 1e-6)
+    close(after[3], before[3], 1e-6)
+    close(after[1], fn(by_hand(trees[2], plans[2]), x[1]), 2e-5)
+    close(after[2], fn(by_hand(trees[1], plans[1]), x[2]), 2e-5)
+
+
+def test_on_a_quantised_base():
+    fn, params, x = CASES["plain"]
+    plan = jlora.plan(fn, params, x[0], rank=2)
+    coded = jlora.quantize(params, "nf4", plan=plan, block=None)
+    trees = [wrap_random(coded, plan, seed=k) for k in range(2)]
+    bank = jlora.stack([jlora.adapter(tree) for tree in trees])
+    got = jax.jit(jlora.per_example(fn))(coded, bank, jnp.array([1, 0, -1]), x[:3])
+    for k, i in enumerate([1, 0]):
+        close(got[k], fn(jlora.merge(trees[i]), x[k]), 2e-5)
+    close(got[2], fn(jlora.merge(coded), x[2]), 2e-5)
+
+
+def test_arguments_for_all_examples():
+    fn, params, x = CASES["plain"]
+    bank = jlora.stack(
+        [jlora.adapter(wrap_random(params, jlora.plan(fn, params, x[0])))]
+    )
+
+    def shifted(p, x, shift, sign=1.0):
+        return fn(p, x) * sign + shift
+
+    ids = jnp.array([0, -1])
+    got = jlora.per_example(shifted, in_axes=(0, None), out_axes=1)(
+        params, bank, ids, x[:2], 3.0
+    )
+    want = jlora.per_example(fn)(params, bank, ids, x[:2])
+    close(got, jnp.moveaxis(want, 0, 1) + 3)
+
+
+@pytest.mark.parametrize("slots", [1, 8, 64])
+def test_it_costs_what_one_adapter_costs(slots):
+    """By the compiler's count of FLOPs, in training and inference."""
+    d, rows = 128, 16
+    params = {"w": normal(d, d), "v": normal(d, d)}
+
+    def fn(p, x):
+        return jnp.tanh(x @ p["w"]) @ p["v"]
+
+    tree = jlora.wrap(params, rank=4, targets="*", plan=None)
+    bank = jlora.stack([jlora.adapter(tree)] * slots)
+    ids, x = jnp.arange(rows) % slots, normal(rows, 32, d)
+
+    def flops(fn, *args):
+        return jax.jit(fn).lower(*args).compile().cost_analysis()["flops"]
+
+    def many(bank, ids, x):
+        return jlora.per_example(fn)(params, bank, ids, x).sum()
+
+    def one(adapter, x):
+        return jlora.lift(fn)(jlora.attach(params, adapter), x).sum()
+
+    adapter = jlora.adapter(tree)
+    assert flops(many, bank, ids, x) <= 1.01 * flops(one, adapter, x)
+    if slots <= 8:
+        with_grads = flops(jax.grad(many, allow_int=True), bank, ids, x)
+        assert with_grads <= 1.02 * flops(jax.grad(one, allow_int=True), adapter, x)
+
+
+# ------------------------------------------------------------------------- bad input
+
+
+def test_what_cannot_be_stacked():
+    fn, params, x = CASES["plain"]
+    tree = jlora.wrap(params, rank=2, targets="up")
+    one = jlora.adapter(tree)
+    other = jlora.adapter(jlora.wrap(params | {"up": normal(6, 7)}, 2, targets="up"))
+    dora = jlora.adapter(jlora.wrap(params, rank=2, targets="up", dora=True))
+    full = jlora.adapter(jlora.wrap(params, rank=2, targets="down", train="up"))
+    bank = jlora.stack([one, one])
+    for adapters, message in [
+        ([], "stack: expected a list of adapters.*found none"),
+        (one, "stack: expected a list of adapters.*found one"),
+        ([one, tree], "stack: adapter 1 is a dict: expected what jlora.adapter"),
+        ([one, bank], "stack: adapter 1 is a bank of 2 slots: expected one adapter"),
+        ([one, other], r"'up' of adapter 1: expected a weight of shape \(6, 8\)"),
+        ([one, dora], r"'up' of adapter 1: expected a magnitude \(DoRA\) in all"),
+        ([one, full], "'up' of adapter 1: expected factors that train, as in"),
+        ([jlora.partition(one)[1]], "has 'up' without a, b: expected a whole adapter"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            jlora.stack(adapters)
+
+
+def test_a_bank_and_an_adapter_are_not_mistaken():
+    fn, params, x = CASES["plain"]
+    one = jlora.adapter(jlora.wrap(params, rank=2, targets="up"))
+    bank = jlora.stack([one, one])
+    for call, message in [
+        (lambda: jlora.attach(params, bank), "attach: found a bank of 2 adapters"),
+        (lambda: jlora.unmerge(params, bank), "unmerge: found a bank of 2 adapters"),
+        (lambda: jlora.pick(one, 0), "pick: expected a bank of adapters, found one ad"),
+        (lambda: jlora.put(one, 0, one), "put: expected a bank of adapters, found one"),
+        (lambda: jlora.put(bank, 0, bank), "put: the adapter is a bank of 2 slots"),
+        (
+            lambda: jlora.per_example(fn)(params, one, jnp.array([0]), x[:1]),
+            "per_example: expected a bank of adapters, found one adapter",
+        ),
+        (
+            lambda: jlora.pick(bank, 2),
+            "pick: slot 2 of a bank of 2: expected 0 to 1, or",
+        ),
+        (lambda: jlora.pick(bank, -2), "pick: slot -2 of a bank of 2"),
+        (
+            lambda: jlora.put(bank, -1, one),
+            "put: slot -1 of a bank of 2: expected 0 to",
+        ),
+        (lambda: jlora.pick(bank, 0.5), "pick: found float32 of shape"),
+        (
+            lambda: jlora.per_example(fn)(params, bank, jnp.array([0, 2]), x[:2]),
+            "ids has 2, and the bank has 2 slots: expected 0 to 1, or -1",
+        ),
+        (
+            lambda: jlora.per_example(fn)(params, bank, jnp.array([0.0]), x[:1]),
+            "ids is float32 of shape",
+        ),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_what_cannot_be_put():
+    fn, params, x = CASES["plain"]
+    bank = jlora.stack([jlora.adapter(jlora.wrap(params, rank=2, targets="up"))])
+    higher = jlora.adapter(jlora.wrap(params, rank=3, targets="up"))
+    more = jlora.adapter(jlora.wrap(params, rank=2, targets=["up", "down"]))
+    biased = jlora.adapter(jlora.wrap(params, rank=2, targets="up", lora_bias=True))
+    for adapter, message in [
+        (
+            higher,
+            "put: 'up': expected a rank of at most 2, which the bank has, found 3",
+        ),
+        (more, "put: the adapter has 'down', which the bank has not; near paths"),
+        (biased, "put: 'up': expected no c, which the bank has not"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            jlora.put(bank, 0, adapter)
+
+
+def test_ids_that_no_slot_has_under_jit():
+    """They are the base, and an error under checkify."""
+    fn, params, x = CASES["plain"]
+    tree = wrap_random(params, jlora.plan(fn, params, x[0]))
+    bank = jlora.stack([jlora.adapter(tree)] * 2)
+    call = jlora.per_example(fn)
+    ids = jnp.array([2, -3, 1])
+    got = jax.jit(call)(params, bank, ids, x[:3])
+    close(got[:2], jnp.stack([fn(params, x[0]), fn(params, x[1])]))
+    checked = checkify.checkify(jax.jit(call))
+    error, _ = checked(params, bank, ids, x[:3])
+    with pytest.raises(checkify.JaxRuntimeError, match="ids beyond the bank's 2 slots"):
+        error.throw()
+    error, _ = checked(params, bank, jnp.array([0, -1, 1]), x[:3])
+    error.throw()
+
+
+def test_a_bank_is_a_node():
+    _, params, _ = CASES["plain"]
+    adapter = jlora.adapter(jlora.wrap(params, rank=2, targets="up"))
+    bank = jlora.stack([adapter] * 4)
+    leaves, treedef = jax.tree.flatten(bank)
+    again = jax.tree.unflatten(treedef, leaves)
+    assert isinstance(again, jlora.Bank) and again.slots == 4
+    assert "Bank(of 4 slots" in repr(bank)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("rows", [False, True], ids=["whole batch", "split batch"])
+@pytest.mark.parametrize("spec", [P(), P("x")], ids=["replicated", "split slots"])
+def test_on_a_mesh(spec, rows, kind):
+    fn, params, x = CASES["plain"]
+    made = adapters_of(fn, params, x[0])
+    bank = jlora.stack([jlora.adapter(tree) for tree in made])
+    x, ids = x[:8], IDS[:8]
+    new = jlora.adapter(made[0])
+    want = jlora.per_example(fn)(params, bank, ids, x)
+    want_put = jlora.put(bank, 2, new)
+    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(kind, kind))
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(bank, NamedSharding(mesh, spec))
+        params = jax.device_put(params, NamedSharding(mesh, P()))
+        own = NamedSharding(mesh, P("y") if rows else P())
+        x, ids = jax.device_put((x, ids), own)
+        got = jax.jit(jlora.per_example(fn))(params, placed, ids, x)
+        put = jax.jit(jlora.put, donate_argnums=0)(placed, 2, new)
+        assert put["up"].a.sharding.is_equivalent_to(NamedSharding(mesh, spec), 3)
+    close(jax.device_get(got), want, 1e-5)
+    close(jax.device_get(dict(put)), dict(want_put), 1e-6)
