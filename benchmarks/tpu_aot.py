@@ -356,8 +356,7 @@ def quantised(name: str, topology: str, tp: int, batch: int, length: int) -> str
 
 HEAD = f"""# Llama 3 on TPU pods, compiled without one
 
-Made by `python benchmarks/tpu_aot.py` (jax {jax.__version__}); what it counts and how
-is said there. LoRA of rank {RANK} on all seven matrices of every layer. `floor` is the
+Made by `python benchmarks/tpu_aot.py`; what it counts and how is said there. LoRA of rank {RANK} on all seven matrices of every layer. `floor` is the
 frozen forward pass with the gradients of the activations, `merged` forms W + BA in the
 loss, `full` is full fine-tuning. All is of one chip; in a program the body of the scan
 over layers stands once, and is counted once. Of collectives: how many, and the bytes of
@@ -399,6 +398,7 @@ def main() -> None:
         for name, topology, tp, batch in runs:
             print(f"Llama-3-{name.upper()} on {topology}", flush=True)
             section = section_of(name, topology, tp, batch, args.length)
+            section = f"{section.rstrip()}\n\nCompiled by jax {jax.__version__}.\n"
             print(section)
             tables.record(TABLES, HEAD, section)
 

@@ -29,6 +29,9 @@ import jlora.initializers
 TARGETS = [
     f"layers/**/{name}/kernel" for name in ("q", "k", "v", "o", "gate", "up", "down")
 ]
+SHOWS = [f"layers/**/{name}/kernel" for name in ("v", "up", "down")]
+"""The matrices in which the rounding of nf4 shows most: int8 in a mixed base."""
+
 EVALUATIONS = 3
 """How often a run looks at the held-out texts: at its start, halfway, at its end."""
 
@@ -41,7 +44,7 @@ class Config:
     """All that decides a run's numbers; a run resumes only with an equal one."""
 
     base: str
-    """"float", or the qtype of `jlora.quantize`."""
+    """"float", the qtype of `jlora.quantize`, or "mixed": nf4, and int8 in `SHOWS`."""
     block: int
     """How many numbers of a quantised base share a scale."""
     observed: int
@@ -95,9 +98,12 @@ def prepare(model, config: Config, batches: Iterable[Batch] = ()):
     for x in tqdm(list(batches), desc="observing", unit=" batches", ncols=88):
         own = observe(model, x.ids, x.segments)
         moments = own if moments is None else moments + own
-    model = jlora.quantize(
-        model, config.base, plan=plan, block=config.block, moments=moments
-    )
+    shows = {"exclude": SHOWS} if config.base == "mixed" else {}
+    qtype = "nf4" if config.base == "mixed" else config.base
+    options = {"block": config.block, "moments": moments}
+    model = jlora.quantize(model, qtype, plan=plan, **shows, **options)
+    if config.base == "mixed":
+        model = jlora.quantize(model, "int8", plan=plan, targets=SHOWS, **options)
     return jlora.wrap(model, plan=plan, key=key)
 
 

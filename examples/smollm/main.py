@@ -2,7 +2,7 @@
 
     python examples/smollm/main.py              # a quarter of an hour on 2 cores
     python examples/smollm/main.py --quick      # every step of it in a minute
-    python examples/smollm/main.py --compare    # float, int8 and nf4 bases: three runs
+    python examples/smollm/main.py --compare    # float, int8, mixed, nf4: an hour
 
 Fetches a pinned copy of the model and of the sentences on first use, quantises the
 base, trains adapters on all seven matrices of every layer, and writes what Hugging
@@ -30,9 +30,9 @@ import jlora.checkpoint
 import jlora.peft
 
 PROMPTS = ["The film is", "A comedy that", "The acting", "If you like"]
-BASES = ["float", "int8", "nf4"]
-CLOSE = 0.02
-"""How far a quantised base's perplexity may end above the float one's."""
+BASES = ["float", "int8", "mixed", "nf4"]
+CLOSE = {"int8": 0.01, "mixed": 0.02, "nf4": 0.06}
+"""How far the perplexity on each base may end above that on the float one."""
 
 
 def main() -> None:
@@ -195,14 +195,16 @@ def border(tree, source, texts: Texts, parts, args) -> None:
 
 def compare(results: dict[str, Result], strict: bool) -> None:
     """Prints a line for each base; a quantised one must end close to the float one."""
-    print("base    MB    perplexity before  after  against float")
+    print("base      MB    perplexity before  after  against float")
     for base, x in results.items():
         above = x.after / results["float"].after - 1
         print(
-            f"{base:5} {x.base_mb:6.1f} {x.before:15.2f} {x.after:10.2f} {above:+.2%}"
+            f"{base:6} {x.base_mb:6.1f} {x.before:15.2f} {x.after:10.2f} {above:+.2%}"
         )
-        if strict and above > CLOSE:
-            raise SystemExit(f"{base}: more than {CLOSE:.0%} above the float base")
+        if strict and above > CLOSE.get(base, 0):
+            raise SystemExit(
+                f"{base}: more than {CLOSE[base]:.0%} above the float base"
+            )
 
 
 if __name__ == "__main__":
