@@ -356,11 +356,12 @@ def quantised(name: str, topology: str, tp: int, batch: int, length: int) -> str
 
 HEAD = f"""# Llama 3 on TPU pods, compiled without one
 
-Made by `python benchmarks/tpu_aot.py`; what it counts and how is said there. LoRA of rank {RANK} on all seven matrices of every layer. `floor` is the
-frozen forward pass with the gradients of the activations, `merged` forms W + BA in the
-loss, `full` is full fine-tuning. All is of one chip; in a program the body of the scan
-over layers stands once, and is counted once. Of collectives: how many, and the bytes of
-their results.
+Made by `python benchmarks/tpu_aot.py`; what it counts and how is said there. LoRA of
+rank {RANK} on all seven matrices of every layer. `floor` is the frozen forward pass
+with the gradients of the activations, `merged` forms W + BA in the loss, `full` is
+full fine-tuning. All is of one chip; in a program the body of the scan over layers
+stands once, and is counted once. Of collectives: how many, and the bytes of their
+results.
 
 Weights are split over `fsdp` along one side and over `tp` along the other: wq, wk, wv,
 gate and up along their outputs over `tp`, wo and down along their inputs. The factors
