@@ -5,12 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import qwix
-from helpers import close, normal, same, wrap_random
+from helpers import close, normal, randomise, same, wrap_random
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jlora
+import jlora.checkpoint
 from jlora._init.gptq import DAMPING, PARTS
 from jlora._leaf.quantized import NF4
 
@@ -266,6 +267,20 @@ def test_bases_of_an_adapted_tree():
     got = jlora.quantize(tree, "int4", **options)["kernel"]
     same(got.w, jlora.quantize(params, "int4", plan=plan, **options)["kernel"])
     same((got.a, got.b), (tree["kernel"].a, tree["kernel"].b))
+
+
+def test_a_checkpoint_knows_how_its_base_was_rounded(tmp_path):
+    x, params = normal(30, 64), {"kernel": normal(64, 8), "bias": normal(8)}
+    base = jlora.quantize(params, "nf4", moments={"kernel": x.T @ x})
+    tree = randomise(jlora.wrap(base, rank=2))
+    jlora.checkpoint.save(tmp_path / "a", tree)
+    same(jlora.checkpoint.restore(tmp_path / "a", base), tree)
+    other = jlora.quantize(params, "nf4")
+    with pytest.raises(ValueError, match="rounded otherwise, as by other moments"):
+        jlora.checkpoint.restore(tmp_path / "a", other)
+    for params in (other, jlora.merge(base)):
+        back = jlora.checkpoint.restore(tmp_path / "a", params, any_qtype=True)
+        same(back, jlora.attach(params, jlora.adapter(tree)))
 
 
 def test_embeddings_have_no_moments():

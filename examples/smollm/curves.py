@@ -10,7 +10,8 @@ from figure import BLUE, GREY, ORANGE, STYLE, smooth
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-COLORS = {"float": GREY, "int8": ORANGE, "nf4": BLUE}
+GREEN = "#3f9b5b"
+COLORS = {"float": GREY, "int8": ORANGE, "mixed": GREEN, "nf4": BLUE}
 
 
 def draw(histories: dict[str, dict[str, np.ndarray]], path: Path) -> None:

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 from model import cross_entropy
 from packing import Batch, Texts
 from pinned import Stopped, checkpoints, claim, stop_requests
@@ -26,12 +27,14 @@ import jlora
 import jlora.checkpoint
 import jlora.initializers
 
-TARGETS = [
-    f"layers/**/{name}/kernel" for name in ("q", "k", "v", "o", "gate", "up", "down")
-]
-SHOWS = [f"layers/**/{name}/kernel" for name in ("v", "up", "down")]
-"""The matrices in which the rounding of nf4 shows most: int8 in a mixed base."""
+REST, SHOWS = (
+    [f"layers/**/{name}/kernel" for name in names]
+    for names in (("q", "k", "o", "gate"), ("v", "up", "down"))
+)
+"""The seven matrices of a layer: a mixed base has nf4 in the first, and int8 in those
+in which the rounding of nf4 shows most."""
 
+TARGETS = [*REST, *SHOWS]
 EVALUATIONS = 3
 """How often a run looks at the held-out texts: at its start, halfway, at its end."""
 
@@ -44,7 +47,7 @@ class Config:
     """All that decides a run's numbers; a run resumes only with an equal one."""
 
     base: str
-    """"float", the qtype of `jlora.quantize`, or "mixed": nf4, and int8 in `SHOWS`."""
+    """"float", the qtype of `jlora.quantize`, or "mixed"."""
     block: int
     """How many numbers of a quantised base share a scale."""
     observed: int
@@ -90,21 +93,45 @@ def planned(model, config) -> jlora.Plan:
 
 def prepare(model, config: Config, batches: Iterable[Batch] = ()):
     """The model with its base quantised, if it is to be, and adapters on it."""
-    plan, key = planned(model, config), jax.random.key(config.seed)
-    if config.base == "float":
-        return jlora.wrap(model, plan=plan, key=key)
-    observe = jax.jit(partial(jlora.observe, call, plan=plan))
-    moments = None
+    plan = planned(model, config)
+    if config.base != "float":
+        model = quantized(model, config, observed(model, plan, batches))
+    return jlora.wrap(model, plan=plan, key=jax.random.key(config.seed))
+
+
+def observed(model, plan: jlora.Plan, batches: Iterable[Batch]):
+    """The second moments of what enters each matrix; None without batches."""
+    observe, moments = jax.jit(partial(jlora.observe, call, plan=plan)), None
     for x in tqdm(list(batches), desc="observing", unit=" batches", ncols=88):
         own = observe(model, x.ids, x.segments)
         moments = own if moments is None else moments + own
-    shows = {"exclude": SHOWS} if config.base == "mixed" else {}
-    qtype = "nf4" if config.base == "mixed" else config.base
-    options = {"block": config.block, "moments": moments}
-    model = jlora.quantize(model, qtype, plan=plan, **shows, **options)
-    if config.base == "mixed":
-        model = jlora.quantize(model, "int8", plan=plan, targets=SHOWS, **options)
-    return jlora.wrap(model, plan=plan, key=key)
+    return moments
+
+
+def quantized(model, config: Config, moments=None):
+    """The model with the seven matrices of each layer in low bits."""
+    quantize = partial(jlora.quantize, block=config.block, moments=moments)
+    if config.base != "mixed":
+        return quantize(model, config.base, targets=TARGETS)
+    return quantize(quantize(model, "nf4", targets=REST), "int8", targets=SHOWS)
+
+
+def keep(folder: Path, tree):
+    """Writes the arrays of a base; `kept` reads them."""
+    arrays = dict(enumerate(jax.tree.leaves(jlora.unwrap(tree))))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder.absolute() / "base", arrays)
+
+
+def kept(folder: Path, model, config: Config):
+    """The quantised model that `keep` wrote."""
+    shapes = jax.eval_shape(lambda: model)
+    shapes, treedef = jax.tree.flatten(quantized(shapes, config))
+    with ocp.StandardCheckpointer() as checkpointer:
+        arrays = checkpointer.restore(
+            folder.absolute() / "base", dict(enumerate(shapes))
+        )
+    return jax.tree.unflatten(treedef, [arrays[k] for k in range(len(shapes))])
 
 
 def in_floats(tree):
@@ -196,9 +223,16 @@ def begin(model, texts: Texts, parts, config: Config, folder: Path):
     """
     claim(folder, config)
     found = checkpoints(folder)
-    epochs = texts.epochs(parts["train"], config.seed)
-    batches = () if found else itertools.islice(epochs, config.observed)
-    tree = prepare(model, config, batches)
+    if found and config.base != "float":
+        model = kept(folder, model, config)
+    if found:
+        tree = jlora.wrap(model, plan=planned(model, config))
+    else:
+        epochs = texts.epochs(parts["train"], config.seed)
+        tree = prepare(model, config, itertools.islice(epochs, config.observed))
+        if config.base != "float":
+            shutil.rmtree(folder / "base", ignore_errors=True)
+            keep(folder, tree)
     trainable, frozen = jlora.partition(tree)
     steps = config.steps
     history = {

@@ -215,7 +215,7 @@ def tiny_run(tiny, folder, config=CONFIG, compiled={}):  # noqa: B006
     return state, frozen
 
 
-@pytest.fixture(scope="module", params=["float", "nf4"])
+@pytest.fixture(scope="module", params=["float", "mixed"])
 def whole(request, tiny, tmp_path_factory):
     """A run that nothing stopped: its configuration, last state and base."""
     config = dataclasses.replace(CONFIG, base=request.param)

@@ -151,8 +151,8 @@ def restore(
         sharding that it has here (on a mesh, ``tx.init(tree)`` has shardings), else to
         the default device.  A Python number may stand for a scalar array, such as a
         TrainState's step; it is restored as a Python number.
-      any_qtype: whether the base may be quantised otherwise than the saved one, or not
-        at all.  The adapter was trained to fit the saved one.
+      any_qtype: whether the base may be quantised or rounded otherwise than the saved
+        one, or not at all.  The adapter was trained to fit the saved one.
 
     Returns:
       The tree; with ``extra``, the pair (tree, extra).
@@ -192,7 +192,7 @@ def restore(
     )
     bases = _document.bases(params)
     for p, said in document["plan"].items():
-        _document.require_left(said, p, bases[p], path)
+        _document.require_left(said, p, bases[p], path, any_qtype=any_qtype)
     items, templates = ["adapter"], {}
     if extra is not None:
         items += ["extra"]

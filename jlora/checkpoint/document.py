@@ -79,7 +79,8 @@ def entry(leaf: Adapted, w: Any) -> dict[str, Any]:
     if isinstance(leaf, LoRA):
         static = {name: getattr(leaf, name) for name in STATIC}
         said |= {"rank": leaf.rank, **static_document(static)}
-        if leaf.moved and not base.is_abstract(w) and not base.is_zero(leaf.w):
+        fits = leaf.moved or base.is_lossy(w)  # this base alone
+        if fits and not base.is_abstract(w) and not base.is_zero(leaf.w):
             said["norm"] = _norm(w)
     return said
 
@@ -90,20 +91,32 @@ def _norm(w: Any) -> float:
     return math.sqrt(float(squares(x, tuple(range(x.ndim)), jnp.float32)))
 
 
-def require_left(said: dict[str, Any], path: str, w: Any, where: Any) -> None:
-    """Raises if a leaf needs what an initialiser left of the base, and w is not that.
+def require_left(
+    said: dict[str, Any], path: str, w: Any, where: Any, *, any_qtype: bool
+) -> None:
+    """Raises if a leaf needs a base of these values, and w is another one.
+
+    That is what an initialiser has left of the base; or a base as it was rounded.
 
     Args:
       said: the entry of the leaf.
       path: its path.
       w: the base that it is restored on; one without values passes.
       where: the checkpoint, for the error.
+      any_qtype: whether the base may be rounded otherwise.
     """
-    if "norm" not in said or base.is_abstract(w):
+    how = said.get("moved")
+    if "norm" not in said or base.is_abstract(w) or (any_qtype and not how):
         return
     want, found = said["norm"], _norm(w)
     if abs(found - want) > 1e-4 * want:
-        how = said["moved"]
+        if not how:
+            raise ValueError(
+                f"checkpoint.restore: {where} belongs to another base: {path!r} was "
+                f"trained on one of norm {want:.6g}, found {found:.6g}: it was rounded "
+                "otherwise, as by other moments. Pass the quantised base itself, which "
+                "Orbax saves as any tree; or any_qtype=True to put it on this one."
+            )
         raise ValueError(
             f"checkpoint.restore: {where} belongs to another base: {path!r} was "
             f"trained on what {how!r} had left of it, of norm {want:.6g}, found "
