@@ -69,7 +69,7 @@ def merge(
         if not (requantize and base.is_lossy(leaf.w)):
             return new
         rounded = _qwix.like(new, leaf.w)
-        if not isinstance(new, jax.core.Tracer):
+        if base.is_concrete(new):
             lost[path] = _taken(new, rounded, leaf)
         return rounded
 
@@ -119,17 +119,24 @@ def _taken(new: jax.Array, rounded: Any, leaf: LoRA) -> tuple[jax.Array, jax.Arr
 
     error = norm(base.array(rounded).astype(jnp.float32) - wide)
     moved = norm(wide - base.array(leaf.base).astype(jnp.float32))
-    return error / norm(wide), error / moved
+    whole = norm(wide)
+    return error / jnp.where(whole > 0, whole, 1), error / moved
 
 
 def _report(lost: Mapping[str, tuple[Any, Any]]) -> None:
     """Logs what requantising took from each weight."""
     if not lost:
         return
-    rows = [
-        (path, f"{100 * of_weight:.3g} %", f"{100 * of_delta:.3g} %")
-        for path, (of_weight, of_delta) in jax.device_get(lost).items()
-    ]
+    rows = []
+    for path, (of_weight, of_delta) in jax.device_get(lost).items():
+        if not of_weight < 1:
+            raise ValueError(
+                f"merge: {path!r} cannot be quantised again: its merged weight has NaN "
+                "or infinities, or is lost in the rounding. Expected finite numbers: "
+                "look at the adapter, or merge to floats."
+            )
+        delta = f"{100 * of_delta:.3g} %" if of_delta < 1e3 else "no delta"
+        rows.append((path, f"{100 * of_weight:.3g} %", delta))
     logging.getLogger("jlora").warning(
         "merge: quantised again, which rounds each weight by so much:\n%s",
         table(("path", "of its norm", "of its delta's"), rows),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-import numbers
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -87,19 +87,25 @@ def quantize(
     """
     refuse_layers(tree, "quantize")
     qtype = _qwix.qtype_named(qtype)
-    _check_block(block, qtype)
+    _qwix.check_block(block, qtype, "quantize")
     _qwix.qwix()
     axes = _axes(tree, plan, targets, exclude)
     leaves = dict(by_path.flatten(opened(tree))[0])
     tiles = _tiled(leaves, axes, block)
+    own = _moments_of(moments, axes)
+    for path in tiles:  # before the first of them is given up
+        _require_finite(path, _base(leaves[path]))
+    uses = collections.Counter(id(_base(x)) for x in leaves.values())
 
     def leaf(path: str, x: Any) -> Any:
         w = _base(x)
         if path not in tiles or not w.size:
             return x
-        new = _quantized(path, w, qtype, tiles[path], *axes[path], moments)
-        _require_finite(path, new)
-        if donate and isinstance(w, jax.Array) and not isinstance(w, jax.core.Tracer):
+        new = _quantized(path, w, qtype, tiles[path], axes[path][0], own.get(path))
+        _require_scales(path, w, new)
+        uses[id(w)] -= 1
+        known = isinstance(w, jax.Array) and base.is_concrete(w)
+        if donate and known and not uses[id(w)]:
             jax.block_until_ready(new)
             w.delete()
         return dataclasses.replace(x, w=new) if is_adapted(x) else new
@@ -107,20 +113,28 @@ def quantize(
     return by_path.map_leaves(leaf, opened(tree))
 
 
+def _moments_of(
+    moments: Mapping[str, Any] | None, axes: Mapping[str, tuple[str, bool]]
+) -> dict[str, Any]:
+    """The moments of each weight to quantise; of an embedding none."""
+    if moments is None:
+        return {}
+    given(moments, "quantize")
+    advice = "Observe with the plan that quantize gets, or exclude the path."
+    return {
+        path: moment(moments, path, "quantize", advice)
+        for path, (_, embeds) in axes.items()
+        if not embeds
+    }
+
+
 def _quantized(
-    path: str,
-    w: Any,
-    qtype: str,
-    tiles: tuple[int, ...],
-    roles: str,
-    embeds: bool,
-    moments: Mapping[str, Any] | None,
+    path: str, w: Any, qtype: str, tiles: tuple[int, ...], roles: str, own: Any
 ) -> Any:
-    """One weight in low-bit numbers."""
-    if moments is None or embeds:
+    """One weight in low-bit numbers, by its own moments or to the nearest."""
+    if own is None:
         return _qwix.quantized(w, qtype, tiles)
     try:
-        own = moment(given(moments, "quantize"), path, "quantize")
         return gptq(w, qtype, tiles, roles, own, "quantize")
     except Misfit as e:
         raise ValueError(
@@ -128,30 +142,36 @@ def _quantized(
         ) from None
 
 
-def _require_finite(path: str, new: Any) -> None:
-    """Raises if a block has no scale, since its largest number is none."""
-    finite = None if base.is_abstract(new) else jnp.isfinite(new.scale).all()
-    if finite is not None and not isinstance(finite, jax.core.Tracer) and not finite:
+def _require_finite(path: str, w: Any) -> None:
+    """Raises if a weight has numbers that are none."""
+    if base.is_concrete(w) and not _finite(w):
         raise ValueError(
-            f"quantize: {path!r} has NaN or infinities, or numbers whose block has no "
-            f"scale in {new.dtype}: expected finite ones. Exclude the path."
+            f"quantize: {path!r} has NaN or infinities: expected finite numbers. "
+            "Exclude the path."
         )
 
 
-def _check_block(block: Any, qtype: str) -> None:
-    """Raises for a size of blocks that is none, or that the qtype does not have."""
-    whole = isinstance(block, numbers.Integral) and not isinstance(block, bool)
-    if block is not None and (not whole or block < 1):
+@jax.jit
+def _finite(w: jax.Array) -> jax.Array:
+    return jnp.isfinite(w).all()
+
+
+def _require_scales(path: str, w: Any, new: Any) -> None:
+    """Raises if a block's scale cannot hold what it should."""
+    if base.is_concrete(w) and _underflows(w, new):
         raise ValueError(
-            f"quantize: block={block!r}: expected a number of weights that share a "
-            "scale, such as 64, or None for all along the in axes."
+            f"quantize: {path!r} has numbers whose block has no scale in {new.dtype}, "
+            "which is too narrow for them: expected larger numbers. Pass the weight in "
+            "float32 or bfloat16, take another qtype, or exclude the path."
         )
-    wanted = _qwix.block_of(qtype)
-    if wanted is not None and block != wanted:
-        raise ValueError(
-            f"quantize: {qtype} has blocks of {wanted}, found block={block}: pass "
-            f"block={wanted}."
-        )
+
+
+@jax.jit
+def _underflows(w: jax.Array, new: Any) -> jax.Array:
+    """Whether a block has a scale with fewer than six bits; or all numbers are lost."""
+    least = 64 * jnp.finfo(new.scale.dtype).smallest_subnormal
+    lost = (base.array(new) == 0).all() & (w != 0).any()
+    return lost | ~(abs(new.scale) >= least).all()
 
 
 def _axes(
@@ -207,11 +227,12 @@ def _check_leaf(path: str, x: Any) -> None:
             f"quantize: {path!r} is {what} already: expected a float array. Quantise "
             "the float params, or exclude this path."
         )
-    if w is None or not jnp.issubdtype(getattr(w, "dtype", int), jnp.floating):
+    dtype = getattr(w, "dtype", jnp.dtype(int))
+    if w is None or not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2:
         found = "nothing" if w is None else f"{getattr(w, 'dtype', type(w).__name__)}"
         raise ValueError(
-            f"quantize: {path!r} is {found}: expected a floating-point array. Exclude "
-            "the path."
+            f"quantize: {path!r} is {found}: expected a floating-point array of 16 "
+            "bits at least. Exclude the path."
         )
 
 
@@ -324,7 +345,13 @@ def rounding(before: Any, after: Any) -> Rounding:
                 f"rounding: {path!r} is quantised in after, and before has no such "
                 f"path: expected the same tree; near paths: {paths.near(path, floats)}."
             )
-        found[path] = float(_relative(floats[path], w))
+        x = floats[path]
+        if tuple(x.shape) != tuple(w.shape) or not base.is_concrete(x):
+            raise ValueError(
+                f"rounding: {path!r} is of shape {tuple(x.shape)} before: expected an "
+                f"array of shape {tuple(w.shape)}, as after."
+            )
+        found[path] = float(_relative(x, w))
     return Rounding(found)
 
 
@@ -335,4 +362,7 @@ def _base(x: Any) -> Any:
 @jax.jit
 def _relative(x: Any, y: Any) -> jax.Array:
     x, y = (base.array(w).astype(jnp.float32) for w in (x, y))
-    return jnp.sqrt(jnp.sum(jnp.square(y - x)) / jnp.sum(jnp.square(x)))
+    largest = abs(x).max()  # so that no square overflows
+    x, y = (z / jnp.where(largest > 0, largest, 1) for z in (x, y))
+    of = jnp.sum(jnp.square(x))
+    return jnp.sqrt(jnp.sum(jnp.square(y - x)) / jnp.where(of > 0, of, 1))

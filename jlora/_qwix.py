@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import importlib
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -76,6 +77,22 @@ def qtype_named(qtype: Any) -> str:
 def block_of(qtype: str) -> int | None:
     """The size that the blocks of this qtype have by its standard; None for any."""
     return _FORMATS.get(qtype)
+
+
+def check_block(block: Any, qtype: str, what: str) -> None:
+    """Raises for a size of blocks that is none, or that the qtype does not have."""
+    whole = isinstance(block, numbers.Integral) and not isinstance(block, bool)
+    if block is not None and (not whole or block < 1):
+        raise ValueError(
+            f"{what}: block={block!r}: expected a number of weights that share a "
+            "scale, such as 64, or None for all along the in axes."
+        )
+    wanted = block_of(qtype)
+    if wanted is not None and block != wanted:
+        raise ValueError(
+            f"{what}: {qtype} has blocks of {wanted}, found block={block}: pass "
+            f"block={wanted}."
+        )
 
 
 @functools.cache

@@ -299,11 +299,63 @@ def test_embeddings_have_no_moments():
 
 
 def test_bad_moments():
+    """For `quantize` and for `loftq`, with the path."""
     params = {"kernel": normal(8, 6)}
+    x = normal(30, 8) @ normal(8, 8, seed=1)
+    good = x.T @ x
+    for found, what in [
+        (good.at[1, 2].set(jnp.inf), "have NaN or infinities"),
+        (np.asarray(good, np.float64) * 1e60, "have NaN or infinities"),
+        (normal(8, 8), "are not symmetric"),
+        (jnp.triu(good), "are not symmetric"),
+        (-good, "are not those of any inputs"),
+        (good * 1j, r"are complex64\[8, 8\]: expected an array \(\*batch, in, in\)"),
+        (None, "are nothing of the kind"),
+        ("abc", "are nothing of the kind"),
+        (normal(8), r"are float32\[8\]"),
+    ]:
+        moments = {"kernel": found}
+        with pytest.raises(
+            ValueError, match=f"quantize: the moments of 'kernel' {what}"
+        ):
+            jlora.quantize(params, "nf4", block=4, moments=moments)
+        init = jlora.initializers.loftq(block=4, moments=moments)
+        with pytest.raises(ValueError, match=f"loftq: the moments of 'kernel' {what}"):
+            jlora.wrap(params, rank=2, init=init)
     for moments, error, what in [
         (3, TypeError, "quantize: expected moments by path"),
-        ({"kernle": jnp.eye(8)}, ValueError, "no moments of 'kernel'; near .*kernle"),
+        ({"kernle": good}, ValueError, "no moments of 'kernel'; near .*kernle.*plan"),
+        ({}, ValueError, "near paths: none, there are no moments"),
         ({"kernel": jnp.eye(6)}, ValueError, r"expected moments of shape \(8, 8\)"),
     ]:
         with pytest.raises(error, match=what):
             jlora.quantize(params, "nf4", block=4, moments=moments)
+
+
+def test_moments_that_were_rounded():
+    """In bfloat16 they may have no inverse: they are damped more."""
+    x = 0.5 * normal(4000, 512) + 1 + normal(512, seed=3)
+    params, moments = {"kernel": normal(512, 16, seed=1)}, x.T @ x
+    half = moments.astype(jnp.bfloat16)
+    least = jnp.linalg.eigvalsh(half.astype(jnp.float32))[0]
+    assert least < -DAMPING * jnp.trace(moments) / 512
+
+    def off(moments):
+        coded = jlora.quantize(params, "int4", moments={"kernel": moments})["kernel"]
+        return jnp.linalg.norm(x @ (qwix.dequantize(coded) - params["kernel"]))
+
+    assert off(half) < 1.2 * off(moments)
+
+
+def test_shapes_of_moments_and_where_they_are():
+    params = {"kernel": normal(8, 6)}
+    shapes = jax.eval_shape(lambda: {"kernel": jnp.eye(8)})
+    got = jlora.quantize(jax.eval_shape(lambda: params), "nf4", block=4, moments=shapes)
+    assert got["kernel"].scale.shape == (2, 6)
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))
+    split = {"kernel": jax.device_put(params["kernel"], NamedSharding(mesh, P("x")))}
+    other = jax.device_put(jnp.eye(8), jax.devices()[3])
+    want = jlora.quantize(params, "nf4", block=4, moments={"kernel": jnp.eye(8)})
+    for own in (params, split):
+        got = jlora.quantize(own, "nf4", block=4, moments={"kernel": other})
+        same(jax.device_get(dict(got)), jax.device_get(dict(want)))

@@ -130,6 +130,28 @@ def test_half_of_the_weights_adapted(name):
     close(jlora.lift(fn)(tree, x), fn(by_hand(floats(tree), plan), x))
 
 
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_scan_in_a_scan(adapted):
+    def layers(x, w):
+        return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0], None
+
+    def fn(p, x):
+        return lax.scan(lambda x, w: layers(x, w), x, p["w"])[0]
+
+    params, x = {"w": normal(3, 2, 8, 8, scale=0.4)}, normal(5, 8)
+    plan = jlora.plan(fn, params, x, rank=2, targets="**")
+    tree = jlora.quantize(params, "int4", plan=plan, block=4)
+    tree = wrap_random(tree, plan) if adapted else tree
+    dense = jlora.merge(tree)
+
+    def loss(call, p):
+        return lambda x: jnp.sum(call(p, x) ** 2)
+
+    close(jax.jit(jlora.lift(fn))(tree, x), fn(dense, x))
+    got = jax.jit(jax.grad(loss(jlora.lift(fn), tree)))(x)
+    close(got, jax.grad(loss(fn, dense))(x), 1e-4)
+
+
 BLOCKS = {
     "dense": (lambda p, x: x @ p["w"], {"w": normal(8, 6)}, normal(3, 8), (2, 6)),
     "heads": (
@@ -798,7 +820,7 @@ def test_loftq_with_moments_changes_the_outputs_least(name):
         init = jlora.initializers.loftq(block=4, moments={"v": found})
         jlora.wrap(params, plan=plan, init=init)
     with pytest.raises(ValueError, match="expected moments of shape .* for 'loftq'"):
-        init = jlora.initializers.loftq(block=4, moments={"w": found[..., :3]})
+        init = jlora.initializers.loftq(block=4, moments={"w": found[..., :3, :3]})
         jlora.wrap(params, plan=plan, init=init)
 
 
@@ -923,6 +945,77 @@ def test_bad_input():
     jlora.quantize(tree, "nf4", block=np.int64(32))
     other = jlora.plan(lambda p, x: x @ p["w"], {"w": normal(64, 6)}, normal(3, 64))
     raises("the plan is of another tree", tree, plan=other)
+
+
+def test_nothing_is_given_up_before_all_is_checked():
+    def leaves():
+        return {"a": {"kernel": normal(64, 8)}, "b": {"kernel": normal(64, 8)}}
+
+    bad = leaves()
+    bad["b"]["kernel"] = bad["b"]["kernel"].at[3, 4].set(jnp.nan)
+    with pytest.raises(ValueError, match="'b/kernel' has NaN or infinities"):
+        jlora.quantize(bad, "int4", donate=True)
+    assert not bad["a"]["kernel"].is_deleted()
+    params = leaves()
+    with pytest.raises(ValueError, match="no moments of 'b/kernel'"):
+        moments = {"a/kernel": jnp.eye(64)}
+        jlora.quantize(params, "int4", donate=True, moments=moments)
+    assert not params["a"]["kernel"].is_deleted()
+    shared = normal(64, 8)
+    twice = {"a": {"kernel": shared}, "b": {"kernel": shared}}
+    got = jlora.quantize(twice, "int4", donate=True)
+    assert shared.is_deleted()
+    same(got["a"], got["b"])
+    held = normal(64, 64)
+    jlora.quantize(
+        {"kernel": held, "also": held}, "int4", targets="kernel", donate=True
+    )
+    assert not held.is_deleted()
+
+
+@pytest.mark.parametrize(
+    "scale, qtype", [(1e-3, "float8_e5m2"), (1e-6, "float8_e4m3fn"), (1e-6, "int8")]
+)
+def test_numbers_too_small_for_a_scale_in_float16(scale, qtype):
+    params = {"kernel": (normal(64, 8) * scale).astype(jnp.float16)}
+    with pytest.raises(
+        ValueError, match="'kernel' has numbers whose block has no scale"
+    ):
+        jlora.quantize(params, qtype)
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+    assert jlora.rounding(wide, jlora.quantize(wide, qtype))["kernel"] < 0.1
+
+
+def test_rounding_of_zeros_and_of_other_trees():
+    def coded(w):
+        return jlora.quantize({"kernel": w}, "int8")
+
+    w = normal(64, 8)
+    assert jlora.rounding({"kernel": 0 * w}, coded(0 * w))["kernel"] == 0
+    large = jlora.rounding({"kernel": 1e30 * w}, coded(1e30 * w))["kernel"]
+    assert large == pytest.approx(jlora.rounding({"kernel": w}, coded(w))["kernel"])
+    for other in (normal(1, 8), normal(8, 64), jax.eval_shape(lambda: w)):
+        with pytest.raises(ValueError, match="rounding: 'kernel' is of shape"):
+            jlora.rounding({"kernel": other}, coded(w))
+    tree = jlora.wrap(coded(w), rank=2)
+    broken = dataclasses.replace(tree["kernel"], b=tree["kernel"].b + jnp.nan)
+    with pytest.raises(ValueError, match="merge: 'kernel' cannot be quantised again"):
+        jlora.merge({"kernel": broken}, requantize=True)
+
+
+def test_blocks_and_steps_of_loftq():
+    params = {"kernel": normal(64, 8)}
+    assert jlora.wrap(params, 2, init=jlora.initializers.loftq("nf4", np.int64(1)))
+    for options, message in [
+        ({"qtype": "mxfp4"}, "loftq: mxfp4 has blocks of 32, found block=64"),
+        ({"block": "x"}, "loftq: block='x': expected a number of weights"),
+        ({"block": 0}, "loftq: block=0: expected"),
+        ({"block": True}, "loftq: block=True: expected"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            jlora.initializers.loftq(**options)
+    with pytest.raises(ValueError, match="'kernel' is float8_e4m3fn: expected a float"):
+        jlora.quantize({"kernel": normal(64, 8).astype(jnp.float8_e4m3fn)}, "int4")
 
 
 def test_outside_of_lift():

@@ -47,7 +47,17 @@ def gptq(
     """
     m = Matrices(tuple(w.shape), axes)
     moment = as_matrices(moment, m, what)
+    if isinstance(w, jax.Array) and not isinstance(w, jax.core.Tracer):
+        moment = jax.device_put(moment, _everywhere(w))
     return _qwix.quantized(w, qtype, tiles, _Rounded(m), moment)
+
+
+def _everywhere(w: jax.Array) -> Any:
+    """The sharding of an array that is whole on each of w's devices."""
+    place = w.sharding
+    if isinstance(place, jax.sharding.NamedSharding):
+        return place.update(spec=jax.sharding.PartitionSpec())
+    return place if place.is_fully_replicated else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +89,7 @@ class _Rounded:
 def _matrix(
     qtype: str, size: int, dtype: Any, w: jax.Array, moment: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The numbers (in, out) and scales (in / size, out) of one matrix, in float32."""
+    """The numbers (in, out) and scales (in / size, out) of one matrix, as floats."""
     n, moment = len(w), moment.astype(w.dtype)
     seen = jnp.diag(moment)
     nearest = functools.partial(_nearest, qtype, dtype)
@@ -135,18 +145,35 @@ def _clipped(nearest: Any, blocks: jax.Array, seen: jax.Array) -> jax.Array:
 
 
 def _inverse_factor(moment: jax.Array) -> jax.Array:
-    """Upper triangular u with uᵀu = the inverse of the damped moments."""
+    """Upper triangular u with uᵀu = the inverse of the damped moments.
+
+    Moments that were rounded may be damped more, until they have an inverse.
+    """
     mean = jnp.trace(moment) / len(moment)
     eye = jnp.eye(len(moment), dtype=moment.dtype)
-    damped = jnp.where(mean > 0, moment / mean, 0) + DAMPING * eye  # u's scale is free
-    upper = jnp.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]  # upper upperᵀ = damped
+    moment = jnp.where(mean > 0, moment / mean, 0)  # u's scale is free
+
+    def root(damping: jax.Array) -> jax.Array:  # upper · upperᵀ = damped
+        damped = moment + damping * eye
+        return jnp.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
+
+    def more(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        damping = 4 * state[0]
+        return damping, root(damping)
+
+    start = jnp.asarray(DAMPING, moment.dtype)
+    _, upper = lax.while_loop(
+        lambda state: ~jnp.isfinite(state[1]).all() & (state[0] < len(moment)),
+        more,
+        (start, root(start)),
+    )
     return lax.linalg.triangular_solve(upper, eye, left_side=True, lower=False)
 
 
 def _nearest(
     qtype: str, dtype: Any, x: jax.Array, largest: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """A row in low bits: codes and scales in float32, and values; for each output.
+    """A row in low bits: codes and scales as floats, and values; for each output.
 
     The scale is that of the block, of which this is the largest magnitude.  What is
     beyond has the outermost code, which is as far from zero on both sides: integers
@@ -157,4 +184,4 @@ def _nearest(
     pair = jnp.stack([jnp.clip(x, -bound, bound), largest])
     q = _qwix.rounded(qtype, (size, 1), jnp.pad(pair, [(0, size - 2), (0, 0)]), dtype)
     value = base.array(q)[0].astype(x.dtype)
-    return q.qvalue[0].astype(jnp.float32), q.scale[0].astype(jnp.float32), value
+    return q.qvalue[0].astype(jnp.float32), q.scale[0].astype(x.dtype), value

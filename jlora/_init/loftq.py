@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Mapping
 from typing import Any
 
@@ -64,9 +65,12 @@ def loftq(
       >>> error(start) < 0.8 * error(plain)
       True
     """
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+    whole = isinstance(steps, numbers.Integral) and not isinstance(steps, bool)
+    if not whole or steps < 1:
         raise ValueError(f"loftq: steps {steps!r}: expected a number of turns, from 1.")
-    own = _LoftQ(_qwix.qtype_named(qtype), steps, block)
+    qtype = _qwix.qtype_named(qtype)
+    _qwix.check_block(block, qtype, "loftq")
+    own = _LoftQ(qtype, int(steps), block)
     return own if moments is None else _Observed(own, given(moments, "loftq"))
 
 

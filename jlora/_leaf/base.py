@@ -607,6 +607,13 @@ def is_abstract(w: Any) -> bool:
     return any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(w))
 
 
+def is_concrete(w: Any) -> bool:
+    """Whether the values of the base's arrays are known now."""
+    unknown = jax.ShapeDtypeStruct, jax.core.Tracer
+    arrays = jax.tree.leaves(w)
+    return all(hasattr(x, "shape") and not isinstance(x, unknown) for x in arrays)
+
+
 def shaped(w: Any) -> bool:
     """Whether the base gives its shape: a missing one and a zero one do not."""
     return not is_missing(w) and not is_zero(w)

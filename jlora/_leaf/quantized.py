@@ -65,7 +65,7 @@ class Quantized(base.Base):
 
     def row(self, step: Any) -> Any:
         """Taken in each use."""
-        return Row(self.array, step)
+        return Row(self.array, (step,))
 
     def use(self, fn: Callable[..., Any], *operands: Any) -> Any:
         """fn(array, *operands), with the array made in the forward and backward pass.
@@ -181,7 +181,7 @@ class Quantized(base.Base):
         return f"{qtype_of(self.array)} in blocks of {int(np.prod(tiles))}"
 
 
-@functools.partial(register, data=["array", "step"])
+@functools.partial(register, data=["array", "steps"])
 @dataclasses.dataclass(frozen=True)
 class Row(base.Base):
     """One layer of a quantised stack in a scan, taken in each use.
@@ -191,36 +191,42 @@ class Row(base.Base):
 
     Attributes:
       array: the stack.
-      step: which layer.
+      steps: which layer: an index for each scan around it, from the outermost in.
     """
 
     array: Any
-    step: Any
+    steps: tuple[Any, ...]
+
+    whole = True
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of the stack, without its first axis."""
-        return tuple(codes_of(self.array).shape[1:])
+        """That of the stack, without the axes of the scans."""
+        return tuple(codes_of(self.array).shape[len(self.steps) :])
 
     @property
     def dtype(self) -> Any:
         """The scale's dtype."""
         return self.array.scale.dtype
 
+    def row(self, step: Any) -> Any:
+        """Of a scan inside the scan."""
+        return Row(self.array, (*self.steps, step))
+
     def use(self, fn: Callable[..., Any], *operands: Any) -> Any:
         """As `Quantized.use`, with the layer taken behind the barrier."""
 
-        def call(array: Any, step: Any, *operands: Any) -> Any:
-            held = lax.optimization_barrier((array, step, operands))
-            array, step, operands = held
-            return fn(dequantized(_row(array, step)), *operands)
+        def call(array: Any, steps: Any, *operands: Any) -> Any:
+            held = lax.optimization_barrier((array, steps, operands))
+            array, steps, operands = held
+            return fn(dequantized(_row(array, steps)), *operands)
 
-        return jax.checkpoint(call)(self.array, self.step, *operands)
+        return jax.checkpoint(call)(self.array, self.steps, *operands)
 
     @property
     def _taken(self) -> Quantized:
         """The layer, taken now."""
-        return Quantized(_row(self.array, self.step))
+        return Quantized(_row(self.array, self.steps))
 
     def cut(self, fn: Callable[..., Any], *operands: Any) -> Any:
         """The layer's."""
@@ -239,15 +245,17 @@ class Row(base.Base):
         return self._taken.placed(sharding, fn)
 
     def specs(self, spec: Sequence[Any]) -> Any:
-        """Those of the stack, whose first axis is whole."""
-        stack = Quantized(self.array).specs([None, *spec])
-        return Row(stack, PartitionSpec())
+        """Those of the stack, whose first axes are whole."""
+        stack = Quantized(self.array).specs([*[None] * len(self.steps), *spec])
+        return Row(stack, (PartitionSpec(),) * len(self.steps))
 
 
-def _row(array: Any, step: Any) -> Any:
+def _row(array: Any, steps: Sequence[Any]) -> Any:
     def one(field: Any) -> Any:
-        at = 0 if field.shape[0] == 1 else step
-        return lax.dynamic_index_in_dim(field, at, keepdims=False)
+        for step in steps:
+            at = 0 if field.shape[0] == 1 else step
+            field = lax.dynamic_index_in_dim(field, at, keepdims=False)
+        return field
 
     return jax.tree.map(one, array)
 

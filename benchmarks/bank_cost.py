@@ -1,0 +1,249 @@
+"""What many adapters in one batch cost, against one adapter on as many rows.
+
+    pip install "jlora[tpu-aot]" torch peft
+    python benchmarks/bank_cost.py                   # all of what follows
+    python benchmarks/bank_cost.py --only flops      # by XLA's count, on CPU
+    python benchmarks/bank_cost.py --only speed      # steps a second, on CPU
+    python benchmarks/bank_cost.py --only bytes      # compiled for TPU v5e
+    python benchmarks/bank_cost.py --only peft       # and beside PEFT, inference on CPU
+
+The model is a small Llama-like decoder with adapters on its seven matrices a layer. An
+example is a sequence, and each has its own adapter. Asserts what the docs claim.
+"""
+
+import argparse
+import dataclasses
+import functools
+import importlib.util
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import decoder
+import jax
+import jax.numpy as jnp
+import numpy as np
+from decoder import Decoder, Shape
+
+import jlora
+
+SHAPE = Shape(d=256, ffn=768, vocab=1024, heads=4, kv_heads=2, layers=4)
+RANK, EXAMPLES, LENGTH = 8, 16, 128
+SLOTS = [1, 8, 64, 2000]
+FLOPS, RATE, GATHERED = 1.01, 0.9, 3.3
+"""The most FLOPs and bytes, and the least rate, that the docs claim."""
+
+
+def model(shape: Shape = SHAPE) -> tuple[Callable[..., Any], Any]:
+    """fn(params, ids) of one sequence, and params."""
+    net = Decoder(shape, jnp.float32, "xla")
+    params = net.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
+    return lambda params, ids: net.apply(params, ids[None])[0], params
+
+
+def bank_of(params: Any, slots: int) -> jlora.Bank:
+    """Adapters of random numbers."""
+    wanted = [f"**/{name}/kernel" for name in decoder.ADAPTED]
+    one = jlora.adapter(jlora.wrap(params, RANK, targets=wanted))
+    keys = iter(jax.random.split(jax.random.key(1), 2 * len(one)))
+
+    def filled(leaf: Any) -> Any:
+        new = {
+            name: jax.random.normal(next(keys), (slots, *getattr(leaf, name).shape)) / 9
+            for name in ("a", "b")
+        }
+        return dataclasses.replace(leaf, **new, scale=jnp.ones(slots))
+
+    leaves = {path: filled(leaf) for path, leaf in one.items()}
+    return jlora.Bank(leaves, {path: leaf.ndim for path, leaf in one.items()})
+
+
+def programs(fn: Callable[..., Any], params: Any) -> dict[str, Callable[..., Any]]:
+    """Inference and gradients: of a bank, and of one adapter on as many rows."""
+
+    def loss(logits: Any, rows: Any) -> Any:
+        each = jax.vmap(lambda y, x: decoder.loss(y[None, :-1], x[None]))(logits, rows)
+        return each.mean()
+
+    def many(bank: Any, ids: Any, rows: Any) -> Any:
+        return jlora.per_example(fn)(params, bank, ids, rows)
+
+    def one(adapter: Any, ids: Any, rows: Any) -> Any:
+        lifted = jlora.lift(fn)
+        return jax.vmap(lambda x: lifted(jlora.attach(params, adapter), x))(rows)
+
+    def gradient(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def step(adapters: Any, ids: Any, rows: Any) -> Any:
+            trains, frozen = jlora.partition(adapters)
+
+            def of(trains: Any) -> Any:
+                return loss(forward(jlora.combine(trains, frozen), ids, rows), rows)
+
+            return jax.grad(of)(trains)
+
+        return step
+
+    return {
+        "inference": many,
+        "inference, one": one,
+        "training": gradient(many),
+        "training, one": gradient(one),
+    }
+
+
+def rows_of(examples: int, length: int, vocab: int) -> jax.Array:
+    return jax.random.randint(jax.random.key(2), (examples, length), 0, vocab)
+
+
+def flops() -> None:
+    """FLOPs of a batch of mixed adapters, over those of one adapter."""
+    fn, params = model()
+    rows = rows_of(EXAMPLES, LENGTH, SHAPE.vocab)
+    print("FLOPs over those of one adapter | slots:", *SLOTS)
+    for kind in ("inference", "training"):
+        found = []
+        made = programs(fn, params)
+        for slots in SLOTS:
+            bank = jax.eval_shape(functools.partial(bank_of, params, slots))
+            ids = jax.ShapeDtypeStruct((EXAMPLES,), jnp.int32)
+            one = jax.eval_shape(lambda bank: jlora.pick(bank, jnp.int32(0)), bank)
+            counts = [
+                jax.jit(f).lower(x, ids, rows).compile().cost_analysis()["flops"]
+                for f, x in ((made[kind], bank), (made[f"{kind}, one"], one))
+            ]
+            found.append(counts[0] / counts[1])
+        print(f"{kind:10}", *(f"{x:.4f}" for x in found))
+        assert max(found) <= FLOPS, kind
+
+
+def speed(repeats: int = 12) -> None:
+    """Steps a second of a batch of mixed adapters, over those of one adapter."""
+    fn, params = model()
+    rows = rows_of(EXAMPLES, LENGTH, SHAPE.vocab)
+    made = programs(fn, params)
+    for slots in SLOTS:
+        bank = jax.jit(bank_of, static_argnums=1)(params, slots)
+        ids = jax.random.randint(jax.random.key(3), (EXAMPLES,), 0, slots)
+        one = jlora.pick(bank, 0)
+        for kind in ("inference", "training"):
+            calls = [
+                functools.partial(jax.jit(f), x, ids, rows)
+                for f, x in ((made[kind], bank), (made[f"{kind}, one"], one))
+            ]
+            ratio = interleaved(calls, repeats)
+            print(f"{slots:5} slots, {kind:10} {ratio:.3f} × the rate of one adapter")
+            if slots == 2000 and kind == "inference":
+                assert ratio >= RATE
+
+
+def interleaved(calls: list[Callable[[], Any]], repeats: int) -> float:
+    """The median time of the second call over that of the first."""
+    times: list[list[float]] = [[], []]
+    for k in range(repeats + 1):
+        for own, call in zip(times, calls, strict=True):
+            began = time.perf_counter()
+            jax.block_until_ready(call())
+            if k:  # the first one compiles
+                own.append(time.perf_counter() - began)
+    return float(np.median(times[1]) / np.median(times[0]))
+
+
+def gathered() -> None:
+    """Bytes beyond the plain product, over those of the adapters that are used."""
+    from jax.experimental import topologies
+
+    device = topologies.get_topology_desc("v5e:2x2", platform="tpu").devices[0]
+    place = jax.sharding.SingleDeviceSharding(device)
+    d, rank, slots = 4096, 16, 2000
+
+    def struct(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    def product(params: Any, x: jax.Array) -> jax.Array:
+        return x @ params["w"]
+
+    def accessed(fn: Callable[..., Any], *args: Any) -> float:
+        return jax.jit(fn).lower(*args).compile().cost_analysis()["bytes accessed"]
+
+    params = {"w": struct(d, d)}
+    like = jlora.wrap(params, rank, targets="w", dtype=jnp.bfloat16)
+    leaf = dataclasses.replace(
+        jlora.adapter(like)["w"],
+        a=struct(slots, d, rank),
+        b=struct(slots, rank, d),
+        scale=struct(slots, dtype=jnp.float32),
+    )
+    bank = jlora.Bank({"w": leaf}, {"w": 2})
+    for examples in (64, 256):
+        x, ids = struct(examples, d), struct(examples, dtype=jnp.int32)
+        plain = accessed(product, params, x)
+        mixed = accessed(jlora.per_example(product), params, bank, ids, x)
+        used = examples * 2 * d * rank * 2
+        print(
+            f"{examples} examples of one token, {slots} slots, v5e: "
+            f"{mixed / 1e6:.0f} MB accessed, {plain / 1e6:.0f} of them for the plain "
+            f"product; the rest is {(mixed - plain) / used:.2f} × the adapters' own "
+            f"{used / 1e6:.1f} MB"
+        )
+        assert mixed - plain <= GATHERED * used
+
+
+def beside_peft(repeats: int = 5) -> None:
+    """Tokens a second in inference, over those of PEFT's mixed batch."""
+    if not (importlib.util.find_spec("torch") and importlib.util.find_spec("peft")):
+        print("PEFT: not installed")
+        return
+    import peft
+    import torch
+
+    fn, params = model()
+    rows = rows_of(64, LENGTH, SHAPE.vocab)
+    for distinct in (8, 64):
+        bank = bank_of(params, distinct)
+        ids = jnp.arange(64) % distinct
+        many = functools.partial(
+            jax.jit(programs(fn, params)["inference"]), bank, ids, rows
+        )
+        config = peft.LoraConfig(r=RANK, target_modules=decoder.ADAPTED)
+        net = decoder.in_torch(SHAPE, params, "cpu", jnp.float32)
+        net = peft.get_peft_model(net, config, adapter_name="0").eval()
+        for k in range(1, distinct):
+            net.add_adapter(str(k), config)
+        names = [str(int(i)) for i in ids]
+        batch = torch.from_numpy(np.asarray(rows, np.int64))
+
+        def mixed(net: Any = net, batch: Any = batch, names: Any = names) -> None:
+            with torch.no_grad():
+                net(batch, adapter_names=names)
+
+        def loop(net: Any = net, batch: Any = batch, n: int = distinct) -> None:
+            with torch.no_grad():
+                for k in range(n):
+                    net.set_adapter(str(k))
+                    net(batch[k::n])
+
+        for name, call in (("its mixed batch", mixed), ("a loop over adapters", loop)):
+            ratio = interleaved([many, call], repeats)
+            print(f"{distinct} adapters: {ratio:.2f} × the tokens/s of PEFT, {name}")
+
+
+PARTS = {"flops": flops, "speed": speed, "bytes": gathered, "peft": beside_peft}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", choices=PARTS, help="one of the parts")
+    args = parser.parse_args()
+    for name, part in PARTS.items():
+        if args.only in (None, name):
+            part()
+
+
+if __name__ == "__main__":
+    main()
