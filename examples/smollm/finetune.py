@@ -228,6 +228,12 @@ def begin(model, texts: Texts, parts, config: Config, folder: Path):
     if found:
         tree = jlora.wrap(model, plan=planned(model, config))
     else:
+        shapes = jax.eval_shape(lambda: model)
+        if config.base != "float":  # an error of --block now, and not after observing
+            try:
+                quantized(shapes, config)
+            except ValueError as error:
+                raise SystemExit(f"--block {config.block}: {error}") from None
         epochs = texts.epochs(parts["train"], config.seed)
         tree = prepare(model, config, itertools.islice(epochs, config.observed))
         if config.base != "float":

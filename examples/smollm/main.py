@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -67,29 +68,40 @@ def main() -> None:
     )
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of an option that is a whole number."""
+
+    def number(text: str) -> int:
+        if not text.lstrip("-").isdigit() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected {least} or more")
+        return int(text)
+
+    return number
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--base", choices=BASES, default="nf4", help="how the base is kept (nf4)")
-    add("--block", type=int, default=32, help="numbers that share a scale")
-    add("--observed", type=int, default=64, help="batches seen for the rounding")
+    add("--block", type=at_least(1), default=32, help="numbers that share a scale")
+    add(
+        "--observed", type=at_least(0), default=64, help="batches seen for the rounding"
+    )
     add("--compare", action="store_true", help="train on each kind of base")
     add("--out", type=Path, help="the runs' folder (runs/smollm)")
     add("--fresh", action="store_true", help="start anew, dropping what --out holds")
     add("--quick", action="store_true", help="a few steps on few texts")
     add("--model", type=Path, help="your own Llama: a GGUF file or a snapshot's folder")
     add("--data", type=Path, help="your own texts, one a line")
-    add("--steps", type=int, default=150)
-    add("--rank", type=int, default=32)
+    add("--steps", type=at_least(1), default=150)
+    add("--rank", type=at_least(1), default=32)
     add("--alpha", type=float, default=64.0)
     add("--learning-rate", type=float, default=2e-3)
-    add(
-        "--rows", type=int, default=4, help="rows of a batch, in which texts are packed"
-    )
-    add("--width", type=int, default=128, help="tokens in a row")
-    add("--held-out", type=int, default=300, help="texts that perplexity is of")
+    add("--rows", type=at_least(1), default=4, help="of a batch; texts are packed")
+    add("--width", type=at_least(8), default=128, help="tokens in a row")
+    add("--held-out", type=at_least(1), default=300, help="texts that perplexity is of")
     add("--seed", type=int, default=0)
     args = parser.parse_args()
     args.new = 24
@@ -97,6 +109,8 @@ def arguments() -> argparse.Namespace:
         args.steps, args.rows, args.width, args.held_out, args.new = 4, 2, 64, 8, 4
         args.observed = 0
     args.out = args.out or Path("runs/smollm-quick" if args.quick else "runs/smollm")
+    if args.out.exists() and not args.out.is_dir():
+        parser.error(f"--out: {args.out} is a file; expected a folder")
     return args
 
 
@@ -104,7 +118,10 @@ def read_texts(path: Path) -> Labelled:
     """The user's own texts, one a line."""
     if not path.is_file():
         raise SystemExit(f"{path}: no such file; expected one text a line")
-    texts = [x.strip() for x in path.read_text(encoding="utf-8").split("\n")]
+    try:
+        texts = [x.strip() for x in path.read_text(encoding="utf-8").split("\n")]
+    except UnicodeDecodeError as error:
+        raise SystemExit(f"{path}: no text in UTF-8 ({error})") from None
     texts = [x for x in texts if x]
     data = Labelled(texts, np.zeros(len(texts), int), ("text",))
     if min(map(len, data.split().values())) < 8:

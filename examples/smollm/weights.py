@@ -167,7 +167,9 @@ def from_gguf(path: Path) -> Pretrained:
     try:
         reader = GGUFReader(path)
     except ValueError as error:
-        raise SystemExit(f"{path}: not a GGUF file ({error})") from None
+        raise SystemExit(
+            f"{path}: not a GGUF file, or one that was cut short ({error})"
+        ) from None
     fields = {name: field.contents for name, field in reader.fields.items()}
 
     def check(name, value):
@@ -259,7 +261,16 @@ def from_folder(folder: Path) -> Pretrained:
     for name in ("config.json", "tokenizer.json"):
         if not (folder / name).exists():
             raise SystemExit(f"{folder} has no {name}: expected a Llama snapshot")
-    said = json.loads((folder / "config.json").read_text())
+    try:
+        said = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return _from_config(folder, said)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise SystemExit(f"{folder / 'config.json'}: no JSON ({error})") from None
+    except KeyError as error:
+        raise SystemExit(f"{folder / 'config.json'} lacks {error}") from None
+
+
+def _from_config(folder: Path, said: dict) -> Pretrained:
     rope = said.get("rope_parameters") or {}  # transformers 5
     theta = said.get("rope_theta") or rope.get("rope_theta") or 10_000.0
     expected = {
