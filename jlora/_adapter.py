@@ -229,6 +229,8 @@ def adapter(tree: Any) -> Adapter:
                 "them apart. Rename one of them (a key may not hold '/')."
             )
         out[path] = fields.bare(x)
+    if isinstance(tree, Bank):
+        return Bank(out, tree.ndims)
     if not out:
         refuse_layers(tree, "adapter")
         raise ValueError(
@@ -272,7 +274,7 @@ def attach(params: Any, adapter: Adapter) -> Any:
             return jnp.zeros_like(x) if path in gone and is_array(x) else x
         new = adapter[path]
         if isinstance(new, Full) and new.on is not None:
-            value = jnp.where(new.on, new.value, base.array(x).astype(new.value.dtype))
+            value = jnp.where(new.on > 0, new.value, base.array(x))  # the wider dtype
             new = dataclasses.replace(new, value=value, on=None)
         if isinstance(new, LoRA) and new.bias_path is not None:
             # A loralib file does not tell which layers have a bias.

@@ -10,13 +10,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import checkify
 
 from jlora._adapter import attach
 from jlora._explicit import automatic
@@ -24,7 +23,7 @@ from jlora._leaf import Adapted, Full, LoRA, base, fields, is_adapted
 from jlora._leaf.bank import Bank
 from jlora._leaf.forms import Misfit
 from jlora._lift.lift import lift
-from jlora._tree import paths
+from jlora._tree import by_path, paths
 
 
 def stack(adapters: Sequence[Mapping[str, Adapted]]) -> Bank:
@@ -75,9 +74,10 @@ def stack(adapters: Sequence[Mapping[str, Adapted]]) -> Bank:
 def pick(bank: Bank, i: Any) -> dict[str, Adapted]:
     """The adapter in slot i; with i = -1 one that does nothing.
 
-    Its rank is that of the bank.  ``i`` may be traced: one compiled function serves all
-    slots.  Then an index that the bank does not have counts as -1; under
-    `checkify.checkify` it is an error.
+    Its rank is that of the bank.  A path that it had not is not in it.  ``i`` may be
+    traced: one compiled function serves all slots.  Then all paths are there, those
+    that it had not with a scale of zero; and an index that the bank does not have
+    counts as -1.
 
     Args:
       bank: as `stack` gives it.
@@ -94,7 +94,20 @@ def pick(bank: Bank, i: Any) -> dict[str, Adapted]:
       (3, 2)
     """
     n = _slots(bank, "pick")
-    return _picked(bank, _index(i, n, "pick", -1), n)
+    picked = _picked(bank, _index(i, n, "pick", -1), n)
+    if isinstance(i, jax.core.Tracer) or i < 0 or not base.is_concrete(picked):
+        return picked
+    return {path: _opened(x) for path, x in picked.items() if not _silent(x)}
+
+
+def _silent(leaf: Any) -> bool:
+    """Whether a leaf of a slot is none of its adapter."""
+    gate = leaf.scale if isinstance(leaf, LoRA) else leaf.on
+    return not jax.device_get(gate).any()
+
+
+def _opened(leaf: Any) -> Any:
+    return leaf if isinstance(leaf, LoRA) else dataclasses.replace(leaf, on=None)
 
 
 def _index(i: Any, n: int, what: str, least: int) -> jax.Array:
@@ -105,13 +118,12 @@ def _index(i: Any, n: int, what: str, least: int) -> jax.Array:
             f"{what}: found {i.dtype} of shape {i.shape}: expected the index of one "
             "slot, an integer. For a batch of them: jlora.per_example."
         )
-    if not isinstance(i, jax.core.Tracer) and not least <= i < n:
+    if not isinstance(i, jax.core.Tracer) and not least <= int(i) < n:
         none = ", or -1 for no adapter" if least < 0 else ""
         raise ValueError(
             f"{what}: slot {int(i)} of a bank of {n}: expected 0 to {n - 1}{none}."
         )
-    checkify.debug_check((i >= least) & (i < n), f"{what}: slot {{}} of {n}", i)
-    return i
+    return i.astype(jnp.int32)  # a narrow type may not hold n
 
 
 def _picked(bank: Bank, i: jax.Array, n: int) -> dict[str, Adapted]:
@@ -121,8 +133,9 @@ def _picked(bank: Bank, i: jax.Array, n: int) -> dict[str, Adapted]:
     return {path: _gated(x, on) for path, x in leaves.items()}
 
 
-def _taken(x: jax.Array, i: jax.Array) -> jax.Array:
+def _taken(x: Any, i: jax.Array) -> jax.Array:
     """x[i], sharded as a slot of x is."""
+    x = jnp.asarray(x)
 
     def like() -> Any:
         own = jax.typeof(x).sharding
@@ -146,17 +159,20 @@ def _gathered(x: jax.Array, i: jax.Array) -> jax.Array:
 
 
 def _gated(leaf: Any, on: jax.Array) -> Any:
-    """The leaf, or one that does nothing."""
-    if isinstance(leaf, LoRA):
-        return dataclasses.replace(leaf, scale=jnp.where(on, leaf.scale, 0))
-    return dataclasses.replace(leaf, on=leaf.on & on)
+    """The leaf; or one that does nothing, whatever is in the slot that was taken."""
+    new = {}
+    for name in fields.stored(leaf):
+        x = getattr(leaf, name)
+        new[name] = jnp.where(on, x, jnp.asarray(name == "m", x.dtype))
+    return dataclasses.replace(leaf, **new)
 
 
 def put(bank: Bank, i: Any, adapter: Mapping[str, Adapted]) -> Bank:
     """The bank with an adapter in slot i, in the place of what was there.
 
     In `jax.jit`, with the bank donated, it writes the slot alone, and one compiled
-    function serves all slots and all adapters of one rank.
+    function serves all slots and all adapters of one rank.  A traced index that the
+    bank does not have writes nothing.
 
     Args:
       bank: as `stack` gives it.
@@ -185,6 +201,11 @@ def put(bank: Bank, i: Any, adapter: Mapping[str, Adapted]) -> Bank:
             f"put: the adapter has {extra[0]!r}, which the bank has not; near paths: "
             f"{paths.near(extra[0], bank)}. Stack the adapters anew, with this one."
         )
+    if any(isinstance(x, LoRA) and x.dropout is not None for x in bank.values()):
+        raise ValueError(
+            "put: the bank has dropout keys: expected one without. Call jlora.dropout "
+            "inside the loss."
+        )
     like = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), dict(bank)
     )
@@ -196,31 +217,49 @@ def put(bank: Bank, i: Any, adapter: Mapping[str, Adapted]) -> Bank:
     return Bank(new, bank.ndims)
 
 
-def _written(x: jax.Array, i: jax.Array, y: jax.Array) -> jax.Array:
-    """x with y at i, sharded as x is."""
-    return automatic(
-        lambda x, i, y: x.at[i].set(y), lambda: jax.typeof(x).sharding, x, i, y
-    )
+def _written(x: Any, i: jax.Array, y: jax.Array) -> jax.Array:
+    """x with y at i, sharded as x is; x itself if it has no such slot."""
+    x = jnp.asarray(x)
+
+    def write(x: jax.Array, i: jax.Array, y: jax.Array) -> jax.Array:
+        at = jnp.where(i < 0, len(x), i)  # a negative one would count from the end
+        return x.at[at].set(y, mode="drop")
+
+    return automatic(write, lambda: jax.typeof(x).sharding, x, i, y)
 
 
-def per_example(fn: Callable[..., Any], *, in_axes: Any = 0, out_axes: Any = 0) -> Any:
+def per_example(
+    fn: Callable[..., Any],
+    *,
+    in_axes: Any = 0,
+    out_axes: Any = 0,
+    strict: bool = False,
+    axis_name: Hashable | None = None,
+    spmd_axis_name: Hashable | None = None,
+) -> Callable[..., Any]:
     """fn on a batch of which every example has its own adapter.
 
     The result is called as ``(params, bank, ids, *args)``; fn sees ``params`` with the
     adapter in slot ``ids[k]`` on them, and the k-th slice of each argument, as under
     `jax.vmap`.  The base has no batch axis: its products are those of one model on all
-    examples.  An id of -1 is the base alone; so is one that the bank does not have, or
-    an error under `checkify.checkify`.
+    examples.  An id of -1 is the base alone.  So is a traced id that the bank does not
+    have; one whose value is known is an error.
+
+    A bank to which `jlora.dropout` gave keys has another mask for each example.
 
     Args:
-      fn: a function of params and one example, without a batch axis.
+      fn: a function of params and one example, without a batch axis.  It has positional
+        arguments, and writes into none.
       in_axes: the axis of examples of each of ``args``, as in `jax.vmap`; None where an
         argument is for all of them.
       out_axes: as in `jax.vmap`.
+      strict: as in `jlora.lift`.
+      axis_name: as in `jax.vmap`.
+      spmd_axis_name: as in `jax.vmap`.
 
     Raises:
-      ValueError: when it is called: no bank; ids that are no vector of integers; what
-        `jlora.attach` raises.
+      ValueError: when it is called: no bank; ids that are no vector of integers; a
+        function that writes into variables; what `jlora.attach` raises.
 
     Example:
       >>> import jax.numpy as jnp, jlora
@@ -230,31 +269,75 @@ def per_example(fn: Callable[..., Any], *, in_axes: Any = 0, out_axes: Any = 0) 
       >>> fn(params, bank, jnp.array([2, -1]), jnp.ones((2, 3))).shape
       (2, 4)
     """
-    lifted = lift(fn)
+    lifted = lift(fn, strict=strict)
 
-    @functools.wraps(fn)
     def call(params: Any, bank: Bank, ids: Any, *args: Any) -> Any:
         n = _slots(bank, "per_example")
-        ids = jnp.asarray(ids)
-        if ids.ndim != 1 or not jnp.issubdtype(ids.dtype, jnp.integer):
-            raise ValueError(
-                f"per_example: ids is {ids.dtype} of shape {ids.shape}: expected a "
-                "vector of integers, one for each example; -1 for no adapter."
-            )
-        _check_ids(ids, n)
+        ids = _checked_ids(ids, n)
 
-        def one(i: jax.Array, *args: Any) -> Any:
-            return lifted(attach(params, _picked(bank, i, n)), *args)
+        def one(i: jax.Array, k: jax.Array, *args: Any) -> Any:
+            adapter = {p: _folded(x, k) for p, x in _picked(bank, i, n).items()}
+            tree = attach(params, adapter)
+            before = by_path.flatten(tree)[0]
+            out = lifted(tree, *args)
+            _require_unwritten(before, tree)
+            return out
 
         axes = in_axes if isinstance(in_axes, (tuple, list)) else (in_axes,) * len(args)
-        return jax.vmap(one, (0, *axes), out_axes)(ids, *args)
+        mapped = jax.vmap(
+            one,
+            (0, 0, *axes),
+            out_axes,
+            axis_name=axis_name,
+            spmd_axis_name=spmd_axis_name,
+        )
+        return mapped(ids, _numbers(bank, ids), *args)
 
+    call.__name__ = getattr(fn, "__name__", "call")
     return call
+
+
+def _numbers(bank: Bank, ids: jax.Array) -> jax.Array:
+    """The number of each example; the ids will do where nothing asks for it."""
+    if not any(isinstance(x, LoRA) and x.dropout is not None for x in bank.values()):
+        return ids
+    return automatic(
+        lambda ids: jnp.arange(len(ids)), lambda: jax.typeof(ids).sharding, ids
+    )
+
+
+def _folded(leaf: Any, k: jax.Array) -> Any:
+    """The leaf with dropout keys for the k-th example."""
+    if not isinstance(leaf, LoRA) or leaf.dropout is None:
+        return leaf
+    fold = jax.random.fold_in
+    for _ in leaf.dropout.key.shape:
+        fold = jax.vmap(fold, (0, None))
+    dropout = dataclasses.replace(leaf.dropout, key=fold(leaf.dropout.key, k))
+    return dataclasses.replace(leaf, dropout=dropout)
+
+
+def _require_unwritten(before: Any, tree: Any) -> None:
+    """Raises if a function has written into the variables of its module."""
+    for (path, x), (_, y) in zip(before, by_path.flatten(tree)[0], strict=True):
+        if x is not y and not is_adapted(x):
+            raise ValueError(
+                f"per_example: fn writes into {path!r}, of which each example would "
+                "have its own: expected a function that writes nothing. Call "
+                "model.eval() before; for dropout give jlora.dropout a key."
+            )
 
 
 def _slots(bank: Any, what: str) -> int:
     """The number of slots; raises ValueError if it is no bank."""
     n = bank.slots if isinstance(bank, Bank) else None
+    own = bank.items() if isinstance(bank, Bank) and n is None else ()
+    if halves := [path for path, x in own if fields.lacking(x)]:
+        raise ValueError(
+            f"{what}: the bank has {halves[0]!r} without "
+            f"{', '.join(fields.lacking(bank[halves[0]]))}: expected a whole one. "
+            "Combine the halves of the partition: jlora.combine(trainable, frozen)."
+        )
     if n is None:
         found = "one adapter" if isinstance(bank, Mapping) else type(bank).__name__
         raise ValueError(
@@ -264,8 +347,19 @@ def _slots(bank: Any, what: str) -> int:
     return n
 
 
-def _check_ids(ids: jax.Array, n: int) -> None:
-    """Raises for ids that no slot has, if they are known; else `checkify` does."""
+def _checked_ids(ids: Any, n: int) -> jax.Array:
+    """The ids in int32; raises if it is known that no slot has one."""
+    try:
+        ids = jnp.asarray(ids)
+    except (TypeError, ValueError):
+        ids = jnp.zeros((1, 1))
+    if ids.shape == (0,):
+        ids = ids.astype(jnp.int32)
+    if ids.ndim != 1 or not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ValueError(
+            f"per_example: ids is {ids.dtype} of shape {ids.shape}: expected a "
+            "vector of integers, one for each example; -1 for no adapter."
+        )
     if not isinstance(ids, jax.core.Tracer):
         wrong = [int(i) for i in np.asarray(ids) if not -1 <= i < n]
         if wrong:
@@ -273,8 +367,7 @@ def _check_ids(ids: jax.Array, n: int) -> None:
                 f"per_example: ids has {wrong[0]}, and the bank has {n} slots: "
                 f"expected 0 to {n - 1}, or -1 for no adapter."
             )
-    known = jnp.all((ids >= -1) & (ids < n))
-    checkify.debug_check(known, f"per_example: ids beyond the bank's {n} slots")
+    return ids.astype(jnp.int32)  # a narrow type may not hold n
 
 
 def _require_one(adapter: Any, what: str) -> None:
@@ -285,9 +378,11 @@ def _require_one(adapter: Any, what: str) -> None:
             "jlora.pick(bank, 0)."
         )
     if not isinstance(adapter, Mapping) or not all(map(is_adapted, adapter.values())):
+        found = f"a {type(adapter).__name__}"
+        found = "an adapted tree" if by_path.has_adapted(adapter) else found
         raise ValueError(
-            f"{what} is a {type(adapter).__name__}: expected what "
-            "jlora.adapter(tree) gives, a flat dict from path to adapted leaf."
+            f"{what} is {found}: expected what jlora.adapter(tree) gives, a flat dict "
+            "from path to adapted leaf."
         )
     for path, x in adapter.items():
         if base.is_zero(x.w):
@@ -315,7 +410,7 @@ def _struct(leaf: Any) -> Any:
     """Its arrays' shapes and dtypes, without a base; and with what a slot has."""
     leaf = jax.eval_shape(lambda: fields.bare(leaf))
     if isinstance(leaf, Full):
-        return dataclasses.replace(leaf, on=jax.ShapeDtypeStruct((), bool))
+        return dataclasses.replace(leaf, on=jax.ShapeDtypeStruct((), jnp.float32))
     return leaf
 
 
@@ -338,6 +433,13 @@ def _common(one: Any, other: Any) -> Any:
     if one.form != other.form:
         raise Misfit(f"the form {one.form}, as in the others, found {other.form}")
     if isinstance(one, LoRA):
+        if str(one.moved) != str(other.moved):
+            how = str(one.moved) or str(other.moved)
+            raise Misfit(
+                f"one base for all: {how!r} has moved a part of it into the factors of "
+                "some. jlora.mix([trained, start], [1, -1]) makes an adapter of the "
+                "original base"
+            )
         if (one.m is None) != (other.m is None):
             raise Misfit(
                 "a magnitude (DoRA) in all of them or in none, since without one a "
@@ -379,7 +481,7 @@ def _slot(adapter: Mapping[str, Any], like: Mapping[str, Any], where: str) -> An
             to = getattr(want, name)
             x = None if leaf is None else getattr(leaf, name)
             if name == "on":
-                x = jnp.asarray(leaf is not None if x is None else x)
+                x = jnp.asarray(float(leaf is not None) if x is None else x)
             elif x is None:  # a magnitude of one, with a scale of zero, is none
                 x = jnp.ones(to.shape) if name == "m" else jnp.zeros(to.shape)
             if x.shape != to.shape:  # a lower rank

@@ -7,19 +7,23 @@ a sharding says on which devices which slots are.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+from jax import export
 
-from jlora._leaf.fields import stored
-from jlora._leaf.leaf import Adapted
+from jlora._imported import when_imported
+from jlora._leaf.fields import lacking, stored
+from jlora._leaf.leaf import Adapted, is_adapted
 
 
 class Bank(dict[str, Adapted]):
     """A flat dict from path to leaf, whose arrays have an axis of slots first.
 
-    Inside of `jax.vmap` over its slots it is one adapter, and serves as that.
+    Inside of `jax.vmap` over its slots it is one adapter, and serves as that.  What it
+    is made into otherwise, such as ``bank | {}``, is a plain dict.
 
     Attributes:
       ndims: static; the number of axes of the weight of each path.
@@ -35,6 +39,8 @@ class Bank(dict[str, Adapted]):
     def slots(self) -> int | None:
         """The number of slots; None inside of a vmap over them, or without arrays."""
         for path, x in self.items():
+            if not is_adapted(x) or lacking(x):  # half of a partition, or labels
+                continue
             arrays = [getattr(x, name) for name in stored(x)]
             shapes = [y.shape for y in arrays if hasattr(y, "shape")]
             if shapes and x.ndim == self.ndims[path] + 1:
@@ -43,7 +49,7 @@ class Bank(dict[str, Adapted]):
 
     def __repr__(self) -> str:
         n = self.slots
-        of = "inside of a vmap" if n is None else f"of {n} slots"
+        of = "of one adapter, or of a half" if n is None else f"of {n} slots"
         return f"Bank({of}: {dict.__repr__(self)})"
 
 
@@ -58,9 +64,30 @@ def _flatten_with_keys(bank: Bank) -> tuple[list[Any], Any]:
     return list(zip(paths, leaves, strict=True)), static
 
 
-def _unflatten(static: Any, leaves: Any) -> Bank:
-    paths = [path for path, _ in static]
-    return Bank(dict(zip(paths, leaves, strict=True)), dict(static))
+def _unflatten(aux_data: Any, children: Any) -> Bank:
+    paths = [path for path, _ in aux_data]
+    return Bank(dict(zip(paths, children, strict=True)), dict(aux_data))
 
 
 jax.tree_util.register_pytree_with_keys(Bank, _flatten_with_keys, _unflatten, _flatten)
+export.register_pytree_node_serialization(
+    Bank,
+    serialized_name="jlora.Bank",
+    serialize_auxdata=lambda static: json.dumps(static).encode(),
+    deserialize_auxdata=lambda text: tuple(map(tuple, json.loads(bytes(text)))),
+    from_children=_unflatten,
+)
+
+
+def _with_flax(flax: Any) -> None:
+    """Registers it with Flax's serialisation, as the dict that it is."""
+
+    def from_state(bank: Bank, state: Any) -> Bank:
+        return Bank(flax.from_state_dict(dict(bank), state), bank.ndims)
+
+    flax.register_serialization_state(
+        Bank, lambda bank: flax.to_state_dict(dict(bank)), from_state
+    )
+
+
+when_imported("flax.serialization", _with_flax)

@@ -172,8 +172,8 @@ class Full(_NotAnArray):
       w: the frozen base, as in `LoRA`.
       value: the array that trains.  It starts as a copy of ``w``, in float32 unless the
         user asks for another dtype.
-      on: () whether the value counts, and not ``w``; only in a bank of adapters, and in
-        one that was picked from it.  Else None: it does.
+      on: () one if the value counts, zero if ``w`` does; only in a bank of adapters,
+        and in one that was picked by a traced index.  Else None: the value does.
     """
 
     w: Any
