@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from jlora._leaf import Adapted, LoRA, base, is_adapted
+from jlora._leaf.bank import Bank
 from jlora._leaf.fields import missing, trained
 from jlora._plan.names import is_called_vector
 from jlora._plan.plan import listed, oversized, table
@@ -59,8 +61,9 @@ class Summary(Printed, str):
 def summary(tree: Any) -> Summary:
     """A printable table of the adapted leaves, with the totals of `count`.
 
-    Below it stand adapters that are no smaller than their weights, and the matrices
-    that are not adapted, as embeddings are not unless they are named.
+    Of a bank, the table is that of one slot.  Below it stand adapters that are no
+    smaller than their weights, and the matrices that are not adapted, as embeddings are
+    not unless they are named.
 
     Example:
       >>> import jax.numpy as jnp, jlora
@@ -71,6 +74,11 @@ def summary(tree: Any) -> Summary:
       kernel  30×40  float32  io          2        140
       1 adapted leaf: 140 trainable of 1,340 parameters (10.4 %)
     """
+    if isinstance(tree, Bank) and tree.slots is not None:
+        one = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), dict(tree)
+        )
+        return Summary(f"{summary(one)}\nof each of {tree.slots} slots")
     rows, left, sizes = [], [], []
     for path, x in by_path.flatten(tree)[0]:
         if not is_adapted(x) and _is_matrix(x) and not is_called_vector(path):

@@ -29,6 +29,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jlora
+import jlora.checkpoint
+import jlora.peft
 
 N = 4  # slots
 
@@ -501,6 +503,66 @@ def test_options_of_jit_and_vmap():
 
     with pytest.raises(ValueError, match="'up' is used by 'tanh'.*strict=True"):
         jlora.per_example(formed, strict=True)(params, bank, ids, x[:2])
+
+
+def test_a_sweep_has_the_losses_of_its_runs():
+    """Own learning rates under a vmap over slots; against one run after another."""
+    fn, params, x, adapters = plain_bank({}, {}, {})
+    y = jnp.tanh(normal(9, 3, 5, seed=4))
+    rates = jnp.array([1e-3, 1e-2, 3e-2])
+    tx = optax.inject_hyperparams(optax.adamw)(learning_rate=0.0)
+
+    def begin(trainable, rate):
+        state = tx.init(trainable)
+        hyper = state.hyperparams | {"learning_rate": rate}
+        return state._replace(hyperparams=hyper)
+
+    def step(trainable, frozen, state):
+        def loss(trainable):
+            adapter = jlora.combine(trainable, frozen)
+            return jnp.mean((fn_of(fn, params, adapter, x) - y) ** 2)
+
+        value, grads = jax.value_and_grad(loss)(trainable)
+        updates, state = tx.update(grads, state, trainable)
+        return optax.apply_updates(trainable, updates), state, value
+
+    def losses(begin, step, adapters, rates):
+        trainable, frozen = jlora.partition(adapters)
+        state, found = begin(trainable, rates), []
+        step = jax.jit(step)
+        for _ in range(20):
+            trainable, state, value = step(trainable, frozen, state)
+            found.append(value)
+        return jnp.stack(found)
+
+    bank = jlora.stack(adapters)
+    got = losses(jax.vmap(begin), jax.vmap(step), bank, rates)
+    for k, adapter in enumerate(adapters):
+        close(got[:, k], losses(begin, step, adapter, rates[k]), 1e-5)
+    assert got[-1].min() < 0.5 * got[0].min()
+
+
+def test_a_slot_in_peft_files(tmp_path):
+    """It is what the adapter's own files are, with the bank's rank."""
+    fn, params, x = CASES["plain"]
+    made = adapters_of(fn, params, x[0], dora=True)
+    bank = jlora.stack([jlora.adapter(tree) for tree in made])
+    names = {"up": "layers.up", "down": "layers.down"}
+    for k, tree in enumerate(made):
+        one = jlora.attach(params, jlora.pick(bank, k))
+        jlora.peft.save(tmp_path / str(k), one, names=names)
+        back = jlora.peft.load(tmp_path / str(k), params, names=names)
+        close(jlora.merge(back), jlora.merge(tree), 1e-5)
+
+
+def test_a_table_of_one_slot():
+    _, _, _, adapters = plain_bank({}, {}, {})
+    bank = jlora.stack(adapters)
+    text = jlora.summary(bank)
+    assert text.endswith("of each of 3 slots")
+    assert str(jlora.summary(adapters[0])) in text
+    with pytest.raises(ValueError, match="found a bank of adapters.*StandardCheckpoin"):
+        jlora.checkpoint.save("nowhere", bank)
 
 
 def test_written_and_read_again(tmp_path):

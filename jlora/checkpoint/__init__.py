@@ -30,6 +30,7 @@ import orbax.checkpoint as ocp
 from jlora._adapter import adapter as adapter_of
 from jlora._adapter import attach
 from jlora._leaf import is_adapted
+from jlora._leaf.bank import Bank
 from jlora._leaf.fields import missing
 from jlora._tree import by_path
 from jlora.checkpoint import arrays as _arrays
@@ -122,6 +123,14 @@ def save(
 
 def _require_bases(tree: Any) -> None:
     """Raises for a leaf without its base, which the checkpoint describes."""
+    if isinstance(tree, Bank):
+        raise ValueError(
+            "checkpoint.save: found a bank of adapters, which has no base for the "
+            "checkpoint to describe: expected a tree. Save one slot, "
+            "jlora.attach(params, jlora.pick(bank, i)); or the whole bank with Orbax's "
+            "StandardCheckpointer, which gives it back with jax.eval_shape(lambda: "
+            "bank) as its template."
+        )
     for path, x in by_path.flatten(tree)[0]:
         if is_adapted(x) and "w" in missing(x):
             raise ValueError(
