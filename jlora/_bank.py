@@ -19,10 +19,11 @@ import numpy as np
 
 from jlora._adapter import attach
 from jlora._explicit import automatic
+from jlora._labels import RANK
 from jlora._leaf import Adapted, Full, LoRA, base, fields, is_adapted
 from jlora._leaf.bank import Bank
 from jlora._leaf.forms import Misfit
-from jlora._lift.lift import lift
+from jlora._lift.lift import lift, lift_gated
 from jlora._tree import by_path, paths
 
 
@@ -245,6 +246,12 @@ def per_example(
     examples.  An id of -1 is the base alone.  So is a traced id that the bank does not
     have; one whose value is known is an error.
 
+    With ids (examples, tokens) every token of an example has its own adapter, as where
+    documents are packed into a row.  Then the ranks of all slots stand side by side,
+    and those that a token has not are zero: one product for few adapters, whose rank
+    is slots × rank.  The tokens have to be the first axis, besides axes of one, of
+    what enters each weight.
+
     A bank to which `jlora.dropout` gave keys has another mask for each example.
 
     Args:
@@ -258,8 +265,11 @@ def per_example(
       spmd_axis_name: as in `jax.vmap`.
 
     Raises:
-      ValueError: when it is called: no bank; ids that are no vector of integers; a
-        function that writes into variables; what `jlora.attach` raises.
+      ValueError: when it is called: no bank; ids that are no integers (examples) or
+        (examples, tokens); a function that writes into variables; with ids of tokens, a
+        use that does not tell which axis they are, and a leaf with a magnitude, an
+        output bias or dropout, or that is no pair of factors; what `jlora.attach`
+        raises.
 
     Example:
       >>> import jax.numpy as jnp, jlora
@@ -269,7 +279,7 @@ def per_example(
       >>> fn(params, bank, jnp.array([2, -1]), jnp.ones((2, 3))).shape
       (2, 4)
     """
-    lifted = lift(fn, strict=strict)
+    lifted, gated = lift(fn, strict=strict), lift_gated(fn, strict=strict)
 
     def call(params: Any, bank: Bank, ids: Any, *args: Any) -> Any:
         n = _slots(bank, "per_example")
@@ -277,15 +287,17 @@ def per_example(
 
         def one(i: jax.Array, k: jax.Array, *args: Any) -> Any:
             adapter = {p: _folded(x, k) for p, x in _picked(bank, i, n).items()}
-            tree = attach(params, adapter)
-            before = by_path.flatten(tree)[0]
-            out = lifted(tree, *args)
-            _require_unwritten(before, tree)
-            return out
+            return run(attach(params, adapter), lifted, *args)
 
+        def each_token(i: jax.Array, _: Any, *args: Any) -> Any:
+            gate = (i[:, None] == jnp.arange(n)).astype(jnp.float32)
+            return run(joined, functools.partial(gated, gate), *args)
+
+        if by_token := ids.ndim == 2:
+            joined = attach(params, _side_by_side(bank))
         axes = in_axes if isinstance(in_axes, (tuple, list)) else (in_axes,) * len(args)
         mapped = jax.vmap(
-            one,
+            each_token if by_token else one,
             (0, 0, *axes),
             out_axes,
             axis_name=axis_name,
@@ -293,8 +305,42 @@ def per_example(
         )
         return mapped(ids, _numbers(bank, ids), *args)
 
+    def run(tree: Any, fn: Callable[..., Any], *args: Any) -> Any:
+        before = by_path.flatten(tree)[0]
+        out = fn(tree, *args)
+        _require_unwritten(before, tree)
+        return out
+
     call.__name__ = getattr(fn, "__name__", "call")
     return call
+
+
+def _side_by_side(bank: Bank) -> dict[str, Adapted]:
+    """One adapter with the ranks of all slots, one slot after another.
+
+    Raises:
+      ValueError: a leaf that is no plain pair of factors.
+    """
+    out: dict[str, Any] = {}
+    for path, leaf in bank.items():
+        extra = [k for k in ("c", "m", "dropout") if getattr(leaf, k, None) is not None]
+        if isinstance(leaf, Full) or leaf.form is not None or extra:
+            has = f"has {', '.join(extra)}" if extra else "is no pair of factors"
+            raise ValueError(
+                f"per_example: {path!r} {has}: expected plain factors where each token "
+                "has an adapter of its own. Give one id for each example."
+            )
+        axes = leaf.roles.rjust(bank.ndims[path], "b")
+        b = jnp.expand_dims(leaf.scale, range(leaf.scale.ndim, leaf.b.ndim)) * leaf.b
+        new = {}
+        for name, x in (("a", leaf.a), ("b", b)):
+            at = fields.labels(name, axes).index(RANK)
+            x = jnp.moveaxis(x, 0, at)
+            shape = (*x.shape[:at], x.shape[at] * x.shape[at + 1], *x.shape[at + 2 :])
+            new[name] = x.reshape(shape)
+        scale = jnp.ones_like(leaf.scale[0])
+        out[path] = dataclasses.replace(leaf, scale=scale, **new)
+    return out
 
 
 def _numbers(bank: Bank, ids: jax.Array) -> jax.Array:
@@ -352,16 +398,16 @@ def _checked_ids(ids: Any, n: int) -> jax.Array:
     try:
         ids = jnp.asarray(ids)
     except (TypeError, ValueError):
-        ids = jnp.zeros((1, 1))
+        ids = jnp.zeros(())
     if ids.shape == (0,):
         ids = ids.astype(jnp.int32)
-    if ids.ndim != 1 or not jnp.issubdtype(ids.dtype, jnp.integer):
+    if ids.ndim not in (1, 2) or not jnp.issubdtype(ids.dtype, jnp.integer):
         raise ValueError(
-            f"per_example: ids is {ids.dtype} of shape {ids.shape}: expected a "
-            "vector of integers, one for each example; -1 for no adapter."
+            f"per_example: ids is {ids.dtype} of shape {ids.shape}: expected integers, "
+            "one for each example or (examples, tokens); -1 for no adapter."
         )
     if not isinstance(ids, jax.core.Tracer):
-        wrong = [int(i) for i in np.asarray(ids) if not -1 <= i < n]
+        wrong = [int(i) for i in np.asarray(ids).ravel() if not -1 <= i < n]
         if wrong:
             raise ValueError(
                 f"per_example: ids has {wrong[0]}, and the bank has {n} slots: "

@@ -127,15 +127,15 @@ IDS = jnp.array([2, 0, -1, 3, 3, 1, 0, -1, 2])
 OPTIONS = [{}, {"dora": True}, {"lora_bias": True}, {"rslora": True}]
 
 
-def adapters_of(fn, params, example, **shared):
+def adapters_of(fn, params, example, args=(), **shared):
     """Of ranks, alphas and targets of their own, with random numbers."""
     made = []
-    whole = jlora.plan(fn, params, example, targets="**")
+    whole = jlora.plan(fn, params, example, *args, targets="**")
     for k in range(N):
         paths = list(whole)
         targets = paths if k != 1 else paths[:1]
         own = {"rank": 1 + k % 3, "alpha": 2.0 + k, "targets": targets}
-        plan = jlora.plan(fn, params, example, **own)
+        plan = jlora.plan(fn, params, example, *args, **own)
         if callable(params):  # a module of Equinox holds functions
             tree = randomise(jlora.wrap(params, plan=plan, **shared), k)
         else:
@@ -376,6 +376,103 @@ def plain_bank(*options):
         for k, own in enumerate(options)
     ]
     return fn, params, x, [jlora.adapter(tree) for tree in trees]
+
+
+class Decoder(nn.Module):
+    """Packed documents: attention within each, scanned layers, a tied head."""
+
+    @nn.compact
+    def __call__(self, ids, segments):
+        embed = nn.Embed(7, 8)
+        x = embed(ids)
+        mask = (segments[:, None] == segments) & jnp.tri(len(ids), dtype=bool)
+        layers = nn.scan(
+            nn.remat(Attention),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=2,
+        )
+        x, _ = layers()(x, mask)
+        return embed.attend(x)
+
+
+class Attention(nn.Module):
+    @nn.compact
+    def __call__(self, x, mask):
+        q, k, v = (nn.DenseGeneral((2, 4), name=name)(x) for name in "qkv")
+        scores = jnp.where(mask, jnp.einsum("qhd,khd->hqk", q, k), -1e9)
+        y = jnp.einsum("hqk,khd->qhd", jax.nn.softmax(scores), v)
+        x = x + nn.DenseGeneral(8, axis=(-2, -1), name="o")(y)
+        return x + nn.Dense(8, name="down")(nn.relu(nn.Dense(12, name="up")(x))), None
+
+
+def test_ids_of_tokens():
+    """Packed documents have the logits that each has with its adapter for the row."""
+    fn = Decoder().apply
+    segments = jnp.array([[0] * 4 + [1] * 3 + [2] * 3, [0] * 2 + [1] * 8])
+    which = jnp.array([[2] * 4 + [0] * 3 + [-1] * 3, [1] * 2 + [2] * 8])
+    ids, weights = integers(2, 10, below=7), normal(2, 10, 7)
+    params = Decoder().init(jax.random.key(0), ids[0], segments[0])
+    made = adapters_of(fn, params, ids[0], args=(segments[0],))[:3]
+    bank = jlora.stack([jlora.adapter(tree) for tree in made])
+
+    def with_row_of_one(params, ids, segments):
+        return jax.vmap(fn, (None, 0, 0))(params, ids[None], segments[None])[0]
+
+    def by_token(fn):
+        def out(bank):
+            y = jlora.per_example(fn)(params, bank, which, ids, segments)
+            return jnp.sum(y * weights), y
+
+        return out
+
+    def by_example(bank):
+        """Both rows with each adapter; of which every token takes its own."""
+        slots = jnp.arange(-1, 3)
+        of = jnp.repeat(slots, 2)
+        rows = jnp.tile(ids, (4, 1)), jnp.tile(segments, (4, 1))
+        y = jlora.per_example(fn)(params, bank, of, *rows).reshape(4, 2, 10, 7)
+        y = jnp.where((which == slots[:, None, None])[..., None], y, 0).sum(0)
+        return jnp.sum(y * weights), y
+
+    (_, want), wanted = jax.jit(jax.value_and_grad(by_example, has_aux=True))(bank)
+    call = jax.jit(jax.value_and_grad(by_token(fn), has_aux=True))
+    (_, got), grads = call(bank)
+    close(got, want, 3e-5)
+    for path, leaf in grads.items():
+        close((leaf.a, leaf.b), (wanted[path].a, wanted[path].b), 1e-4, path)
+    close(by_token(fn)(bank)[1], want, 3e-5, "op by op")
+    close(jax.jit(by_token(with_row_of_one))(bank)[1], want, 3e-5, "a row of one")
+
+
+def test_ids_of_tokens_where_they_cannot_be_told():
+    fn, params, x, adapters = plain_bank({}, {})
+    bank, ids = jlora.stack(adapters), jnp.array([[0, 1, -1]])
+
+    def last(p, x):
+        return jnp.broadcast_to(x, (6, *x.shape)) @ p["up"]
+
+    with pytest.raises(
+        ValueError, match=r"'up'.*whose axes are \(6, 3\).*the 3 tokens"
+    ):
+        jlora.per_example(last)(params, bank, ids, x[:1])
+    with pytest.raises(
+        ValueError, match="'up' is used by 'tanh'.*of its own: expected"
+    ):
+        jlora.per_example(lambda p, x: x @ jnp.tanh(p["up"]))(params, bank, ids, x[:1])
+    for options, what in [
+        ({"dora": True}, "has m"),
+        ({"lora_bias": True}, "has c"),
+        ({"train": "bias"}, "'bias' is no pair of factors"),
+    ]:
+        bank = jlora.stack(plain_bank(options, options)[3])
+        with pytest.raises(ValueError, match=what):
+            jlora.per_example(fn)(params, bank, ids, x[:1])
+    got = jlora.per_example(fn)(params, jlora.stack(adapters), ids, x[:1])
+    for k, i in enumerate(ids[0].tolist()):
+        own = jlora.pick(jlora.stack(adapters), i)
+        close(got[0, k], fn_of(fn, params, own, x[0])[k])
 
 
 def test_a_slot_of_nan_is_its_own_matter():

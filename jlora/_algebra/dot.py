@@ -18,6 +18,7 @@ from jlora._algebra.use import (
     compute_dtype,
     drop,
     finished,
+    gated,
     inlined,
     with_output_bias_of,
 )
@@ -82,6 +83,7 @@ def contract(
     aside: jax.Array | None = None,
     h: jax.Array | None = None,
     nth: int = 0,
+    gate: jax.Array | None = None,
 ) -> jax.Array:
     """dot_general of x and the weight, on either side.
 
@@ -98,6 +100,7 @@ def contract(
       aside: x for the low-rank branch; see `Evaluation.first_product`.
       h: x·a instead of ``aside``, if it was computed already.
       nth: the number of earlier uses of the weight, for the dropout.
+      gate: which ranks each token has; see `gated`.
 
     Raises:
       RolesError: the contracted axes mix in and out axes, or hold a batch axis.
@@ -146,6 +149,7 @@ def contract(
         h = drop(leaf, aside.astype(dtype), nth)
         h, hl = times(h, p.xl, factor, fl, {*p.out, *second[1]})
         h = h if p.transposed else form.entered(h)
+    h = gated(h, hl, gate, leaf.ndim)
     factor, fl = second
     h, factor = with_output_bias_of(
         leaf, p.contracted, h.astype(dtype), hl, factor.astype(dtype), fl

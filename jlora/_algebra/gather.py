@@ -14,7 +14,7 @@ from jax import lax
 
 from jlora._algebra import rows
 from jlora._algebra.delta import in_low_rank, low_rank, scaled
-from jlora._algebra.use import Params, finished, inlined, with_output_bias_of
+from jlora._algebra.use import Params, finished, gated, inlined, with_output_bias_of
 from jlora._labels import RANK, by_role, dot, order
 from jlora._leaf import LoRA, base
 from jlora._leaf.base import Gathering
@@ -119,7 +119,9 @@ def _itself(w: Any) -> Any:
 
 
 @functools.partial(inlined, static_argnames=("params",))
-def lookup(leaf: LoRA, indices: jax.Array, params: Params) -> jax.Array:
+def lookup(
+    leaf: LoRA, indices: jax.Array, params: Params, *, gate: jax.Array | None = None
+) -> jax.Array:
     """gather of whole rows of the weight: rows of one factor times the other one.
 
     For an index out of bounds the base gives what its mode says, and the delta is zero.
@@ -144,6 +146,7 @@ def lookup(leaf: LoRA, indices: jax.Array, params: Params) -> jax.Array:
     elif gather.roles != {"i"}:
         raise NotFactored
     h, hl = gather(*first)
+    h = gated(h, hl, gate, leaf.ndim)
     h, factor = with_output_bias_of(leaf, gather.indexed, h, hl, *second)
     factor, fl = gather.drop(factor, second[1])
     d, dl = dot(h.astype(y.dtype), hl, factor.astype(y.dtype), fl, {*gather.out})

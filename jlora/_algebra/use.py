@@ -27,6 +27,46 @@ class RolesError(ValueError):
     """This use contradicts the roles of the weight's axes."""
 
 
+class TokensError(ValueError):
+    """A use whose activation does not tell which axis is the tokens."""
+
+
+def gated(h: jax.Array, hl: Sequence[int], gate: Any, ndim: int) -> jax.Array:
+    """x·a, or what was looked up, without the ranks of slots that a token has not.
+
+    The tokens are the first axis of the activation that is not one, of those that the
+    weight does not meet.
+
+    Args:
+      h: the first product, whose ranks are those of all slots.
+      hl: the labels of h.
+      gate: (tokens, slots), or None.
+      ndim: the number of axes of the weight; the activation's labels are from there on.
+
+    Raises:
+      TokensError: that axis has another size.
+    """
+    if gate is None:
+        return h
+    own = sorted((k, i) for i, k in enumerate(hl) if k >= ndim and h.shape[i] != 1)
+    sizes = tuple(h.shape[i] for _, i in own)
+    tokens, slots = gate.shape
+    if sizes[:1] != (tokens,) and not (tokens == 1 and not sizes):
+        raise TokensError(
+            f"with an activation whose axes are {sizes}, besides those that the weight "
+            f"meets: expected the {tokens} tokens of ids first. Give one id for each "
+            "example, or exclude the path."
+        )
+    at = hl.index(RANK)
+    shape = [1] * h.ndim
+    mask = jnp.repeat(gate, h.shape[at] // slots, axis=1)
+    if own:
+        mask = mask.T if at < own[0][1] else mask
+        shape[own[0][1]] = tokens
+    shape[at] = h.shape[at]
+    return jnp.where(mask.reshape(shape) > 0, h, 0)
+
+
 def compute_dtype(x: jax.Array, w: Any) -> Any:
     """The dtype that the factors are cast to: the wider one of activation and weight.
 

@@ -84,12 +84,15 @@ class Evaluation:
 
     Attributes:
       strict: whether to raise if a weight would be materialised.
+      gate: None, or (tokens, slots): one where a token has the ranks of a slot, else
+        zero.  Then a use has to tell which axis of its activation is the tokens.
       seen: the uses so far, and whether each formed the weight; by path.
       uses: the number of uses of each leaf, by the leaf's paths.
     """
 
-    def __init__(self, strict: bool):
+    def __init__(self, strict: bool, gate: Any = None):
         self.strict = strict
+        self.gate = gate
         self.seen: dict[str, list[tuple[str, bool]]] = {}
         self.uses: collections.Counter[tuple[str, ...]] = collections.Counter()
         self._frames: list[_Frame] = []
@@ -151,6 +154,12 @@ class Evaluation:
             return x
         if isinstance(x.leaf, LoRA):
             text = f"{x.name!r} is used by {name!r}, which has no low-rank form"
+            if self.gate is not None:
+                raise ValueError(
+                    f"{text} in which each token has an adapter of its own: expected a "
+                    "product or a lookup. Exclude this path, or give one id for each "
+                    "example."
+                )
             if x.leaf.c is not None:
                 raise ValueError(
                     f"{text}, and there its output bias has no place: expected it in "

@@ -223,24 +223,25 @@ def _check_function(fn: Any, call: str) -> None:
 
 
 def _lift(fn: Callable[..., Any], *, strict: bool = False, freeze: bool = True) -> Any:
-    def hidden(args: Any, kwargs: Any) -> Any:
-        return _lifted(fn, Evaluation(strict), args, kwargs, freeze=freeze)
+    """The lifted function, called as (gate, args, kwargs); see `Evaluation.gate`."""
+
+    def hidden(gate: Any, args: Any, kwargs: Any) -> Any:
+        return _lifted(fn, Evaluation(strict, gate), args, kwargs, freeze=freeze)
 
     # make_jaxpr uses JAX's trace cache.  Its keys are structure, avals, shardings and
     # trace context.
     stage = jax.make_jaxpr(hidden, return_shape=True)
 
-    @functools.wraps(fn)
-    def lifted(*args: Any, **kwargs: Any) -> Any:
+    def call(gate: Any, args: Any, kwargs: Any) -> Any:
         if not _check(args, kwargs):
             return fn(*args, **kwargs)
         held = variables((args, kwargs))
         args, kwargs = hide((args, kwargs))
         if _compat.under_jit():  # the jit keeps its trace, so another cache is no use
-            hidden_out = hidden(args, kwargs)
+            hidden_out = hidden(gate, args, kwargs)
         else:
-            jaxpr, out = stage(args, kwargs)
-            outs = _compat.evaluate(jaxpr, jax.tree.leaves((args, kwargs)))
+            jaxpr, out = stage(gate, args, kwargs)
+            outs = _compat.evaluate(jaxpr, jax.tree.leaves((gate, args, kwargs)))
             hidden_out = jax.tree.unflatten(jax.tree.structure(out), outs)
         out, written = show(hidden_out)
         for i, value in written.items():
@@ -253,6 +254,14 @@ def _lift(fn: Callable[..., Any], *, strict: bool = False, freeze: bool = True) 
                 )
             held[i].set_raw_value(value)
         return out
+
+    return call
+
+
+def _plain(fn: Callable[..., Any], call: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(fn)
+    def lifted(*args: Any, **kwargs: Any) -> Any:
+        return call(None, args, kwargs)
 
     return lifted
 
@@ -296,12 +305,22 @@ def lift(fn: Callable[..., Any], *, strict: bool = False) -> Callable[..., Any]:
       (5, 4)
     """
     _check_function(fn, "lift(fn)(tree, *args)")
-    return _lift(fn, strict=strict)
+    return _plain(fn, _lift(fn, strict=strict))
 
 
 def lift_layer(fn: Callable[..., Any]) -> Callable[..., Any]:
     """`lift` for the code of a layer: the caller decides what trains."""
-    return _lift(fn, freeze=False)
+    return _plain(fn, _lift(fn, freeze=False))
+
+
+def lift_gated(fn: Callable[..., Any], *, strict: bool = False) -> Callable[..., Any]:
+    """`lift`, called as (gate, *args): each token has ranks of its own.
+
+    The gate (tokens, slots) is one where a token has the ranks of a slot, else zero.
+    The ranks of a leaf are those of all slots, one slot after another.
+    """
+    call = _lift(fn, strict=strict)
+    return lambda gate, *args: call(gate, args, {})
 
 
 def explain(fn: Callable[..., Any], tree: Any, *args: Any, **kwargs: Any) -> Report:

@@ -21,7 +21,7 @@ from jlora._algebra.delta import scaled
 from jlora._algebra.dot import contract
 from jlora._algebra.gather import indexed_axes, lookup, take
 from jlora._algebra.ragged import ragged
-from jlora._algebra.use import RolesError
+from jlora._algebra.use import RolesError, TokensError
 from jlora._algebra.weight import dense
 from jlora._labels import RANK, spread
 from jlora._leaf import Bare, LoRA, base, fields, forms
@@ -44,12 +44,18 @@ def _compute(
     name = eqn.primitive.name
     if x.bare:
         raise NotFactored
+    if ev.gate is not None:
+        if fn not in (contract, lookup):
+            raise NotFactored
+        options["gate"] = ev.gate
     if fn is not lookup:
         options |= ev.first_product(eqn, others[0])
         if x.leaf.dropout is not None:
             options["nth"] = ev.uses[x.paths]  # another mask for each use
     try:
         out = fn(x.leaf, *others, tuple(eqn.params.items()), **options)
+    except TokensError as e:
+        raise ValueError(f"{x.name!r} is used by {name!r} {e}") from None
     except RolesError as e:
         raise ValueError(
             f"{x.name!r} was planned otherwise than it is used: {name} {e}. Plan it "
@@ -92,6 +98,8 @@ def _gather(ev: Evaluation, eqn: Any, w: Any, indices: Any) -> Any:
     shape, sizes = eqn.invars[0].aval.shape, eqn.params["slice_sizes"]
     at = indexed_axes(shape, eqn.params["dimension_numbers"], sizes)
     if all(w.leaf.axes[k] == "b" for k in at):
+        if ev.gate is not None and not w.bare:
+            raise NotFactored
         taken = take(w.leaf, indices, tuple(eqn.params.items()))
         if w.bare and len(eqn.params["dimension_numbers"].offset_dims) < 2:
             return base.array(taken.base)  # rows of a table are an activation
@@ -280,6 +288,8 @@ def _dynamic_slice(ev: Evaluation, eqn: Any, x: Any, *starts: Any) -> Any:
     if len(roles) != 1 or any(size != 1 for role, size, _ in full if role in roles):
         return x.now(structure.per_axis(leaf, cut, *starts))
     if leaf.c is not None and roles == {"o"}:
+        raise NotFactored
+    if ev.gate is not None:
         raise NotFactored
     # A lookup of one row is cheap to merge.
     ev.note(x, "dynamic_slice")
