@@ -332,7 +332,7 @@ def _side_by_side(bank: Bank) -> dict[str, Adapted]:
             )
         axes = leaf.roles.rjust(bank.ndims[path], "b")
         b = jnp.expand_dims(leaf.scale, range(leaf.scale.ndim, leaf.b.ndim)) * leaf.b
-        new = {}
+        new: dict[str, Any] = {}
         for name, x in (("a", leaf.a), ("b", b)):
             at = fields.labels(name, axes).index(RANK)
             x = jnp.moveaxis(x, 0, at)
