@@ -226,7 +226,7 @@ PLAIN = "state of plain params", "jlora.unwrap(tree)", "jlora.attach(params, "
         pytest.param(
             params,
             lambda: jlora.wrap(params(), targets=[], train="up/bias"),
-            ["'up/bias' is an array", "Full (w, value)", *PLAIN],
+            ["'up/bias' is an array", "Full (w, value, on)", *PLAIN],
             id="full",
         ),
         pytest.param(
