@@ -149,11 +149,9 @@ def contract(
         h = drop(leaf, aside.astype(dtype), nth)
         h, hl = times(h, p.xl, factor, fl, {*p.out, *second[1]})
         h = h if p.transposed else form.entered(h)
-    h = gated(h, hl, gate, leaf.ndim)
-    factor, fl = second
-    h, factor = with_output_bias_of(
-        leaf, p.contracted, h.astype(dtype), hl, factor.astype(dtype), fl
-    )
+    h = gated(h, hl, gate, leaf.ndim).astype(dtype)
+    factor, fl = second[0].astype(dtype), second[1]
+    h, factor = with_output_bias_of(leaf, p.contracted, h, hl, factor, fl)
     d, dl = times(h, hl, factor, fl, {*p.out, BLOCK})
     y = base.plus(y, form.assemble(d, dl, p.out, leaf.axes))
     return y if p.transposed else finished(leaf, y, p.out)
