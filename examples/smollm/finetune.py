@@ -131,7 +131,9 @@ def kept(folder: Path, model, config: Config):
         arrays = checkpointer.restore(
             folder.absolute() / "base", dict(enumerate(shapes))
         )
-    return jax.tree.unflatten(treedef, [arrays[k] for k in range(len(shapes))])
+    # By NumPy, so that no device is asked for, which a compiled step minds in JAX 0.10.
+    arrays = [jnp.asarray(np.asarray(arrays[k])) for k in range(len(shapes))]
+    return jax.tree.unflatten(treedef, arrays)
 
 
 def in_floats(tree):

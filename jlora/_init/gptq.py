@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jlora import _qwix
@@ -48,16 +49,16 @@ def gptq(
     m = Matrices(tuple(w.shape), axes)
     moment = as_matrices(moment, m, what)
     if isinstance(w, jax.Array) and not isinstance(w, jax.core.Tracer):
-        moment = jax.device_put(moment, _everywhere(w))
+        moment = _beside(w, moment)
     return _qwix.quantized(w, qtype, tiles, _Rounded(m), moment)
 
 
-def _everywhere(w: jax.Array) -> Any:
-    """The sharding of an array that is whole on each of w's devices."""
+def _beside(w: jax.Array, moment: Any) -> Any:
+    """The moments whole on each of w's devices; there a jit puts what is on none."""
     place = w.sharding
     if isinstance(place, jax.sharding.NamedSharding):
-        return place.update(spec=jax.sharding.PartitionSpec())
-    return place if place.is_fully_replicated else None
+        return jax.device_put(moment, place.update(spec=jax.sharding.PartitionSpec()))
+    return moment if moment.sharding == place else np.asarray(moment)
 
 
 @dataclasses.dataclass(frozen=True)
