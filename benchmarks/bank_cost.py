@@ -31,8 +31,8 @@ from decoder import Decoder, Shape
 
 import jlora
 
-SHAPE = Shape(d=256, ffn=768, vocab=1024, heads=4, kv_heads=2, layers=4)
-RANK, EXAMPLES, LENGTH = 8, 16, 128
+SHAPE = Shape(d=1024, ffn=2816, vocab=1024, heads=8, kv_heads=4, layers=2)
+RANK, EXAMPLES, LENGTH = 8, 16, 256
 SLOTS = [1, 8, 64, 2000]
 FLOPS, RATE, GATHERED = 1.01, 0.9, 3.3
 """The most FLOPs and bytes, and the least rate, that the docs claim."""
@@ -120,7 +120,7 @@ def flops() -> None:
         assert max(found) <= FLOPS, kind
 
 
-def speed(repeats: int = 12) -> None:
+def speed(repeats: int = 8) -> None:
     """Steps a second of a batch of mixed adapters, over those of one adapter."""
     fn, params = model()
     rows = rows_of(EXAMPLES, LENGTH, SHAPE.vocab)
@@ -135,9 +135,9 @@ def speed(repeats: int = 12) -> None:
                 for f, x in ((made[kind], bank), (made[f"{kind}, one"], one))
             ]
             ratio = interleaved(calls, repeats)
-            print(f"{slots:5} slots, {kind:10} {ratio:.3f} × the rate of one adapter")
-            if slots == 2000 and kind == "inference":
-                assert ratio >= RATE
+            said = f"{slots:5} slots, {kind:10} {ratio:.3f} × the rate of one adapter"
+            print(said, flush=True)
+            assert ratio >= RATE
 
 
 def interleaved(calls: list[Callable[[], Any]], repeats: int) -> float:
@@ -201,7 +201,7 @@ def beside_peft(repeats: int = 5) -> None:
     import torch
 
     fn, params = model()
-    rows = rows_of(64, LENGTH, SHAPE.vocab)
+    rows = rows_of(64, 64, SHAPE.vocab)
     for distinct in (8, 64):
         bank = bank_of(params, distinct)
         ids = jnp.arange(64) % distinct
