@@ -18,7 +18,7 @@ from jlora import _qwix
 from jlora._algebra.rows import replaces
 from jlora._algebra.weight import dense
 from jlora._leaf import Adapted, Full, LoRA, base, fields, is_adapted
-from jlora._leaf.bank import Bank
+from jlora._leaf.bank import as_in, slots_of
 from jlora._leaf.fields import lacking, missing
 from jlora._plan.plan import table
 from jlora._tree import by_path, output_bias, paths, sharding
@@ -229,14 +229,12 @@ def adapter(tree: Any) -> Adapter:
                 "them apart. Rename one of them (a key may not hold '/')."
             )
         out[path] = fields.bare(x)
-    if isinstance(tree, Bank):
-        return Bank(out, tree.ndims)
     if not out:
         refuse_layers(tree, "adapter")
         raise ValueError(
             "adapter: the tree has no adapted leaf: expected the result of jlora.wrap."
         )
-    return out
+    return as_in(tree, out)
 
 
 def attach(params: Any, adapter: Adapter) -> Any:
@@ -334,9 +332,9 @@ def _lost(leaf: Any) -> str:
 
 def _fitting(what: str, params: Any, adapter: Adapter) -> None:
     """Raises unless every leaf of the adapter fits an array of params."""
-    if isinstance(adapter, Bank) and adapter.slots is not None:
+    if (n := slots_of(adapter)) is not None:
         raise ValueError(
-            f"{what}: found a bank of {adapter.slots} adapters: expected one, "
+            f"{what}: found a bank of {n} adapters: expected one, "
             "jlora.pick(bank, i). For a batch whose examples have adapters of their "
             "own: jlora.per_example(fn)(params, bank, ids, ...)."
         )

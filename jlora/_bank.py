@@ -21,7 +21,7 @@ from jlora._adapter import attach
 from jlora._explicit import automatic
 from jlora._labels import RANK
 from jlora._leaf import Adapted, Full, LoRA, base, fields, is_adapted
-from jlora._leaf.bank import Bank
+from jlora._leaf.bank import Bank, one_slot, slots_of
 from jlora._leaf.forms import Misfit
 from jlora._lift.lift import lift, lift_gated
 from jlora._tree import by_path, paths
@@ -34,8 +34,8 @@ def stack(adapters: Sequence[Mapping[str, Adapted]]) -> Bank:
     with zeros, which stay zero in training: neither factor has a gradient there.  A
     path that one of them does not have is the base there.
 
-    A bank is trained, partitioned, sharded and saved as an adapter is; inside of
-    `jax.vmap` over its slots it is one.
+    A bank is trained, partitioned and sharded as an adapter is, and Orbax saves it as
+    any tree; inside of `jax.vmap` over its slots it is an adapter.
 
     Args:
       adapters: as `jlora.adapter` gives them, of the same base.
@@ -64,10 +64,7 @@ def stack(adapters: Sequence[Mapping[str, Adapted]]) -> Bank:
             own = _struct(x)
             with _at(f"stack: {path!r} of adapter {k}"):
                 like[path] = _common(like.get(path, own), own)
-    slots = [
-        _slot(adapter, like, f"stack: {{}} of adapter {k}")
-        for k, adapter in enumerate(adapters)
-    ]
+    slots = [_slot(adapter, like) for adapter in adapters]
     leaves = jax.tree.map(lambda *xs: jnp.stack(xs), *slots)
     return Bank(leaves, {path: x.ndim for path, x in like.items()})
 
@@ -207,13 +204,11 @@ def put(bank: Bank, i: Any, adapter: Mapping[str, Adapted]) -> Bank:
             "put: the bank has dropout keys: expected one without. Call jlora.dropout "
             "inside the loss."
         )
-    like = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), dict(bank)
-    )
+    like = one_slot(bank)
     for path, x in adapter.items():
         with _at(f"put: {path!r}"):
             _require_room(like[path], _common(like[path], _struct(x)))
-    slot = _slot(adapter, like, "put: {}")
+    slot = _slot(adapter, like)
     new = jax.tree.map(lambda x, y: _written(x, i, y), dict(bank), slot)
     return Bank(new, bank.ndims)
 
@@ -376,7 +371,7 @@ def _require_unwritten(before: Any, tree: Any) -> None:
 
 def _slots(bank: Any, what: str) -> int:
     """The number of slots; raises ValueError if it is no bank."""
-    n = bank.slots if isinstance(bank, Bank) else None
+    n = slots_of(bank)
     own = bank.items() if isinstance(bank, Bank) and n is None else ()
     if halves := [path for path, x in own if fields.lacking(x)]:
         raise ValueError(
@@ -418,9 +413,9 @@ def _checked_ids(ids: Any, n: int) -> jax.Array:
 
 def _require_one(adapter: Any, what: str) -> None:
     """Raises unless it is an adapter, whose base was not dropped."""
-    if isinstance(adapter, Bank) and adapter.slots is not None:
+    if (n := slots_of(adapter)) is not None:
         raise ValueError(
-            f"{what} is a bank of {adapter.slots} slots: expected one adapter, such as "
+            f"{what} is a bank of {n} slots: expected one adapter, such as "
             "jlora.pick(bank, 0)."
         )
     if not isinstance(adapter, Mapping) or not all(map(is_adapted, adapter.values())):
@@ -517,7 +512,7 @@ def _require_room(bank: Any, both: Any) -> None:
             )
 
 
-def _slot(adapter: Mapping[str, Any], like: Mapping[str, Any], where: str) -> Any:
+def _slot(adapter: Mapping[str, Any], like: Mapping[str, Any]) -> Any:
     """An adapter's arrays as a slot has them; zeros where it has none."""
 
     def one(path: str, want: Any) -> Any:

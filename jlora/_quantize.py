@@ -144,7 +144,9 @@ def _quantized(
 
 def _require_finite(path: str, w: Any) -> None:
     """Raises if a weight has numbers that are none."""
-    if base.is_concrete(w) and not _finite(w):
+    with jax.ensure_compile_time_eval():
+        bad = base.is_concrete(w) and not _finite(w)
+    if bad:
         raise ValueError(
             f"quantize: {path!r} has NaN or infinities: expected finite numbers. "
             "Exclude the path."
@@ -158,7 +160,7 @@ def _finite(w: jax.Array) -> jax.Array:
 
 def _require_scales(path: str, w: Any, new: Any) -> None:
     """Raises if a block's scale cannot hold what it should."""
-    if base.is_concrete(w) and _underflows(w, new):
+    if base.is_concrete((w, new)) and _underflows(w, new):
         raise ValueError(
             f"quantize: {path!r} has numbers whose block has no scale in {new.dtype}, "
             "which is too narrow for them: expected larger numbers. Pass the weight in "

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from jlora._leaf import Adapted, LoRA, base, is_adapted
-from jlora._leaf.bank import Bank
+from jlora._leaf.bank import one_slot, slots_of
 from jlora._leaf.fields import missing, trained
 from jlora._plan.names import is_called_vector
 from jlora._plan.plan import listed, oversized, table
@@ -74,11 +73,8 @@ def summary(tree: Any) -> Summary:
       kernel  30×40  float32  io          2        140
       1 adapted leaf: 140 trainable of 1,340 parameters (10.4 %)
     """
-    if isinstance(tree, Bank) and tree.slots is not None:
-        one = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), dict(tree)
-        )
-        return Summary(f"{summary(one)}\nof each of {tree.slots} slots")
+    if (slots := slots_of(tree)) is not None:
+        return Summary(f"{summary(one_slot(tree))}\nof each of {slots} slots")
     rows, left, sizes = [], [], []
     for path, x in by_path.flatten(tree)[0]:
         if not is_adapted(x) and _is_matrix(x) and not is_called_vector(path):

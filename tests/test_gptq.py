@@ -352,6 +352,9 @@ def test_shapes_of_moments_and_where_they_are():
     shapes = jax.eval_shape(lambda: {"kernel": jnp.eye(8)})
     got = jlora.quantize(jax.eval_shape(lambda: params), "nf4", block=4, moments=shapes)
     assert got["kernel"].scale.shape == (2, 6)
+    got = jlora.quantize(params, "nf4", block=4, moments={"kernel": jnp.eye(8)})
+    traced = jax.jit(lambda m: jlora.quantize(params, "nf4", block=4, moments=m))
+    same(traced({"kernel": jnp.eye(8)}), got)
     mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))
     split = {"kernel": jax.device_put(params["kernel"], NamedSharding(mesh, P("x")))}
     other = jax.device_put(jnp.eye(8), jax.devices()[3])

@@ -48,7 +48,7 @@ def gptq(
     """
     m = Matrices(tuple(w.shape), axes)
     moment = as_matrices(moment, m, what)
-    if isinstance(w, jax.Array) and not isinstance(w, jax.core.Tracer):
+    if isinstance(w, jax.Array) and base.is_concrete((w, moment)):
         moment = _beside(w, moment)
     return _qwix.quantized(w, qtype, tiles, _Rounded(m), moment)
 

@@ -53,6 +53,23 @@ class Bank(dict[str, Adapted]):
         return f"Bank({of}: {dict.__repr__(self)})"
 
 
+def slots_of(x: Any) -> int | None:
+    """The number of slots of a bank; None for anything else."""
+    return x.slots if isinstance(x, Bank) else None
+
+
+def one_slot(bank: Bank) -> dict[str, Any]:
+    """The shapes and dtypes of one of its adapters."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), dict(bank)
+    )
+
+
+def as_in(tree: Any, leaves: dict[str, Adapted]) -> dict[str, Adapted]:
+    """The leaves of a tree as a bank, if the tree is one."""
+    return Bank(leaves, tree.ndims) if isinstance(tree, Bank) else leaves
+
+
 def _flatten(bank: Bank) -> tuple[list[Any], Any]:
     keys = sorted(bank)
     return [bank[k] for k in keys], tuple((k, bank.ndims[k]) for k in keys)

@@ -30,7 +30,7 @@ import orbax.checkpoint as ocp
 from jlora._adapter import adapter as adapter_of
 from jlora._adapter import attach
 from jlora._leaf import is_adapted
-from jlora._leaf.bank import Bank
+from jlora._leaf.bank import slots_of
 from jlora._leaf.fields import missing
 from jlora._tree import by_path
 from jlora.checkpoint import arrays as _arrays
@@ -123,7 +123,7 @@ def save(
 
 def _require_bases(tree: Any) -> None:
     """Raises for a leaf without its base, which the checkpoint describes."""
-    if isinstance(tree, Bank):
+    if slots_of(tree) is not None:
         raise ValueError(
             "checkpoint.save: found a bank of adapters, which has no base for the "
             "checkpoint to describe: expected a tree. Save one slot, "
