@@ -274,22 +274,19 @@ def test_continuations_are_greedy_and_end(tiny, whole):
 # ------------------------------------------------------------------------ the border
 
 
-def test_peft_serves_what_was_trained(tiny, whole, tmp_path):
-    """On the base that was trained on: a quantised one, as floats."""
+def check_peft(tree, source, folder, x):
+    """The logits of transformers and peft, from what is written of a tree."""
     torch = pytest.importorskip("torch")
     peft = pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")
-    _, state, frozen = whole
-    tree = jlora.combine(state.trainable, frozen)
     floats = finetune.in_floats(tree)
     model = jlora.unwrap(floats)
-    weights.write(tiny.replace(model), tmp_path / "base")
+    weights.write(source.replace(model), folder / "base")
     plan = finetune.planned(model, CONFIG)
-    names = jlora.peft.match(model, tmp_path / "base", plan=plan)
-    jlora.peft.save(tmp_path / "peft", floats, names=names, portable=True)
-    theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
-    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "peft").eval()
-    x = ids((2, 11))
+    names = jlora.peft.match(model, folder / "base", plan=plan)
+    jlora.peft.save(folder / "peft", floats, names=names, portable=True)
+    theirs = transformers.LlamaForCausalLM.from_pretrained(folder / "base")
+    theirs = peft.PeftModel.from_pretrained(theirs, folder / "peft").eval()
     with torch.no_grad():
         want = theirs(torch.tensor(x)).logits.numpy()
     got = jax.jit(jlora.lift(finetune.call))(tree, x)
@@ -297,40 +294,28 @@ def test_peft_serves_what_was_trained(tiny, whole, tmp_path):
     np.testing.assert_allclose(got, want, atol=1e-3)
 
 
+def test_peft_serves_what_was_trained(tiny, whole, tmp_path):
+    """On the base that was trained on: a quantised one, as floats."""
+    _, state, frozen = whole
+    check_peft(jlora.combine(state.trainable, frozen), tiny, tmp_path, ids((2, 11)))
+
+
 @pytest.mark.slow  # and 93 MB to fetch
 def test_peft_serves_the_pinned_model(tmp_path):
     """With adapters of random numbers, on an nf4 base."""
-    torch = pytest.importorskip("torch")
-    peft = pytest.importorskip("peft")
-    transformers = pytest.importorskip("transformers")
-    source = pinned_model()
+    pytest.importorskip("peft")
+    source, rng = pinned_model(), np.random.default_rng(0)
     config = dataclasses.replace(CONFIG, base="nf4", block=32, observed=0, rank=8)
     tree = finetune.prepare(source.model(scanned=True), config)
-    rng = np.random.default_rng(0)
-    tree = jlora.attach(
-        jlora.unwrap(tree),
-        {
-            path: dataclasses.replace(
-                leaf, b=jnp.asarray(0.02 * rng.normal(size=leaf.b.shape), jnp.float32)
-            )
-            for path, leaf in jlora.adapter(tree).items()
-        },
-    )
-    floats = finetune.in_floats(tree)
-    model = jlora.unwrap(floats)
-    weights.write(source.replace(model), tmp_path / "base")
-    plan = finetune.planned(model, config)
-    names = jlora.peft.match(model, tmp_path / "base", plan=plan)
-    jlora.peft.save(tmp_path / "peft", floats, names=names, portable=True)
-    theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
-    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "peft").eval()
-    x = np.array([source.tokenizer.encode("The film is a quiet, moving story.").ids])
-    with torch.no_grad():
-        want = theirs(torch.tensor(x)).logits.numpy()
-    got = jax.jit(jlora.lift(finetune.call))(tree, x)
-    plain = call(model, x)
-    assert abs(plain - want).max() > 0.1
-    np.testing.assert_allclose(got, want, atol=1e-3)
+
+    def noisy(leaf):
+        b = jnp.asarray(0.02 * rng.normal(size=leaf.b.shape), jnp.float32)
+        return dataclasses.replace(leaf, b=b)
+
+    adapter = {path: noisy(leaf) for path, leaf in jlora.adapter(tree).items()}
+    text = source.tokenizer.encode("The film is a quiet, moving story.")
+    tree = jlora.attach(jlora.unwrap(tree), adapter)
+    check_peft(tree, source, tmp_path, np.array([text.ids]))
 
 
 @pytest.mark.parametrize("scanned", [False, True], ids=["list", "scanned"])
