@@ -756,7 +756,10 @@ def test_rows_of_a_quantised_table_train():
 
 @pytest.mark.parametrize("name", ["dense", "several in axes", "stack", "embedding"])
 def test_loftq_takes_the_error_of_quantising(name):
-    """Algorithm 1 of the paper, in numpy on each matrix; and closer than without."""
+    """Algorithm 1 of the paper, in numpy on each matrix; and closer than without.
+
+    In nf4, which has a block's largest number itself: integers have it between two.
+    """
     fn, params, x, _ = BLOCKS[name]
     plan = jlora.plan(fn, params, x, rank=2, targets="**")
     w, roles = params["w"], plan["w"].axes
@@ -765,7 +768,7 @@ def test_loftq_takes_the_error_of_quantising(name):
 
     def turn(rest):
         """The quantised rest, and the best matrices of rank 2 for what it lacks."""
-        q = jlora.quantize({"w": rest}, "int4", plan=plan, block=4)["w"]
+        q = jlora.quantize({"w": rest}, "nf4", plan=plan, block=4)["w"]
         error = np.asarray(w - qwix.dequantize(q), np.float64)
         u, s, vt = np.linalg.svd(error.transpose(order).reshape(sizes))
         best = (u[:, :, :2] * s[:, None, :2]) @ vt[:, :2]
@@ -776,7 +779,7 @@ def test_loftq_takes_the_error_of_quantising(name):
         return float(jnp.linalg.norm((v - w).ravel()))
 
     def merged(steps):
-        init = jlora.initializers.loftq("int4", steps, block=4)
+        init = jlora.initializers.loftq("nf4", steps, block=4)
         tree = jlora.wrap(params, plan=plan, init=init)
         assert is_q(tree["w"].w) and str(tree["w"].moved) == "loftq"
         close(jlora.lift(fn)(tree, x), fn(jlora.merge(tree), x), 2e-5)
@@ -787,8 +790,7 @@ def test_loftq_takes_the_error_of_quantising(name):
     assert off(merged(1)) < 0.9 * off(q)
     for _ in range(2):
         q, best = turn(w - best)
-    # A number between two may be rounded either way, so only the error is the same.
-    assert off(merged(3)) == pytest.approx(off(q + best), rel=0.1)
+    close(merged(3), q + best, 1e-4)
 
 
 @pytest.mark.parametrize("name", ["dense", "several in axes", "stack", "torch's order"])
