@@ -6,6 +6,7 @@
     python benchmarks/bank_cost.py --only speed      # steps a second, on CPU
     python benchmarks/bank_cost.py --only sweep      # eight runs at once, on CPU
     python benchmarks/bank_cost.py --only bytes      # compiled for TPU v5e
+    python benchmarks/bank_cost.py --only products   # gathered and joined, on both
     python benchmarks/bank_cost.py --only peft       # and beside PEFT, inference on CPU
 
 The model is a small Llama-like decoder with adapters on its seven matrices a layer. An
@@ -192,32 +193,46 @@ def interleaved(calls: list[Callable[[], Any]], repeats: int) -> float:
     return float(np.median(times[1]) / np.median(times[0]))
 
 
-def gathered() -> None:
-    """Bytes beyond the plain product, over those of the adapters that are used."""
+def product(params: Any, x: jax.Array) -> jax.Array:
+    """A model of one weight."""
+    return x @ params["w"]
+
+
+@functools.cache
+def v5e() -> jax.sharding.Sharding:
+    """One TPU, which need not be there."""
     from jax.experimental import topologies
 
     device = topologies.get_topology_desc("v5e:2x2", platform="tpu").devices[0]
-    place = jax.sharding.SingleDeviceSharding(device)
-    d, rank, slots = 4096, 16, 2000
+    return jax.sharding.SingleDeviceSharding(device)
 
-    def struct(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
-    def product(params: Any, x: jax.Array) -> jax.Array:
-        return x @ params["w"]
+def on_v5e(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=v5e())
 
-    def accessed(fn: Callable[..., Any], *args: Any) -> float:
-        return jax.jit(fn).lower(*args).compile().cost_analysis()["bytes accessed"]
 
-    params = {"w": struct(d, d)}
-    like = jlora.wrap(params, rank, targets="w", dtype=jnp.bfloat16)
+def accessed(fn: Callable[..., Any], *args: Any) -> float:
+    """Bytes, by the compiler."""
+    return jax.jit(fn).lower(*args).compile().cost_analysis()["bytes accessed"]
+
+
+def on_one_weight(make: Callable[..., Any], d: int, rank: int, slots: int) -> Any:
+    """Params of one weight and a bank for it; `make` gives arrays of a shape."""
+    params = {"w": make(d, d)}
+    like = jlora.wrap(params, rank, targets="w", dtype=params["w"].dtype)
     leaf = dataclasses.replace(
         jlora.adapter(like)["w"],
-        a=struct(slots, d, rank),
-        b=struct(slots, rank, d),
-        scale=struct(slots, dtype=jnp.float32),
+        a=make(slots, d, rank),
+        b=make(slots, rank, d),
+        scale=make(slots),
     )
-    bank = jlora.Bank({"w": leaf}, {"w": 2})
+    return params, jlora.Bank({"w": leaf}, {"w": 2})
+
+
+def gathered() -> None:
+    """Bytes beyond the plain product, over those of the adapters that are used."""
+    struct, d, rank, slots = on_v5e, 4096, 16, 2000
+    params, bank = on_one_weight(struct, d, rank, slots)
     for examples in (64, 256):
         x, ids = struct(examples, d), struct(examples, dtype=jnp.int32)
         plain = accessed(product, params, x)
@@ -230,6 +245,65 @@ def gathered() -> None:
             f"{used / 1e6:.1f} MB"
         )
         assert mixed - plain <= GATHERED * used
+
+
+def products(repeats: int = 20) -> None:
+    """What the two products of a bank cost, beyond the base's, where either may do.
+
+    Where the shapes choose the joined one, it has to be the cheaper one on a TPU, whose
+    decoding waits for memory, and about as fast on a CPU.
+    """
+    key = jax.random.key(0)
+
+    def normal(*shape: int) -> jax.Array:
+        return jax.random.normal(key, shape)
+
+    print("beyond the base's product     v5e, MB            CPU, of the base's time")
+    print("slots examples tokens   gathered    joined     gathered    joined   chosen")
+    for slots, examples, tokens in (
+        (2, 64, 1),
+        (8, 64, 1),
+        (32, 64, 1),
+        (32, 256, 1),
+        (64, 256, 1),
+        (8, 64, 8),
+        (2, 16, 256),
+    ):
+        ids = jnp.arange(examples) % slots
+        params, bank = on_one_weight(normal, 1024, 8, slots)
+        x = normal(examples, tokens, 1024)
+        base = jax.jit(product)
+        calls = {
+            kind: jax.jit(jlora.per_example(product, product=kind))
+            for kind in ("gathered", "joined")
+        }
+        times = {
+            kind: 1
+            / interleaved(
+                [
+                    functools.partial(call, params, bank, ids, x),
+                    functools.partial(base, params, x),
+                ],
+                repeats,
+            )
+            - 1
+            for kind, call in calls.items()
+        }
+        params, bank = on_one_weight(on_v5e, 4096, 16, slots)
+        y = on_v5e(examples, tokens, 4096)
+        args = params, bank, on_v5e(examples, dtype=jnp.int32), y
+        plain = accessed(product, params, y)
+        moved = {kind: accessed(call, *args) - plain for kind, call in calls.items()}
+        chosen = jlora.explain(jlora.per_example(product), *args).product
+        print(
+            f"{slots:5} {examples:8} {tokens:6}"
+            f"{moved['gathered'] / 1e6:11.0f}{moved['joined'] / 1e6:10.0f}"
+            f"{times['gathered']:13.0%}{times['joined']:10.0%}   {chosen}",
+            flush=True,
+        )
+        if chosen == "joined":
+            assert moved["joined"] < moved["gathered"]
+            assert 1 + times["joined"] <= 1.1 * (1 + times["gathered"])
 
 
 def beside_peft(repeats: int = 5) -> None:
@@ -276,6 +350,7 @@ PARTS = {
     "speed": speed,
     "sweep": sweep,
     "bytes": gathered,
+    "products": products,
     "peft": beside_peft,
 }
 

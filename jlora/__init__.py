@@ -31,7 +31,7 @@ The house.  Each part imports only from the parts above it in this list:
   (partition, labels, scaled, dropout), `_summary` (count, summary), `_pairs`
   (riemannian, lora_fa: gradients of both factors), `_optim` (optimizer), `_fade` (fade,
   drop_base: the base goes away while the adapter trains).
-* `_bank` (stack, pick, put, per_example: many adapters of one base).
+* `_bank` (stack, pick, put: many adapters of one base) and `_per_example`.
 * `_qwix` (arrays quantised, with qwix) and `_quantize` (quantize, rounding).
 * `_observe` (observe, redistribute: what enters each weight).
 * `_arithmetic`: adapters as values: mix, truncate, extract, and their spectra.
@@ -72,7 +72,6 @@ from jlora._arithmetic.mix import mix as mix
 from jlora._arithmetic.spectrum import Spectrum as Spectrum
 from jlora._arithmetic.spectrum import spectrum as spectrum
 from jlora._arithmetic.truncate import truncate as truncate
-from jlora._bank import per_example as per_example
 from jlora._bank import pick as pick
 from jlora._bank import put as put
 from jlora._bank import stack as stack
@@ -93,6 +92,7 @@ from jlora._observe import redistribute as redistribute
 from jlora._optim import optimizer as optimizer
 from jlora._pairs import lora_fa as lora_fa
 from jlora._pairs import riemannian as riemannian
+from jlora._per_example import per_example as per_example
 from jlora._plan.from_use import plan as plan
 from jlora._plan.plan import Plan as Plan
 from jlora._plan.spec import Rule as Rule

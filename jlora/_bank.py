@@ -1,29 +1,20 @@
-"""Many adapters of one base: stack, pick, put, per_example.
-
-A bank is stacked adapters, and one of them is a slice of it.  So a batch of which each
-example has its own adapter is a `jax.vmap` of a lifted function, in which the base has
-no batch axis: its products are those of one model on all examples.
-"""
+"""Many adapters of one base: stack, pick, put."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jlora._adapter import attach
 from jlora._explicit import automatic
-from jlora._labels import RANK
 from jlora._leaf import Adapted, Full, LoRA, base, fields, is_adapted
 from jlora._leaf.bank import Bank, one_slot, slots_of
 from jlora._leaf.forms import Misfit
-from jlora._lift.lift import lift, lift_gated
 from jlora._tree import by_path, paths
 
 
@@ -91,11 +82,11 @@ def pick(bank: Bank, i: Any) -> dict[str, Adapted]:
       >>> jlora.pick(bank, 1)["kernel"].a.shape
       (3, 2)
     """
-    n = _slots(bank, "pick")
-    picked = _picked(bank, _index(i, n, "pick", -1), n)
-    if isinstance(i, jax.core.Tracer) or i < 0 or not base.is_concrete(picked):
-        return picked
-    return {path: _opened(x) for path, x in picked.items() if not _silent(x)}
+    n = require_bank(bank, "pick")
+    found = picked(bank, _index(i, n, "pick", -1), n)
+    if isinstance(i, jax.core.Tracer) or i < 0 or not base.is_concrete(found):
+        return found
+    return {path: _opened(x) for path, x in found.items() if not _silent(x)}
 
 
 def _silent(leaf: Any) -> bool:
@@ -124,7 +115,8 @@ def _index(i: Any, n: int, what: str, least: int) -> jax.Array:
     return i.astype(jnp.int32)  # a narrow type may not hold n
 
 
-def _picked(bank: Bank, i: jax.Array, n: int) -> dict[str, Adapted]:
+def picked(bank: Bank, i: jax.Array, n: int) -> dict[str, Adapted]:
+    """The adapter in slot i of n; one that does nothing if there is no such slot."""
     on = (i >= 0) & (i < n)
     at = jnp.clip(i, 0, n - 1)
     leaves = jax.tree.map(lambda x: _taken(x, at), dict(bank))
@@ -191,7 +183,7 @@ def put(bank: Bank, i: Any, adapter: Mapping[str, Adapted]) -> Bank:
       >>> bank["kernel"].scale.tolist()
       [1.0, 4.0, 1.0]
     """
-    n = _slots(bank, "put")
+    n = require_bank(bank, "put")
     i = _index(i, n, "put", 0)
     _require_one(adapter, "put: the adapter")
     if extra := [path for path in adapter if path not in bank]:
@@ -224,152 +216,7 @@ def _written(x: Any, i: jax.Array, y: jax.Array) -> jax.Array:
     return automatic(write, lambda: jax.typeof(x).sharding, x, i, y)
 
 
-def per_example(
-    fn: Callable[..., Any],
-    *,
-    in_axes: Any = 0,
-    out_axes: Any = 0,
-    strict: bool = False,
-    axis_name: Hashable | None = None,
-    spmd_axis_name: Hashable | None = None,
-) -> Callable[..., Any]:
-    """fn on a batch of which every example has its own adapter.
-
-    The result is called as ``(params, bank, ids, *args)``; fn sees ``params`` with the
-    adapter in slot ``ids[k]`` on them, and the k-th slice of each argument, as under
-    `jax.vmap`.  The base has no batch axis: its products are those of one model on all
-    examples.  An id of -1 is the base alone.  So is a traced id that the bank does not
-    have; one whose value is known is an error.
-
-    With ids (examples, tokens) every token of an example has its own adapter, as where
-    documents are packed into a row.  Then the ranks of all slots stand side by side,
-    and those that a token has not are zero: one product for few adapters, whose rank
-    is slots × rank.  The tokens have to be the first axis, besides axes of one, of
-    what enters each weight.
-
-    A bank to which `jlora.dropout` gave keys has another mask for each example.
-
-    Args:
-      fn: a function of params and one example, without a batch axis.  It has positional
-        arguments, and writes into none.
-      in_axes: the axis of examples of each of ``args``, as in `jax.vmap`; None where an
-        argument is for all of them.
-      out_axes: as in `jax.vmap`.
-      strict: as in `jlora.lift`.
-      axis_name: as in `jax.vmap`.
-      spmd_axis_name: as in `jax.vmap`.
-
-    Raises:
-      ValueError: when it is called: no bank; ids that are no integers (examples) or
-        (examples, tokens); a function that writes into variables; with ids of tokens, a
-        use that does not tell which axis they are, and a leaf with a magnitude, an
-        output bias or dropout, or that is no pair of factors; what `jlora.attach`
-        raises.
-
-    Example:
-      >>> import jax.numpy as jnp, jlora
-      >>> params = {"kernel": jnp.ones((3, 4))}
-      >>> bank = jlora.stack([jlora.adapter(jlora.wrap(params, rank=2))] * 3)
-      >>> fn = jlora.per_example(lambda params, x: x @ params["kernel"])
-      >>> fn(params, bank, jnp.array([2, -1]), jnp.ones((2, 3))).shape
-      (2, 4)
-    """
-    lifted, gated = lift(fn, strict=strict), lift_gated(fn, strict=strict)
-
-    def call(params: Any, bank: Bank, ids: Any, *args: Any) -> Any:
-        n = _slots(bank, "per_example")
-        ids = _checked_ids(ids, n)
-
-        def one(i: jax.Array, k: jax.Array, *args: Any) -> Any:
-            adapter = {p: _folded(x, k) for p, x in _picked(bank, i, n).items()}
-            return run(attach(params, adapter), lifted, *args)
-
-        def each_token(i: jax.Array, _: Any, *args: Any) -> Any:
-            gate = (i[:, None] == jnp.arange(n)).astype(jnp.float32)
-            return run(joined, functools.partial(gated, gate), *args)
-
-        if by_token := ids.ndim == 2:
-            joined = attach(params, _side_by_side(bank))
-        axes = in_axes if isinstance(in_axes, (tuple, list)) else (in_axes,) * len(args)
-        mapped = jax.vmap(
-            each_token if by_token else one,
-            (0, 0, *axes),
-            out_axes,
-            axis_name=axis_name,
-            spmd_axis_name=spmd_axis_name,
-        )
-        return mapped(ids, _numbers(bank, ids), *args)
-
-    def run(tree: Any, fn: Callable[..., Any], *args: Any) -> Any:
-        before = by_path.flatten(tree)[0]
-        out = fn(tree, *args)
-        _require_unwritten(before, tree)
-        return out
-
-    call.__name__ = getattr(fn, "__name__", "call")
-    return call
-
-
-def _side_by_side(bank: Bank) -> dict[str, Adapted]:
-    """One adapter with the ranks of all slots, one slot after another.
-
-    Raises:
-      ValueError: a leaf that is no plain pair of factors.
-    """
-    out: dict[str, Any] = {}
-    for path, leaf in bank.items():
-        extra = [k for k in ("c", "m", "dropout") if getattr(leaf, k, None) is not None]
-        if isinstance(leaf, Full) or leaf.form is not None or extra:
-            has = f"has {', '.join(extra)}" if extra else "is no pair of factors"
-            raise ValueError(
-                f"per_example: {path!r} {has}: expected plain factors where each token "
-                "has an adapter of its own. Give one id for each example."
-            )
-        axes = leaf.roles.rjust(bank.ndims[path], "b")
-        b = jnp.expand_dims(leaf.scale, range(leaf.scale.ndim, leaf.b.ndim)) * leaf.b
-        new: dict[str, Any] = {}
-        for name, x in (("a", leaf.a), ("b", b)):
-            at = fields.labels(name, axes).index(RANK)
-            x = jnp.moveaxis(x, 0, at)
-            shape = (*x.shape[:at], x.shape[at] * x.shape[at + 1], *x.shape[at + 2 :])
-            new[name] = x.reshape(shape)
-        scale = jnp.ones_like(leaf.scale[0])
-        out[path] = dataclasses.replace(leaf, scale=scale, **new)
-    return out
-
-
-def _numbers(bank: Bank, ids: jax.Array) -> jax.Array:
-    """The number of each example; the ids will do where nothing asks for it."""
-    if not any(isinstance(x, LoRA) and x.dropout is not None for x in bank.values()):
-        return ids
-    return automatic(
-        lambda ids: jnp.arange(len(ids)), lambda: jax.typeof(ids).sharding, ids
-    )
-
-
-def _folded(leaf: Any, k: jax.Array) -> Any:
-    """The leaf with dropout keys for the k-th example."""
-    if not isinstance(leaf, LoRA) or leaf.dropout is None:
-        return leaf
-    fold = jax.random.fold_in
-    for _ in leaf.dropout.key.shape:
-        fold = jax.vmap(fold, (0, None))
-    dropout = dataclasses.replace(leaf.dropout, key=fold(leaf.dropout.key, k))
-    return dataclasses.replace(leaf, dropout=dropout)
-
-
-def _require_unwritten(before: Any, tree: Any) -> None:
-    """Raises if a function has written into the variables of its module."""
-    for (path, x), (_, y) in zip(before, by_path.flatten(tree)[0], strict=True):
-        if x is not y and not is_adapted(x):
-            raise ValueError(
-                f"per_example: fn writes into {path!r}, of which each example would "
-                "have its own: expected a function that writes nothing. Call "
-                "model.eval() before; for dropout give jlora.dropout a key."
-            )
-
-
-def _slots(bank: Any, what: str) -> int:
+def require_bank(bank: Any, what: str) -> int:
     """The number of slots; raises ValueError if it is no bank."""
     n = slots_of(bank)
     own = bank.items() if isinstance(bank, Bank) and n is None else ()
@@ -386,29 +233,6 @@ def _slots(bank: Any, what: str) -> int:
             "jlora.stack([adapter, ...]) makes one."
         )
     return n
-
-
-def _checked_ids(ids: Any, n: int) -> jax.Array:
-    """The ids in int32; raises if it is known that no slot has one."""
-    try:
-        ids = jnp.asarray(ids)
-    except (TypeError, ValueError):
-        ids = jnp.zeros(())
-    if ids.shape == (0,):
-        ids = ids.astype(jnp.int32)
-    if ids.ndim not in (1, 2) or not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise ValueError(
-            f"per_example: ids is {ids.dtype} of shape {ids.shape}: expected integers, "
-            "one for each example or (examples, tokens); -1 for no adapter."
-        )
-    if not isinstance(ids, jax.core.Tracer):
-        wrong = [int(i) for i in np.asarray(ids).ravel() if not -1 <= i < n]
-        if wrong:
-            raise ValueError(
-                f"per_example: ids has {wrong[0]}, and the bank has {n} slots: "
-                f"expected 0 to {n - 1}, or -1 for no adapter."
-            )
-    return ids.astype(jnp.int32)  # a narrow type may not hold n
 
 
 def _require_one(adapter: Any, what: str) -> None:

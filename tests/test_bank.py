@@ -1,5 +1,6 @@
 """Many adapters at once: every example equals the model with its adapter merged."""
 
+import dataclasses
 import pickle
 import warnings
 
@@ -492,6 +493,87 @@ def test_a_slot_of_nan_is_its_own_matter():
     )(bank, jnp.array([-1, 1, -1]))
     assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(grads))
     close(fn_of(fn, params, jlora.pick(bank, -1), x[0]), fn(params, x[0]))
+
+
+@pytest.mark.parametrize("ids", [[0, 1, -1, 2], [[0], [1], [-1], [2]]], ids=str)
+def test_a_slot_of_nan_beside_others(ids):
+    """Where slots are side by side, its examples are NaN, and no others are."""
+    fn, params, x, adapters = plain_bank({}, {})
+    bank = jlora.stack([*adapters, adapters[0]])
+    ids, x = jnp.array(ids), x[:1, :1].repeat(4, 0)
+    out = jlora.per_example(fn, product=None if ids.ndim == 2 else "joined")
+
+    def loss(bank, x):
+        y = out(params, bank, ids, x)
+        return y[jnp.array([0, 1, 2])].sum(), y
+
+    for factor in ("a", "b"):
+        leaf = bank["up"]
+        bad = getattr(leaf, factor).at[2].set(jnp.nan)
+        broken = jlora.Bank(
+            bank | {"up": dataclasses.replace(leaf, **{factor: bad})}, bank.ndims
+        )
+        (_, got), grad = jax.value_and_grad(loss, 1, has_aux=True)(broken, x)
+        close(got[:3], out(params, bank, ids, x)[:3], 1e-6)
+        assert jnp.isnan(got[3]).all()
+        assert jnp.isfinite(grad[:3]).all()
+
+
+@pytest.mark.parametrize(
+    ("slots", "examples", "tokens", "options", "want"),
+    [
+        (2, 16, 1, {}, "joined"),
+        (2, 16, 8, {}, "joined"),
+        (2, 16, 9, {}, "gathered"),  # too many tokens
+        (3, 16, 1, {}, "gathered"),  # too many slots
+        (2, 16, 1, {"dora": True}, "gathered"),  # magnitudes
+        (2, 16, 1, {"train": "bias"}, "gathered"),  # whole arrays
+    ],
+)
+def test_the_product_is_chosen_by_shapes(slots, examples, tokens, options, want):
+    fn, params, _, adapters = plain_bank(options, options)
+    bank = jlora.stack([adapters[k % 2] for k in range(slots)])
+    x, ids = normal(examples, tokens, 6), jnp.arange(examples) % (slots + 1) - 1
+    call = jlora.per_example(fn)
+    said = jlora.explain(call, params, bank, ids, x)
+    assert said.product == want
+    assert f"{want}: {examples} examples, {slots} slots" in str(said)
+    assert [e.path for e in said] == sorted(bank)
+    shapes = jax.eval_shape(lambda *args: args, params, bank, ids, x)
+    assert jlora.explain(call, *shapes) == said
+    wanted = jlora.per_example(fn, product="gathered")
+
+    def out(call, bank):
+        y = call(params, bank, ids, x)
+        return jnp.sum(jnp.sin(y)), y
+
+    grad = jax.value_and_grad(out, 1, has_aux=True)
+    for run in (grad, jax.jit(grad, static_argnums=0)):
+        (_, got), grads = run(call, bank)
+        (_, y), want_grads = run(wanted, bank)
+        close(got, y, 2e-6)
+        close(jax.tree.leaves(grads), jax.tree.leaves(want_grads), 1e-5)
+
+
+def test_a_use_that_cannot_be_joined_is_gathered():
+    fn, params, x, adapters = plain_bank({}, {})
+    bank, ids = jlora.stack(adapters[:1]), jnp.zeros(8, jnp.int32)
+
+    def other(params, x):
+        return x @ jnp.tanh(params["up"])
+
+    call = jlora.per_example(other)
+    args = params, bank, ids, x[:1].repeat(8, 0)
+    assert jlora.explain(call, *args).product == "gathered"
+    with pytest.warns(UserWarning, match="'up' is used by 'tanh'"):
+        call(*args)
+    with pytest.raises(ValueError, match="'up' is used by 'tanh'.*of its own"):
+        jlora.per_example(other, product="joined")(*args)
+    with pytest.raises(ValueError, match="product is 'ragged': expected 'gathered'"):
+        jlora.per_example(other, product="ragged")
+    dora = jlora.stack(plain_bank({"dora": True}, {"dora": True})[3])
+    with pytest.raises(ValueError, match="has m: expected plain factors.*no product"):
+        jlora.per_example(fn, product="joined")(params, dora, *args[2:])
 
 
 def fn_of(fn, params, adapter, x):

@@ -40,7 +40,8 @@ def gated(h: jax.Array, hl: Sequence[int], gate: Any, ndim: int) -> jax.Array:
     Args:
       h: the first product, whose ranks are those of all slots.
       hl: the labels of h.
-      gate: (tokens, slots), or None.
+      gate: (slots,) for all tokens, (tokens, slots), or None.  It is one, or NaN, for a
+        slot that a token has, and zero for the others, whatever their numbers are.
       ndim: the number of axes of the weight; the activation's labels are from there on.
 
     Raises:
@@ -48,23 +49,27 @@ def gated(h: jax.Array, hl: Sequence[int], gate: Any, ndim: int) -> jax.Array:
     """
     if gate is None:
         return h
+    at = hl.index(RANK)
+    mask = jnp.repeat(gate, h.shape[at] // gate.shape[-1], axis=-1).astype(h.dtype)
+    shape = [1] * h.ndim
+    shape[at] = h.shape[at]
+    if gate.ndim == 1:
+        mask = mask.reshape(shape)
+        return jnp.where(mask == 0, 0, h * mask)
     own = sorted((k, i) for i, k in enumerate(hl) if k >= ndim and h.shape[i] != 1)
     sizes = tuple(h.shape[i] for _, i in own)
-    tokens, slots = gate.shape
+    tokens = len(gate)
     if sizes[:1] != (tokens,) and not (tokens == 1 and not sizes):
         raise TokensError(
             f"with an activation whose axes are {sizes}, besides those that the weight "
             f"meets: expected the {tokens} tokens of ids first. Give one id for each "
             "example, or exclude the path."
         )
-    at = hl.index(RANK)
-    shape = [1] * h.ndim
-    mask = jnp.repeat(gate, h.shape[at] // slots, axis=1)
     if own:
         mask = mask.T if at < own[0][1] else mask
         shape[own[0][1]] = tokens
-    shape[at] = h.shape[at]
-    return jnp.where(mask.reshape(shape) > 0, h, 0)
+    mask = mask.reshape(shape)
+    return jnp.where(mask == 0, 0, h * mask)
 
 
 def compute_dtype(x: jax.Array, w: Any) -> Any:

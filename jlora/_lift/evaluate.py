@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -84,10 +85,11 @@ class Evaluation:
 
     Attributes:
       strict: whether to raise if a weight would be materialised.
-      gate: None, or (tokens, slots): one where a token has the ranks of a slot, else
-        zero.  Then a use has to tell which axis of its activation is the tokens.
+      gate: None, or what `_algebra.use.gated` takes: which ranks each token has.
       seen: the uses so far, and whether each formed the weight; by path.
       uses: the number of uses of each leaf, by the leaf's paths.
+      rows: the most rows of an activation that met a weight in a product or lookup, or
+        infinity if it has other uses; by path.
     """
 
     def __init__(self, strict: bool, gate: Any = None):
@@ -95,6 +97,7 @@ class Evaluation:
         self.gate = gate
         self.seen: dict[str, list[tuple[str, bool]]] = {}
         self.uses: collections.Counter[tuple[str, ...]] = collections.Counter()
+        self.rows: dict[str, float] = {}
         self._frames: list[_Frame] = []
         self._formed: dict[str, list[Tracked]] = {}
 
@@ -136,10 +139,13 @@ class Evaluation:
         """
         return self._frames[-1].unbroadcast(v)
 
-    def note(self, x: Tracked, name: str, *, formed: bool = False) -> None:
+    def note(
+        self, x: Tracked, name: str, *, formed: bool = False, rows: float = math.inf
+    ) -> None:
         """Records a use."""
         for path in x.paths:
             self.seen.setdefault(path, []).append((name, formed))
+            self.rows[path] = max(rows, self.rows.get(path, 0))
         self.uses[x.paths] += 1
 
     def materialise(self, x: Any, name: str) -> Any:

@@ -314,10 +314,10 @@ def lift_layer(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def lift_gated(fn: Callable[..., Any], *, strict: bool = False) -> Callable[..., Any]:
-    """`lift`, called as (gate, *args): each token has ranks of its own.
+    """`lift`, called as (gate, *args): some have other ranks than others.
 
-    The gate (tokens, slots) is one where a token has the ranks of a slot, else zero.
-    The ranks of a leaf are those of all slots, one slot after another.
+    The gate is what `_algebra.use.gated` takes.  The ranks of a leaf are those of all
+    slots, one slot after another.
     """
     call = _lift(fn, strict=strict)
     return lambda gate, *args: call(gate, args, {})
@@ -328,6 +328,9 @@ def explain(fn: Callable[..., Any], tree: Any, *args: Any, **kwargs: Any) -> Rep
 
     Nothing is computed: the arguments may be arrays or ``jax.ShapeDtypeStruct``s.
 
+    Of ``jlora.per_example(fn)``, and what it is called with, it says which product the
+    slots of a bank have as well.
+
     Example:
       >>> import jax.numpy as jnp, jlora
       >>> f = lambda params, x: x @ params["kernel"]
@@ -337,12 +340,19 @@ def explain(fn: Callable[..., Any], tree: Any, *args: Any, **kwargs: Any) -> Rep
       1 factored
     """
     _check_function(fn, "explain(fn, tree, *args)")
+    if (own := getattr(fn, "explained", None)) is not None:
+        return own(tree, *args, **kwargs)
     _check((tree, *args), kwargs)
+    ev = rehearsed(fn, (tree, *args), kwargs)
+    return report([path for path, x in flatten(tree)[0] if is_adapted(x)], ev.seen)
+
+
+def rehearsed(fn: Callable[..., Any], args: Any, kwargs: Any) -> Evaluation:
+    """What an evaluation of the lifted function finds.  Nothing is computed."""
     ev = Evaluation(strict=False)
-    hidden_args, hidden_kwargs = hide(((tree, *args), kwargs))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         jax.make_jaxpr(functools.partial(_lifted, fn, ev, must_use=False))(
-            hidden_args, hidden_kwargs
+            *hide((args, kwargs))
         )
-    return report([path for path, x in flatten(tree)[0] if is_adapted(x)], ev.seen)
+    return ev

@@ -27,9 +27,19 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Report(Printed):
-    """The result of `explain`: one `Entry` per adapted leaf; iterable and printable."""
+    """The result of `explain`: one `Entry` per adapted leaf; iterable and printable.
+
+    Attributes:
+      entries: one for each adapted leaf.
+      product: of a bank, how each example finds its slot: "gathered" (its factors are
+        taken from the bank), "joined" (one product with the ranks of all slots) or "by
+        token" (the same, with an adapter for each token); else None.
+      note: what else there is to say, as the last line.
+    """
 
     entries: tuple[Entry, ...]
+    product: str | None = None
+    note: str = ""
 
     def __iter__(self) -> Iterator[Entry]:
         return iter(self.entries)
@@ -46,7 +56,8 @@ class Report(Printed):
         counts = collections.Counter(e.status for e in self)
         if not rows:
             return "no adapted leaves"
-        return "\n".join([*rows, ", ".join(f"{n} {s}" for s, n in counts.items())])
+        total = ", ".join(f"{n} {s}" for s, n in counts.items())
+        return "\n".join([*rows, total, *([self.note] if self.note else [])])
 
 
 def report(

@@ -6,6 +6,7 @@ A rule computes with (w, a, b) through `_algebra`.  Loops and calls are in `cont
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -62,8 +63,17 @@ def _compute(
             "from the function that uses it, jlora.plan(fn, params, *args), or exclude "
             "the path."
         ) from None
-    ev.note(x, name, formed=forms.of(x.leaf.form).formed)
+    rows = _met(eqn, others[0]) if fn in (contract, lookup) else math.inf
+    ev.note(x, name, formed=forms.of(x.leaf.form).formed, rows=rows)
     return out
+
+
+def _met(eqn: Any, x: Any) -> float:
+    """How many rows of an activation, or how many indices, meet a weight."""
+    if eqn.primitive.name != "dot_general":
+        return x.size
+    (own, _), _ = eqn.params["dimension_numbers"]
+    return x.size / math.prod(eqn.invars[0].aval.shape[k] for k in own)
 
 
 @rule("dot_general")

@@ -1,0 +1,310 @@
+"""per_example: a batch of which every example has its own adapter.
+
+It is a `jax.vmap` of a lifted function, in which the base has no batch axis: its
+products are those of one model on all examples.  What the vmap makes of the factors is
+one of three products:
+
+* gathered: each example's own factors are taken from the bank, and multiplied;
+* joined: the ranks of all slots stand side by side in one product, and those that an
+  example has not are zero;
+* by token: joined, and each token of an example has ranks of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jlora._adapter import attach
+from jlora._bank import picked, require_bank
+from jlora._explicit import automatic
+from jlora._labels import RANK
+from jlora._leaf import Adapted, Full, LoRA, fields, is_adapted
+from jlora._leaf.bank import Bank, one_slot
+from jlora._lift.lift import explain, lift, lift_gated, rehearsed
+from jlora._lift.report import Report
+from jlora._tree import by_path
+
+PRODUCTS = ("gathered", "joined")
+FEW_TOKENS = 8
+"""Of each example: with more of them the FLOPs of other slots' ranks cost more than
+what gathered factors cost in memory."""
+
+FEW_SLOTS = 1 / 8
+"""Of the number of examples.  A gather reads each example's factors, writes them side
+by side, and reads them again, and a product of one token reuses none of them.  Measured
+by `benchmarks/bank_cost.py`, on CPU and compiled for TPU."""
+
+
+def per_example(
+    fn: Callable[..., Any],
+    *,
+    in_axes: Any = 0,
+    out_axes: Any = 0,
+    strict: bool = False,
+    product: str | None = None,
+    axis_name: Hashable | None = None,
+    spmd_axis_name: Hashable | None = None,
+) -> Callable[..., Any]:
+    """fn on a batch of which every example has its own adapter.
+
+    The result is called as ``(params, bank, ids, *args)``; fn sees ``params`` with the
+    adapter in slot ``ids[k]`` on them, and the k-th slice of each argument, as under
+    `jax.vmap`.  The base has no batch axis: its products are those of one model on all
+    examples.  An id of -1 is the base alone.  So is a traced id that the bank does not
+    have; one whose value is known is an error.
+
+    With ids (examples, tokens) every token of an example has its own adapter, as where
+    documents are packed into a row.  Then the ranks of all slots stand side by side,
+    and those that a token has not are zero: one product for few adapters, whose rank
+    is slots × rank.  The tokens have to be the first axis, besides axes of one, of
+    what enters each weight.
+
+    With ids (examples,) that is done, too, where examples have few tokens, as in
+    decoding, and the bank few slots; otherwise each example's factors are gathered.
+    ``jlora.explain(jlora.per_example(fn), params, bank, ids, *args)`` says which.  A
+    slot that holds NaN reaches no other's outputs; where slots are side by side, it
+    reaches their gradients.
+
+    A bank to which `jlora.dropout` gave keys has another mask for each example.
+
+    Args:
+      fn: a function of params and one example, without a batch axis.  It has positional
+        arguments, and writes into none.
+      in_axes: the axis of examples of each of ``args``, as in `jax.vmap`; None where an
+        argument is for all of them.
+      out_axes: as in `jax.vmap`.
+      strict: as in `jlora.lift`.
+      product: "gathered" or "joined", with ids of examples; None chooses by the shapes.
+      axis_name: as in `jax.vmap`.
+      spmd_axis_name: as in `jax.vmap`.
+
+    Raises:
+      ValueError: another product.  When it is called: no bank; ids that are no integers
+        (examples,) or (examples, tokens); a function that writes into variables; where
+        slots are side by side, a use that does not tell which axis the tokens are, and
+        a leaf with a magnitude, an output bias or dropout, or that is no pair of
+        factors; what `jlora.attach` raises.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> params = {"kernel": jnp.ones((3, 4))}
+      >>> bank = jlora.stack([jlora.adapter(jlora.wrap(params, rank=2))] * 3)
+      >>> fn = jlora.per_example(lambda params, x: x @ params["kernel"])
+      >>> fn(params, bank, jnp.array([2, -1]), jnp.ones((2, 3))).shape
+      (2, 4)
+    """
+    if product not in (None, *PRODUCTS):
+        raise ValueError(
+            f"per_example: product is {product!r}: expected 'gathered', 'joined' or "
+            "None, which chooses by the shapes."
+        )
+    return _PerExample(
+        fn=fn,
+        product=product,
+        strict=strict,
+        in_axes=in_axes,
+        vmap=functools.partial(
+            jax.vmap,
+            out_axes=out_axes,
+            axis_name=axis_name,
+            spmd_axis_name=spmd_axis_name,
+        ),
+    )
+
+
+class _PerExample:
+    """What `per_example` returns, which explain can ask."""
+
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        product: str | None,
+        strict: bool,
+        in_axes: Any,
+        vmap: Callable[..., Any],
+    ):
+        self.fn, self.product, self.in_axes, self.vmap = fn, product, in_axes, vmap
+        self.lifted = lift(fn, strict=strict)
+        self.gated = lift_gated(fn, strict=strict)
+        self.__name__ = getattr(fn, "__name__", "call")
+
+    def __call__(self, params: Any, bank: Bank, ids: Any, *args: Any) -> Any:
+        n = require_bank(bank, "per_example")
+        ids = _checked_ids(ids, n)
+
+        def one(i: jax.Array, k: jax.Array, *args: Any) -> Any:
+            if self._product(params, bank, ids, args) == "gathered":
+                adapter = {p: _folded(x, k) for p, x in picked(bank, i, n).items()}
+                return _run(self.lifted, attach(params, adapter), args)
+            adapter, sound = _side_by_side(bank)
+            gate = jnp.where(i[..., None] == jnp.arange(n), sound, 0)
+            own = functools.partial(self.gated, gate)
+            return _run(own, attach(params, adapter), args)
+
+        mapped = self.vmap(one, (0, 0, *self._axes(args)))
+        return mapped(ids, _numbers(bank, ids), *args)
+
+    def _product(self, params: Any, bank: Bank, ids: jax.Array, args: Any) -> str:
+        """Which product; args are those of one example."""
+        if ids.ndim == 2:
+            return "by token"
+        if self.product is not None:
+            return self.product
+        plain = all(_lacks(x) is None for x in bank.values())
+        if not plain or (bank.slots or 0) > FEW_SLOTS * len(ids):
+            return "gathered"
+        few = _few_tokens(self.fn, attach(params, one_slot(bank)), args)
+        return "joined" if few else "gathered"
+
+    def _axes(self, args: Any) -> Any:
+        many = isinstance(self.in_axes, (tuple, list))
+        return self.in_axes if many else (self.in_axes,) * len(args)
+
+    def explained(self, params: Any, bank: Bank, ids: Any, *args: Any) -> Report:
+        """What `jlora.explain` says of it."""
+        found: list[Report] = []
+
+        def report(params: Any, bank: Any, ids: Any, *args: Any) -> None:
+            n = require_bank(bank, "explain")
+            ids = _checked_ids(ids, n)
+
+            def one(i: jax.Array, *args: Any) -> None:
+                product = self._product(params, bank, ids, args)
+                own = explain(self.fn, attach(params, picked(bank, i, n)), *args)
+                note = f"{product}: {len(ids)} examples, {n} slots"
+                found.append(dataclasses.replace(own, product=product, note=note))
+
+            each = ids.reshape(len(ids), -1)[:, 0]
+            jax.vmap(one, (0, *self._axes(args)))(each, *args)
+
+        jax.eval_shape(report, params, bank, ids, *args)
+        return found[0]
+
+
+def _run(fn: Callable[..., Any], tree: Any, args: Any) -> Any:
+    before = by_path.flatten(tree)[0]
+    out = fn(tree, *args)
+    _require_unwritten(before, tree)
+    return out
+
+
+def _few_tokens(fn: Callable[..., Any], tree: Any, args: Any) -> bool:
+    """Whether no weight meets more than `FEW_TOKENS` of an example.
+
+    A weight that is used otherwise than in products and lookups cannot have slots side
+    by side, and counts as one that does.
+    """
+    rows = rehearsed(fn, (tree, *args), {}).rows
+    return max(rows.values(), default=math.inf) <= FEW_TOKENS
+
+
+def _lacks(leaf: Any) -> str | None:
+    """Why slots of a leaf cannot be side by side; None if they can."""
+    extra = [k for k in ("c", "m", "dropout") if getattr(leaf, k, None) is not None]
+    if isinstance(leaf, Full) or leaf.form is not None:
+        return "is no pair of factors"
+    return f"has {', '.join(extra)}" if extra else None
+
+
+def _side_by_side(bank: Bank) -> tuple[dict[str, Adapted], jax.Array]:
+    """One adapter with the ranks of all slots, one slot after another.
+
+    A slot that is not finite is zero there, so that it reaches no other's outputs.
+
+    Returns:
+      The adapter; and (slots,) one for each slot, NaN for one that is not finite.
+
+    Raises:
+      ValueError: a leaf that is no plain pair of factors.
+    """
+    pairs: dict[str, tuple[Any, Any]] = {}
+    leaves: dict[str, Any] = {**bank}
+    for path, leaf in leaves.items():
+        if why := _lacks(leaf):
+            raise ValueError(
+                f"per_example: {path!r} {why}: expected plain factors where slots are "
+                "side by side. Give one id for each example, and no product='joined'."
+            )
+        scale = jax.lax.stop_gradient(leaf.scale)
+        scale = jnp.expand_dims(scale, range(scale.ndim, leaf.b.ndim))
+        pairs[path] = leaf.a, scale * leaf.b
+    finite = [
+        jnp.isfinite(x).all(range(1, x.ndim)) for pair in pairs.values() for x in pair
+    ]
+    sound = functools.reduce(jnp.logical_and, finite)
+    out: dict[str, Any] = {}
+    for path, pair in pairs.items():
+        like: Any = bank[path]
+        axes = like.roles.rjust(bank.ndims[path], "b")
+        new: dict[str, Any] = {}
+        for name, x in zip("ab", pair, strict=True):
+            x = jnp.where(jnp.expand_dims(sound, range(1, x.ndim)), x, 0)
+            at = fields.labels(name, axes).index(RANK)
+            x = jnp.moveaxis(x, 0, at)
+            shape = (*x.shape[:at], x.shape[at] * x.shape[at + 1], *x.shape[at + 2 :])
+            new[name] = x.reshape(shape)
+        scale = jnp.ones_like(like.scale[0])
+        out[path] = dataclasses.replace(like, scale=scale, **new)
+    return out, jnp.where(sound, 1.0, jnp.nan)
+
+
+def _numbers(bank: Bank, ids: jax.Array) -> jax.Array:
+    """The number of each example; the ids will do where nothing asks for it."""
+    if not any(isinstance(x, LoRA) and x.dropout is not None for x in bank.values()):
+        return ids
+    return automatic(
+        lambda ids: jnp.arange(len(ids)), lambda: jax.typeof(ids).sharding, ids
+    )
+
+
+def _folded(leaf: Any, k: jax.Array) -> Any:
+    """The leaf with dropout keys for the k-th example."""
+    if not isinstance(leaf, LoRA) or leaf.dropout is None:
+        return leaf
+    fold = jax.random.fold_in
+    for _ in leaf.dropout.key.shape:
+        fold = jax.vmap(fold, (0, None))
+    dropout = dataclasses.replace(leaf.dropout, key=fold(leaf.dropout.key, k))
+    return dataclasses.replace(leaf, dropout=dropout)
+
+
+def _require_unwritten(before: Any, tree: Any) -> None:
+    """Raises if a function has written into the variables of its module."""
+    for (path, x), (_, y) in zip(before, by_path.flatten(tree)[0], strict=True):
+        if x is not y and not is_adapted(x):
+            raise ValueError(
+                f"per_example: fn writes into {path!r}, of which each example would "
+                "have its own: expected a function that writes nothing. Call "
+                "model.eval() before; for dropout give jlora.dropout a key."
+            )
+
+
+def _checked_ids(ids: Any, n: int) -> jax.Array:
+    """The ids in int32; raises if it is known that no slot has one."""
+    try:
+        ids = jnp.asarray(ids)
+    except (TypeError, ValueError):
+        ids = jnp.zeros(())
+    if ids.shape == (0,):
+        ids = ids.astype(jnp.int32)
+    if ids.ndim not in (1, 2) or not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ValueError(
+            f"per_example: ids is {ids.dtype} of shape {ids.shape}: expected integers, "
+            "one for each example or (examples, tokens); -1 for no adapter."
+        )
+    if not isinstance(ids, jax.core.Tracer):
+        wrong = [int(i) for i in np.asarray(ids).ravel() if not -1 <= i < n]
+        if wrong:
+            raise ValueError(
+                f"per_example: ids has {wrong[0]}, and the bank has {n} slots: "
+                f"expected 0 to {n - 1}, or -1 for no adapter."
+            )
+    return ids.astype(jnp.int32)  # a narrow type may not hold n
