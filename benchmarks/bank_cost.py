@@ -219,7 +219,7 @@ def accessed(fn: Callable[..., Any], *args: Any) -> float:
 def on_one_weight(make: Callable[..., Any], d: int, rank: int, slots: int) -> Any:
     """Params of one weight and a bank for it; `make` gives arrays of a shape."""
     params = {"w": make(d, d)}
-    like = jlora.wrap(params, rank, targets="w", dtype=params["w"].dtype)
+    like = jlora.wrap(params, rank, targets="w", dtype=make(1).dtype)
     leaf = dataclasses.replace(
         jlora.adapter(like)["w"],
         a=make(slots, d, rank),
@@ -245,6 +245,16 @@ def gathered() -> None:
             f"{used / 1e6:.1f} MB"
         )
         assert mixed - plain <= GATHERED * used
+
+    def in_float32(slots: int) -> float:
+        wide = functools.partial(struct, dtype=jnp.float32)
+        _, bank = on_one_weight(wide, d, rank, slots)
+        args = params, bank, struct(64, dtype=jnp.int32), struct(64, d)
+        return accessed(jlora.per_example(product), *args)
+
+    few, many = in_float32(slots // 2), in_float32(slots)
+    print(f"in float32, {slots} slots over half of them: {many / few:.3f} × the bytes")
+    assert many / few < 1.01
 
 
 def products(repeats: int = 20) -> None:

@@ -18,6 +18,9 @@ bfloat16:
 And QLoRA: the same step of jlora on a base in bfloat16, int8 and nf4 (blocks of 64; the
 embedding and the head stay in bfloat16), on slices where the first does not fit.
 
+And banks: how many adapters of rank 16 one chip holds beside the 8B model, by the base
+and by what is adapted, in a forward pass of which every example has its own.
+
 FLOPs and bytes are those of one chip, as XLA counts them: the body of the scan once,
 and not once a layer. Writes a table for each model and topology into benchmarks/TPU.md.
 """
@@ -66,6 +69,13 @@ QUANTISED = [  # where a bfloat16 base does not fit, and a quantised one does
     ("70b", "v6e:2x2", 4, 1),
     ("70b", "v5p:2x2x1", 4, 11),
 ]
+BANKS = [  # chips of which one is used
+    ("8b", "v5e:2x2"),
+    ("8b", "v5p:2x2x1"),
+]
+HELD = {"wq, wv": ("layers/wq", "layers/wv"), "all seven": llama.TARGETS}
+EXAMPLES, TOKENS = 16, 128
+SLOTS = 2000
 TABLES = Path(__file__).with_name("TPU.md")
 
 
@@ -317,6 +327,82 @@ def measure(name: str, topology: str, tp: int, batch: int, length: int) -> str:
     return f"{title}\n\n{report(found, topology, adapters, length, most)}\n"
 
 
+def fitting(
+    mesh: Mesh, fn: Any, args: Any, donate: tuple[int, ...], most: int
+) -> tuple[list[str], bool]:
+    """What a program needs, in GB, as cells of a table; and whether a chip has it."""
+    try:
+        cost = compiled(mesh, fn, args, donate)
+    except jax.errors.JaxRuntimeError as e:
+        found = re.search(r"Used ([\d.]+)([GM]) of ([\d.]+)G hbm", str(e))
+        if found is None:
+            raise
+        used = float(found[1]) * (2**30 if found[2] == "G" else 2**20) / 1e9
+        return ["", "", f"{used:.1f}", "does not fit"], False
+    parts = cost.arguments / 1e9, cost.temporaries / 1e9
+    said = "does not fit" if sum(parts) > most else f"of {most} GB"
+    return [*(f"{x:.2f}" for x in (*parts, sum(parts))), said], sum(parts) <= most
+
+
+def served(x: Any) -> jax.ShapeDtypeStruct:
+    """Factors in bfloat16, and scales in float32."""
+    return jax.ShapeDtypeStruct(x.shape, jnp.bfloat16 if x.ndim > 1 else x.dtype)
+
+
+def banks(name: str, topology: str, *_: Any) -> str:
+    """The section of banks on one chip: `SLOTS` of them, and as many as it holds.
+
+    Raises:
+      AssertionError: a number of slots that should fit by what fewer of them need, and
+        does not.
+    """
+    whole, model = mesh_of(topology, 1), MODELS[name]
+    mesh = Mesh(whole.devices[:1, :1], whole.axis_names)
+    chip = topology.split(":")[0]
+    own, most = Setting(model, mesh, EXAMPLES, TOKENS), HBM[chip]
+    mixed = jlora.per_example(lambda params, ids: model(params, ids[None])[0, -1])
+    head = ["base", "adapted", "adapter, MB", "slots", "arguments, GB"]
+    rows = [[*head, "temporaries, GB", "together", ""]]
+
+    def needs(params: Any, adapter: Any, slots: int) -> tuple[list[str], bool]:
+        stacked = jax.tree.map(
+            lambda x: own.placed(jax.ShapeDtypeStruct((slots, *x.shape), x.dtype), P()),
+            adapter,
+        )
+        bank = jlora.Bank(stacked, {path: x.ndim for path, x in adapter.items()})
+        ids = own.placed(jax.ShapeDtypeStruct((EXAMPLES,), jnp.int32), P())
+        tokens = own.placed(jax.ShapeDtypeStruct((EXAMPLES, TOKENS), jnp.int32), P())
+        return fitting(mesh, mixed, (params, bank, ids, tokens), (), most)
+
+    for qtype in (None, "nf4"):
+        for adapted, targets in HELD.items():
+            plan = jlora.plan(
+                model.loss, own.params, own.ids, rank=RANK, targets=targets
+            )
+            params = own.params
+            if qtype is not None:
+                params = jlora.quantize(params, qtype, plan=own.plan)
+            tree = jlora.wrap(params, plan=plan)
+            adapter = jax.tree.map(served, jlora.adapter(tree))
+            size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(adapter))
+            cells, fits = needs(params, adapter, EXAMPLES)
+            slots = EXAMPLES
+            if fits:
+                left = max(0.0, 0.99 * most * 1e9 - float(cells[2]) * 1e9)
+                slots = EXAMPLES + int(left // size) // 10 * 10
+                slots = min(slots, SLOTS)
+                cells, fits = needs(params, adapter, slots)
+                assert fits, f"{slots} slots do not fit"
+            said = [qtype or "bfloat16", adapted, f"{size / 1e6:.1f}"]
+            rows.append([*said, f"{slots:,}", *cells])
+            print("  " + ", ".join(rows[-1]), flush=True)
+    title = (
+        f"## A bank beside Llama-3-{name.upper()}, one {chip}: {EXAMPLES} examples of "
+        f"{TOKENS} tokens, each with its own adapter"
+    )
+    return f"{title}\n\n{tables.markdown(rows)}\n"
+
+
 def quantised(name: str, topology: str, tp: int, batch: int, length: int) -> str:
     """The section of QLoRA: bases of several qtypes, and which of them fit.
 
@@ -330,18 +416,7 @@ def quantised(name: str, topology: str, tp: int, batch: int, length: int) -> str
     rows, fits = [head], {}
     for qtype in (None, "int8", "nf4"):
         print(f"  {qtype or 'bfloat16'} …", end=" ", flush=True)
-        try:
-            cost = compiled(mesh, *own.lora(qtype))
-        except jax.errors.JaxRuntimeError as e:
-            found = re.search(r"Used ([\d.]+)G of ([\d.]+)G hbm", str(e))
-            if found is None:
-                raise
-            used = float(found[1]) * 2**30 / 1e9
-            cells, fits[qtype] = ["", "", f"{used:.1f}", "does not fit"], False
-        else:
-            parts = cost.arguments / 1e9, cost.temporaries / 1e9
-            cells = [f"{x:.2f}" for x in (*parts, sum(parts))] + [f"of {most} GB"]
-            fits[qtype] = True
+        cells, fits[qtype] = fitting(mesh, *own.lora(qtype), most)
         print(", ".join(cells), flush=True)
         rows.append([qtype or "bfloat16", *cells])
     assert not fits.pop(None), "the bfloat16 base fits"
@@ -388,9 +463,13 @@ def main() -> None:
     parser.add_argument("--tp", type=int, default=8, help="with --topology")
     parser.add_argument("--batch", type=int, default=64, help="with --topology")
     parser.add_argument("--length", type=int, default=4096)
-    parser.add_argument("--only", choices=["lora", "qlora"])
+    parser.add_argument("--only", choices=["lora", "qlora", "banks"])
     args = parser.parse_args()
-    todo = {"lora": (measure, RUNS), "qlora": (quantised, QUANTISED)}
+    todo: dict[str, Any] = {
+        "lora": (measure, RUNS),
+        "qlora": (quantised, QUANTISED),
+        "banks": (banks, [(*run, 1, EXAMPLES) for run in BANKS]),
+    }
     for kind in [args.only] if args.only else todo:
         section_of, runs = todo[kind]
         runs = [r for r in runs if args.model in (None, r[0])]

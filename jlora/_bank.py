@@ -135,17 +135,22 @@ def _taken(x: Any, i: jax.Array) -> jax.Array:
 
 
 def _gathered(x: jax.Array, i: jax.Array) -> jax.Array:
-    """x[i]; of a narrow last axis without filling it up.
+    """x[i], i ≥ 0; for a TPU so that it has the least to move.
 
-    A TPU has a in memory with its rank before its inputs.  A gather whose result has
-    the rank last fills it up to 128, which is ten times the bytes of the slots; this
-    one is three.
+    There a has its rank before its inputs in memory.  A gather whose result has the
+    rank last fills that up to 128, which is ten times the bytes of the slots; this one
+    is three.  And where bfloat16 is made of the slot, XLA makes it of the whole bank,
+    unless there is a product between them.
     """
-    if x.ndim < 3 or x.shape[-1] >= 128:
-        return x[i]
-    return jax.lax.platform_dependent(
-        x, i, tpu=lambda x, i: x.mT[i].mT, default=lambda x, i: x[i]
-    )
+    narrow = x.ndim >= 3 and x.shape[-1] < 128
+
+    def on_tpu(x: jax.Array, i: jax.Array) -> jax.Array:
+        taken = x.mT[i] if narrow else x[i]
+        if x.dtype == jnp.float32:
+            taken = taken * (i >= 0).astype(x.dtype)  # one, which XLA does not know
+        return taken.mT if narrow else taken
+
+    return jax.lax.platform_dependent(x, i, tpu=on_tpu, default=lambda x, i: x[i])
 
 
 def _gated(leaf: Any, on: jax.Array) -> Any:
