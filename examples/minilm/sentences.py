@@ -143,23 +143,27 @@ class Labelled:
         return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def movie_reviews() -> Labelled:
-    """The movie-review sentences that came with VADER, rated by people.
+def rated(table: str) -> list[tuple[str, float, str]]:
+    """The (id, rating, text)s of one of the tables of texts that came with VADER.
 
     Hutto & Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of
-    Social Media Text", ICWSM 2014. Ratings run from -4 to 4; sentences within half a
-    point of zero are left out.
+    Social Media Text", ICWSM 2014. Ratings by people run from -4 to 4.
     """
     inner = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
-    table = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
     with (
         tarfile.open(fetch(VADER)) as outer,
         tarfile.open(fileobj=outer.extractfile(inner)) as archive,
     ):
-        lines = archive.extractfile(table).read().decode().splitlines()
+        file = archive.extractfile(f"hutto_ICWSM_2014/{table}_GroundTruth.txt")
+        lines = file.read().decode().splitlines()
     rows = [line.split("\t", 2) for line in lines if line.strip()]
-    rated = [(float(rating), text) for _, rating, text in rows]
-    clear = [(rating, text) for rating, text in rated if abs(rating) >= 0.5]
+    return [(number, float(rating), text) for number, rating, text in rows]
+
+
+def movie_reviews() -> Labelled:
+    """The movie-review sentences; those within half a point of zero are left out."""
+    found = rated("movieReviewSnippets")
+    clear = [(rating, text) for _, rating, text in found if abs(rating) >= 0.5]
     return Labelled(
         texts=[text for _, text in clear],
         labels=np.array([int(rating > 0) for rating, _ in clear]),

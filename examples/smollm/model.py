@@ -106,14 +106,15 @@ class Llama(nnx.Module):
         return self.embed.attend(self.norm(x))
 
 
-def rotated(x, theta):
-    """Rotary positions for x (batch, length, heads, size).
+def rotated(x, theta, start=0):
+    """Rotary positions, from `start` on, for x (batch, length, heads, size).
 
     A pair that turns together is the element i of the first half and that of the second
     one, as in transformers. It is computed in float32.
     """
     half = x.shape[-1] // 2
-    angles = jnp.arange(x.shape[1])[:, None] * theta ** (-jnp.arange(half) / half)
+    positions = start + jnp.arange(x.shape[1])
+    angles = positions[:, None] * theta ** (-jnp.arange(half) / half)
     cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]  # (length, 1, half)
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
