@@ -6,6 +6,8 @@
 #   make faults                        kill training 50 times; 25,000 damaged files
 #   make demo                          fine-tune MiniLM      ARGS=--help lists the options
 #   make llm                           fine-tune SmolLM2 on a 4-bit base, in 20 minutes
+#   make sweep                         sixteen runs of a sweep as one
+#   make many                          four adapters in one batch; then serve them
 #   make docs                          build the documentation, with every cell run
 #   make lint                          ruff and mypy
 #   make test PYTHON=python3.13        with another Python
@@ -34,7 +36,7 @@ export UV_HTTP_TIMEOUT ?= 60
 export UV_SYSTEM_CERTS ?= true
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: test interop faults demo llm docs lint format lock env clean
+.PHONY: test interop faults demo llm sweep many docs lint format lock env clean
 
 test: $(READY)
 	@$(PY) -m pytest -n logical --maxprocesses 4 --dist worksteal $(ARGS)
@@ -58,6 +60,13 @@ demo: $(READY)
 
 llm: $(READY)
 	@$(PY) examples/smollm/main.py $(ARGS)
+
+sweep: $(READY)
+	@$(PY) examples/many/sweep.py $(ARGS)
+
+many: $(READY)
+	@$(PY) examples/many/domains.py $(ARGS)
+	@$(PY) examples/many/serve.py $(ARGS)
 
 # -E: every page anew, since its cells run code that may have changed.
 docs: $(DOCS)/ready

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jlora._algebra.slots import taken
 from jlora._explicit import automatic
 from jlora._leaf import Adapted, Full, LoRA, base, fields, is_adapted
 from jlora._leaf.bank import Bank, one_slot, slots_of
@@ -131,26 +132,7 @@ def _taken(x: Any, i: jax.Array) -> jax.Array:
         own = jax.typeof(x).sharding
         return own.update(spec=jax.sharding.PartitionSpec(*own.spec[1:]))
 
-    return automatic(_gathered, like, x, i)
-
-
-def _gathered(x: jax.Array, i: jax.Array) -> jax.Array:
-    """x[i], i ≥ 0; for a TPU so that it has the least to move.
-
-    There a has its rank before its inputs in memory.  A gather whose result has the
-    rank last fills that up to 128, which is ten times the bytes of the slots; this one
-    is three.  And where bfloat16 is made of the slot, XLA makes it of the whole bank,
-    unless there is a product between them.
-    """
-    narrow = x.ndim >= 3 and x.shape[-1] < 128
-
-    def on_tpu(x: jax.Array, i: jax.Array) -> jax.Array:
-        taken = x.mT[i] if narrow else x[i]
-        if x.dtype == jnp.float32:
-            taken = taken * (i >= 0).astype(x.dtype)  # one, which XLA does not know
-        return taken.mT if narrow else taken
-
-    return jax.lax.platform_dependent(x, i, tpu=on_tpu, default=lambda x, i: x[i])
+    return automatic(taken, like, x, i)
 
 
 def _gated(leaf: Any, on: jax.Array) -> Any:

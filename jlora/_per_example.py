@@ -2,12 +2,13 @@
 
 It is a `jax.vmap` of a lifted function, in which the base has no batch axis: its
 products are those of one model on all examples.  What the vmap makes of the factors is
-one of three products:
+one of these products:
 
 * gathered: each example's own factors are taken from the bank, and multiplied;
 * joined: the ranks of all slots stand side by side in one product, and those that an
   example has not are zero;
-* by token: joined, and each token of an example has ranks of its own.
+* by token: joined, and each token of an example has ranks of its own;
+* kernel: gathered, but what meets few tokens reads its factors out of the bank.
 """
 
 from __future__ import annotations
@@ -23,16 +24,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora._adapter import attach
+from jlora._algebra.slots import Slot
 from jlora._bank import picked, require_bank
 from jlora._explicit import automatic
 from jlora._labels import RANK
 from jlora._leaf import Adapted, Full, LoRA, fields, is_adapted
 from jlora._leaf.bank import Bank, one_slot
-from jlora._lift.lift import explain, lift, lift_gated, rehearsed
+from jlora._lift.lift import explain, lift_slots, rehearsed
 from jlora._lift.report import Report
 from jlora._tree import by_path
 
-PRODUCTS = ("gathered", "joined")
+PRODUCTS = ("gathered", "joined", "kernel")
 FEW_TOKENS = 8
 """Of each example: with more of them the FLOPs of other slots' ranks cost more than
 what gathered factors cost in memory."""
@@ -82,7 +84,10 @@ def per_example(
         argument is for all of them.
       out_axes: as in `jax.vmap`.
       strict: as in `jlora.lift`.
-      product: "gathered" or "joined", with ids of examples; None chooses by the shapes.
+      product: with ids of examples, "gathered" or "joined"; None chooses by the shapes.
+        "kernel" is "gathered" where, on one TPU and without derivatives, products of a
+        weight (in, out) with up to 16 tokens of an example read its factors out of the
+        bank by a Pallas kernel.
       axis_name: as in `jax.vmap`.
       spmd_axis_name: as in `jax.vmap`.
 
@@ -103,8 +108,8 @@ def per_example(
     """
     if product not in (None, *PRODUCTS):
         raise ValueError(
-            f"per_example: product is {product!r}: expected 'gathered', 'joined' or "
-            "None, which chooses by the shapes."
+            f"per_example: product is {product!r}: expected 'gathered', 'joined', "
+            "'kernel' or None, which chooses by the shapes."
         )
     return _PerExample(
         fn=fn,
@@ -132,8 +137,7 @@ class _PerExample:
         vmap: Callable[..., Any],
     ):
         self.fn, self.product, self.in_axes, self.vmap = fn, product, in_axes, vmap
-        self.lifted = lift(fn, strict=strict)
-        self.gated = lift_gated(fn, strict=strict)
+        self.lifted = lift_slots(fn, strict=strict)
         self.__name__ = getattr(fn, "__name__", "call")
 
     def __call__(self, params: Any, bank: Bank, ids: Any, *args: Any) -> Any:
@@ -141,13 +145,14 @@ class _PerExample:
         ids = _checked_ids(ids, n)
 
         def one(i: jax.Array, k: jax.Array, *args: Any) -> Any:
-            if self._product(params, bank, ids, args) == "gathered":
+            product = self._product(params, bank, ids, args)
+            if product in ("joined", "by token"):
+                adapter, sound = _side_by_side(bank)
+                own = {"gate": jnp.where(i[..., None] == jnp.arange(n), sound, 0)}
+            else:
                 adapter = {p: _folded(x, k) for p, x in picked(bank, i, n).items()}
-                return _run(self.lifted, attach(params, adapter), args)
-            adapter, sound = _side_by_side(bank)
-            gate = jnp.where(i[..., None] == jnp.arange(n), sound, 0)
-            own = functools.partial(self.gated, gate)
-            return _run(own, attach(params, adapter), args)
+                own = {"slots": _slots(bank, i, n)} if product == "kernel" else {}
+            return _run(self.lifted, own, attach(params, adapter), args)
 
         mapped = self.vmap(one, (0, 0, *self._axes(args)))
         return mapped(ids, _numbers(bank, ids), *args)
@@ -189,9 +194,9 @@ class _PerExample:
         return found[0]
 
 
-def _run(fn: Callable[..., Any], tree: Any, args: Any) -> Any:
+def _run(fn: Callable[..., Any], own: Any, tree: Any, args: Any) -> Any:
     before = by_path.flatten(tree)[0]
-    out = fn(tree, *args)
+    out = fn(own, tree, *args)
     _require_unwritten(before, tree)
     return out
 
@@ -254,6 +259,17 @@ def _side_by_side(bank: Bank) -> tuple[dict[str, Adapted], jax.Array]:
         scale = jnp.ones_like(like.scale[0])
         out[path] = dataclasses.replace(like, scale=scale, **new)
     return out, jnp.where(sound, 1.0, jnp.nan)
+
+
+def _slots(bank: Bank, i: jax.Array, n: int) -> dict[str, Slot]:
+    """Where the factors of weights (in, out) are."""
+    at = jnp.where(i < n, i, -1)
+    leaves: dict[str, Any] = {**bank}
+    return {
+        path: Slot(x.a, x.b, at)
+        for path, x in leaves.items()
+        if isinstance(x, LoRA) and x.a.ndim == x.b.ndim == 3
+    }
 
 
 def _numbers(bank: Bank, ids: jax.Array) -> jax.Array:

@@ -1,6 +1,7 @@
 """Many adapters at once: every example equals the model with its adapter merged."""
 
 import dataclasses
+import functools
 import pickle
 import warnings
 
@@ -32,6 +33,7 @@ from jax.sharding import PartitionSpec as P
 import jlora
 import jlora.checkpoint
 import jlora.peft
+from jlora._algebra import slots
 
 N = 4  # slots
 
@@ -520,7 +522,7 @@ def test_a_slot_of_nan_beside_others(ids):
 
 
 @pytest.mark.parametrize(
-    ("slots", "examples", "tokens", "options", "want"),
+    ("n", "examples", "tokens", "options", "want"),
     [
         (2, 16, 1, {}, "joined"),
         (2, 16, 8, {}, "joined"),
@@ -530,14 +532,14 @@ def test_a_slot_of_nan_beside_others(ids):
         (2, 16, 1, {"train": "bias"}, "gathered"),  # whole arrays
     ],
 )
-def test_the_product_is_chosen_by_shapes(slots, examples, tokens, options, want):
+def test_the_product_is_chosen_by_shapes(n, examples, tokens, options, want):
     fn, params, _, adapters = plain_bank(options, options)
-    bank = jlora.stack([adapters[k % 2] for k in range(slots)])
-    x, ids = normal(examples, tokens, 6), jnp.arange(examples) % (slots + 1) - 1
+    bank = jlora.stack([adapters[k % 2] for k in range(n)])
+    x, ids = normal(examples, tokens, 6), jnp.arange(examples) % (n + 1) - 1
     call = jlora.per_example(fn)
     said = jlora.explain(call, params, bank, ids, x)
     assert said.product == want
-    assert f"{want}: {examples} examples, {slots} slots" in str(said)
+    assert f"{want}: {examples} examples, {n} slots" in str(said)
     assert [e.path for e in said] == sorted(bank)
     shapes = jax.eval_shape(lambda *args: args, params, bank, ids, x)
     assert jlora.explain(call, *shapes) == said
@@ -553,6 +555,97 @@ def test_the_product_is_chosen_by_shapes(slots, examples, tokens, options, want)
         (_, y), want_grads = run(wanted, bank)
         close(got, y, 2e-6)
         close(jax.tree.leaves(grads), jax.tree.leaves(want_grads), 1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "convolution"])
+def test_joined_is_gathered(name):
+    fn, params, x = CASES[name]
+    made = adapters_of(fn, params, x[0])
+    bank = jlora.stack([jlora.adapter(tree) for tree in made])
+    weights = cotangents(jax.eval_shape(jax.vmap(lambda x: fn(params, x)), x))
+
+    def loss(bank, product):
+        out = jlora.per_example(fn, product=product)(params, bank, IDS, x)
+        return dot_with(weights, out), out
+
+    grad = jax.value_and_grad(loss, has_aux=True)
+    (_, want), wanted = jax.jit(grad, static_argnums=1)(bank, "gathered")
+    (_, got), grads = jax.jit(grad, static_argnums=1)(bank, "joined")
+    close(got, want, 1e-5)
+    for path, leaf in wanted.items():
+        own = grads[path]
+        close((own.a, own.b, own.scale), (leaf.a, leaf.b, leaf.scale), 1e-4, path)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("tokens", "sizes"), [(1, (9, 5)), (3, (16, 8)), (16, (8, 24))], ids=str
+)
+def test_the_kernel(tokens, sizes, dtype):
+    """Interpreted, against NumPy in float64."""
+    n, out = sizes
+    ids = np.array([2, 0, -1, 2, 2, 1])
+    x, a, b = normal(6, tokens, n), normal(3, n, 2), normal(3, 2, out, seed=1)
+    x, a, b = (y.astype(dtype) for y in (x, a, b))
+    got = slots.read(x, a, b, jnp.asarray(ids), interpret=True)
+    x, a, b = (np.asarray(y.astype("float32"), np.float64) for y in (x, a, b))
+    at = np.maximum(ids, 0)
+    want = (x @ a[at] @ b[at]).astype(np.float32)
+    close(got, want, 1e-6 if dtype == "float32" else 2e-2)
+    assert got.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_with_the_kernel(name):
+    """On another device than a TPU it is the gather; derivatives are everywhere."""
+    fn, params, x = CASES[name]
+    made = adapters_of(fn, params, x[0])
+    bank = jlora.stack([jlora.adapter(tree) for tree in made])
+    weights = cotangents(jax.eval_shape(jax.vmap(lambda x: fn(params, x)), x))
+
+    def loss(bank, product):
+        out = jlora.per_example(fn, product=product)(params, bank, IDS, x)
+        return dot_with(weights, out), out
+
+    grad = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
+    (_, want), wanted = grad(bank, "gathered")
+    (_, got), grads = grad(bank, "kernel")
+    close(got, want, 1e-5)
+    close(jax.jit(loss, static_argnums=1)(bank, "kernel")[1], want, 1e-5)
+    close(jax.tree.leaves(grads), jax.tree.leaves(wanted), 1e-4)
+    (_, want), (_, tangents) = jax.jvp(lambda b: loss(b, "gathered"), [bank], [bank])
+    (_, got), (_, ours) = jax.jvp(lambda b: loss(b, "kernel"), [bank], [bank])
+    close((got, ours), (want, tangents), 1e-4)
+
+
+def test_where_the_kernel_is(monkeypatch):
+    """In products of untouched weights with few tokens, without derivatives."""
+    fn, params, x, adapters = plain_bank({}, {})
+    bank, ids = jlora.stack(adapters), jnp.array([1, 0, -1])
+    call = jlora.per_example(fn, product="kernel")
+
+    def loss(bank, x):
+        return call(params, bank, ids, x).sum()
+
+    def kernels(fn, *args):
+        return str(jax.make_jaxpr(jax.jit(fn))(*args)).count("pallas_call")
+
+    assert kernels(loss, bank, x[:3]) == 2  # up and down
+    assert kernels(jax.grad(loss), bank, x[:3]) == 0
+    many = jnp.tile(x[:3], (1, 6, 1))  # 18 tokens
+    assert kernels(loss, bank, many) == 0
+    dora = jlora.stack(plain_bank({"dora": True}, {"dora": True})[3])
+    assert kernels(loss, dora, x[:3]) == 0
+    said = jlora.explain(call, params, bank, ids, x[:3])
+    assert said.product == "kernel"
+
+    def interpreted(*args, tpu, default):
+        return tpu(*args)
+
+    want = jlora.per_example(fn)(params, bank, ids, x[:3])
+    monkeypatch.setattr(slots.lax, "platform_dependent", interpreted)
+    monkeypatch.setattr(slots, "read", functools.partial(slots.read, interpret=True))
+    close(jax.jit(call)(params, bank, ids, x[:3]), want, 1e-5)
 
 
 def test_a_use_that_cannot_be_joined_is_gathered():

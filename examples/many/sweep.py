@@ -325,9 +325,9 @@ def arguments() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--ranks", type=int, nargs="+", default=[2, 16])
-    add("--rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3, 1e-2, 3e-2])
+    add("--rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2, 3e-2])
     add("--seeds", type=int, default=2)
-    add("--steps", type=int, default=160)
+    add("--steps", type=int, default=120)
     add("--batch", type=int, default=16, help="sentences of each run in a step")
     add("--evaluations", type=int, default=5)
     add("--keep", type=float, default=0.6, help="the part that goes on after each")

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora import _compat
+from jlora._algebra.slots import Slot
 from jlora._algebra.weight import dense
 from jlora._leaf import Bare, Full, LoRA, base
 from jlora._leaf.forms import NotFactored
@@ -86,15 +87,19 @@ class Evaluation:
     Attributes:
       strict: whether to raise if a weight would be materialised.
       gate: None, or what `_algebra.use.gated` takes: which ranks each token has.
+      slots: where the factors of some weights are in a bank; by path.
       seen: the uses so far, and whether each formed the weight; by path.
       uses: the number of uses of each leaf, by the leaf's paths.
       rows: the most rows of an activation that met a weight in a product or lookup, or
         infinity if it has other uses; by path.
     """
 
-    def __init__(self, strict: bool, gate: Any = None):
+    def __init__(
+        self, strict: bool, gate: Any = None, slots: Mapping[str, Slot] | None = None
+    ):
         self.strict = strict
         self.gate = gate
+        self.slots = slots or {}
         self.seen: dict[str, list[tuple[str, bool]]] = {}
         self.uses: collections.Counter[tuple[str, ...]] = collections.Counter()
         self.rows: dict[str, float] = {}

@@ -223,25 +223,28 @@ def _check_function(fn: Any, call: str) -> None:
 
 
 def _lift(fn: Callable[..., Any], *, strict: bool = False, freeze: bool = True) -> Any:
-    """The lifted function, called as (gate, args, kwargs); see `Evaluation.gate`."""
+    """The lifted function, called as (own, args, kwargs).
 
-    def hidden(gate: Any, args: Any, kwargs: Any) -> Any:
-        return _lifted(fn, Evaluation(strict, gate), args, kwargs, freeze=freeze)
+    What is its own is arrays, as keywords of `Evaluation`.
+    """
+
+    def hidden(own: Any, args: Any, kwargs: Any) -> Any:
+        return _lifted(fn, Evaluation(strict, **own), args, kwargs, freeze=freeze)
 
     # make_jaxpr uses JAX's trace cache.  Its keys are structure, avals, shardings and
     # trace context.
     stage = jax.make_jaxpr(hidden, return_shape=True)
 
-    def call(gate: Any, args: Any, kwargs: Any) -> Any:
+    def call(own: Any, args: Any, kwargs: Any) -> Any:
         if not _check(args, kwargs):
             return fn(*args, **kwargs)
         held = variables((args, kwargs))
         args, kwargs = hide((args, kwargs))
         if _compat.under_jit():  # the jit keeps its trace, so another cache is no use
-            hidden_out = hidden(gate, args, kwargs)
+            hidden_out = hidden(own, args, kwargs)
         else:
-            jaxpr, out = stage(gate, args, kwargs)
-            outs = _compat.evaluate(jaxpr, jax.tree.leaves((gate, args, kwargs)))
+            jaxpr, out = stage(own, args, kwargs)
+            outs = _compat.evaluate(jaxpr, jax.tree.leaves((own, args, kwargs)))
             hidden_out = jax.tree.unflatten(jax.tree.structure(out), outs)
         out, written = show(hidden_out)
         for i, value in written.items():
@@ -261,7 +264,7 @@ def _lift(fn: Callable[..., Any], *, strict: bool = False, freeze: bool = True) 
 def _plain(fn: Callable[..., Any], call: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(fn)
     def lifted(*args: Any, **kwargs: Any) -> Any:
-        return call(None, args, kwargs)
+        return call({}, args, kwargs)
 
     return lifted
 
@@ -313,14 +316,15 @@ def lift_layer(fn: Callable[..., Any]) -> Callable[..., Any]:
     return _plain(fn, _lift(fn, freeze=False))
 
 
-def lift_gated(fn: Callable[..., Any], *, strict: bool = False) -> Callable[..., Any]:
-    """`lift`, called as (gate, *args): some have other ranks than others.
+def lift_slots(fn: Callable[..., Any], *, strict: bool = False) -> Callable[..., Any]:
+    """`lift`, called as (own, *args), where own says which slots of a bank are meant.
 
-    The gate is what `_algebra.use.gated` takes.  The ranks of a leaf are those of all
-    slots, one slot after another.
+    It is ``{"gate": ...}``, where the ranks of a leaf are those of all slots, one after
+    another; or ``{"slots": ...}``, where a leaf has the scale of its slot, and some
+    products may read its factors out of the bank.
     """
     call = _lift(fn, strict=strict)
-    return lambda gate, *args: call(gate, args, {})
+    return lambda own, *args: call(own, args, {})
 
 
 def explain(fn: Callable[..., Any], tree: Any, *args: Any, **kwargs: Any) -> Report:

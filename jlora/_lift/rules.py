@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora import _compat
-from jlora._algebra import rows, structure
+from jlora._algebra import rows, slots, structure
 from jlora._algebra.concatenate import concatenate
 from jlora._algebra.conv import conv
 from jlora._algebra.delta import scaled
@@ -86,7 +86,18 @@ def _dot_general(ev: Evaluation, eqn: Any, lhs: Any, rhs: Any) -> Any:
             rhs = ev.materialise(rhs, other)
     first = isinstance(lhs, Tracked)
     leaf, x = (lhs, rhs) if first else (rhs, lhs)
+    if (slot := _slot(ev, eqn, leaf, x, first)) is not None:
+        ev.note(leaf, "dot_general", rows=_met(eqn, x))
+        return slots.contract(leaf.leaf, x, tuple(eqn.params.items()), slot)
     return _compute(contract, ev, eqn, leaf, x, weight_first=first, mixes=leaf.taken)
+
+
+def _slot(ev: Evaluation, eqn: Any, w: Tracked, x: Any, first: bool) -> Any:
+    """Where the factors of an untouched leaf are in a bank; None if it is not asked."""
+    if w.at is None or w.coded or w.paths[0] not in ev.slots:
+        return None
+    params = tuple(eqn.params.items())
+    return ev.slots[w.paths[0]] if slots.readable(w.leaf, x, params, first) else None
 
 
 @rule("conv_general_dilated")
