@@ -332,24 +332,28 @@ def main() -> None:
 
 def check(model, requests, adapters, length: int, source) -> None:
     """Each answer against the model with the adapter merged, alone in its batch."""
-    shown = set()
+    shown: set[str | None] = set()
+    different = 0
     merged: dict[str | None, Any] = {None: model}
     order = sorted(requests, key=lambda x: str(x.adapter))
     for request in tqdm(order, desc="each alone", unit=" requests", ncols=88):
         if request.adapter not in merged:
             tree = jlora.attach(model, adapters[request.adapter])
-            merged = {request.adapter: jlora.merge(tree)}
-            merged[None] = model
+            merged = {None: model, request.adapter: jlora.merge(tree)}
         want = greedy(merged[request.adapter], request, length, source.end)
         if request.said != want:
             raise SystemExit(
                 f"{request.adapter}: {request.said} in the batch, {want} alone"
             )
+        different += want != greedy(model, request, length, source.end)
         if request.adapter not in shown:
             shown.add(request.adapter)
             texts = (source.tokenizer.decode(x) for x in (request.prompt[1:], want))
             tqdm.write("  {:12} {}|{}".format(request.adapter or "base", *texts))
-    print(f"{len(requests)} answers equal those of each adapter alone, token by token")
+    print(
+        f"{len(requests)} answers equal those of each adapter alone, token by token; "
+        f"{different} of them are not the base's own"
+    )
 
 
 def arguments() -> argparse.Namespace:
@@ -357,7 +361,7 @@ def arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--adapters", type=Path, default=Path("runs/domains/adapters"))
+    add("--adapters", type=Path, help="a folder of them (runs/domains/adapters)")
     add("--count", type=int, default=16, help="adapters, of random numbers if need be")
     add("--slots", type=int, default=6, help="of the bank")
     add("--rows", type=int, default=16, help="that decode together")
@@ -372,6 +376,8 @@ def arguments() -> argparse.Namespace:
     if args.quick:
         args.count, args.slots, args.rows, args.requests = 4, 2, 4, 8
         args.new, args.steps = 6, 2
+    trained = Path("runs/domains-quick" if args.quick else "runs/domains")
+    args.adapters = args.adapters or trained / "adapters"
     return args
 
 
