@@ -320,12 +320,15 @@ def products(repeats: int = 20) -> None:
     print("beyond the base's product     v5e, MB            CPU, of the base's time")
     print("slots examples tokens   gathered    joined     gathered    joined   chosen")
     for slots, examples, tokens in (
+        (4, 16, 1),
+        (16, 16, 1),
         (2, 64, 1),
         (8, 64, 1),
+        (16, 64, 1),
         (32, 64, 1),
-        (32, 256, 1),
+        (16, 256, 1),
         (64, 256, 1),
-        (8, 64, 8),
+        (4, 64, 4),
         (2, 16, 256),
     ):
         ids = jnp.arange(examples) % slots

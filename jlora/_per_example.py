@@ -35,14 +35,13 @@ from jlora._lift.report import Report
 from jlora._tree import by_path
 
 PRODUCTS = ("gathered", "joined", "kernel")
-FEW_TOKENS = 8
-"""Of each example: with more of them the FLOPs of other slots' ranks cost more than
-what gathered factors cost in memory."""
-
-FEW_SLOTS = 1 / 8
-"""Of the number of examples.  A gather reads each example's factors, writes them side
-by side, and reads them again, and a product of one token reuses none of them.  Measured
-by `benchmarks/bank_cost.py`, on CPU and compiled for TPU."""
+FEW_SLOTS = 16
+SHARE = 4
+"""The joined product is chosen where there are few slots, and this many times as many
+examples as slots × the tokens of an example.  A gather reads each example's factors,
+writes them side by side, and reads them again, which few tokens do not make up for;
+joined, the ranks of other slots cost FLOPs.  By `benchmarks/bank_cost.py`, on CPU; on
+TPU the joined product moves less for as many slots as examples."""
 
 
 def per_example(
@@ -164,10 +163,11 @@ class _PerExample:
         if self.product is not None:
             return self.product
         plain = all(_lacks(x) is None for x in bank.values())
-        if not plain or (bank.slots or 0) > FEW_SLOTS * len(ids):
+        n = bank.slots or 0
+        if not plain or n > FEW_SLOTS or SHARE * n > len(ids):
             return "gathered"
-        few = _few_tokens(self.fn, attach(params, one_slot(bank)), args)
-        return "joined" if few else "gathered"
+        tokens = _most_tokens(self.fn, attach(params, one_slot(bank)), args)
+        return "joined" if SHARE * n * tokens <= len(ids) else "gathered"
 
     def _axes(self, args: Any) -> Any:
         many = isinstance(self.in_axes, (tuple, list))
@@ -201,14 +201,14 @@ def _run(fn: Callable[..., Any], own: Any, tree: Any, args: Any) -> Any:
     return out
 
 
-def _few_tokens(fn: Callable[..., Any], tree: Any, args: Any) -> bool:
-    """Whether no weight meets more than `FEW_TOKENS` of an example.
+def _most_tokens(fn: Callable[..., Any], tree: Any, args: Any) -> float:
+    """The most rows of one example that a weight meets.
 
-    A weight that is used otherwise than in products and lookups cannot have slots side
-    by side, and counts as one that does.
+    Infinity if one is used otherwise than in products and lookups: it cannot have slots
+    side by side.
     """
     rows = rehearsed(fn, (tree, *args), {}).rows
-    return max(rows.values(), default=math.inf) <= FEW_TOKENS
+    return max(rows.values(), default=math.inf)
 
 
 def _lacks(leaf: Any) -> str | None:

@@ -524,10 +524,12 @@ def test_a_slot_of_nan_beside_others(ids):
 @pytest.mark.parametrize(
     ("n", "examples", "tokens", "options", "want"),
     [
-        (2, 16, 1, {}, "joined"),
-        (2, 16, 8, {}, "joined"),
-        (2, 16, 9, {}, "gathered"),  # too many tokens
-        (3, 16, 1, {}, "gathered"),  # too many slots
+        (2, 16, 2, {}, "joined"),
+        (2, 16, 3, {}, "gathered"),  # too many tokens
+        (4, 16, 1, {}, "joined"),
+        (5, 16, 1, {}, "gathered"),  # too few examples for so many slots
+        (16, 64, 1, {}, "joined"),
+        (17, 99, 1, {}, "gathered"),  # too many slots
         (2, 16, 1, {"dora": True}, "gathered"),  # magnitudes
         (2, 16, 1, {"train": "bias"}, "gathered"),  # whole arrays
     ],

@@ -57,8 +57,8 @@ def sweep(runs, history, best: int, path: Path) -> None:
         right.set(title="Where each ended", xlabel="learning rate")
         right.set_ylabel("validation loss (nats)")
         right.set_xscale("log")
-        ended = "○ ran to the end   × was stopped   ● the best   larger: higher rank"
-        right.text(0, -0.16, ended, transform=right.transAxes, color="#555555")
+        ended = "○ to the end  × stopped  ● the best  larger: higher rank"
+        right.set_title(ended, loc="right", fontsize=9, weight=None, color="#555555")
         _saved(figure, path)
 
 
