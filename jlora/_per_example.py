@@ -158,8 +158,13 @@ class _PerExample:
 
     def _product(self, params: Any, bank: Bank, ids: jax.Array, args: Any) -> str:
         """Which product; args are those of one example."""
-        if ids.ndim == 2:
+        if ids.ndim == 2 and self.product is None:
             return "by token"
+        if ids.ndim == 2:
+            raise ValueError(
+                f"per_example: product={self.product!r} with ids of tokens, of shape "
+                f"{ids.shape}: expected one id for each example. Leave the product out."
+            )
         if self.product is not None:
             return self.product
         plain = all(_lacks(x) is None for x in bank.values())
@@ -185,6 +190,11 @@ class _PerExample:
                 product = self._product(params, bank, ids, args)
                 own = explain(self.fn, attach(params, picked(bank, i, n)), *args)
                 note = f"{product}: {len(ids)} examples, {n} slots"
+                formed = [e.path for e in own if e.status == "materialised"]
+                if product == "kernel":
+                    note += "; on another device than a TPU gathered"
+                elif product != "gathered" and formed:
+                    note += f"; it will raise, since {formed[0]!r} is materialised"
                 found.append(dataclasses.replace(own, product=product, note=note))
 
             each = ids.reshape(len(ids), -1)[:, 0]
@@ -268,7 +278,7 @@ def _slots(bank: Bank, i: jax.Array, n: int) -> dict[str, Slot]:
     return {
         path: Slot(x.a, x.b, at)
         for path, x in leaves.items()
-        if isinstance(x, LoRA) and x.a.ndim == x.b.ndim == 3
+        if isinstance(x, LoRA) and x.form is None and x.a.ndim == x.b.ndim == 3
     }
 
 

@@ -666,6 +666,10 @@ def test_a_use_that_cannot_be_joined_is_gathered():
         jlora.per_example(other, product="joined")(*args)
     with pytest.raises(ValueError, match="product is 'ragged': expected 'gathered'"):
         jlora.per_example(other, product="ragged")
+    said = jlora.explain(jlora.per_example(other, product="joined"), *args)
+    assert "it will raise, since 'up' is materialised" in str(said)
+    with pytest.raises(ValueError, match="product='joined' with ids.*of tokens"):
+        jlora.per_example(fn, product="joined")(params, bank, ids[:, None], args[3])
     dora = jlora.stack(plain_bank({"dora": True}, {"dora": True})[3])
     with pytest.raises(ValueError, match="has m: expected plain factors.*no product"):
         jlora.per_example(fn, product="joined")(params, dora, *args[2:])
@@ -827,6 +831,21 @@ def test_a_slot_in_peft_files(tmp_path):
         jlora.peft.save(tmp_path / str(k), one, names=names)
         back = jlora.peft.load(tmp_path / str(k), params, names=names)
         close(jlora.merge(back), jlora.merge(tree), 1e-5)
+
+
+@pytest.mark.parametrize("product", [None, "gathered", "kernel"])
+def test_rows_that_train_in_each_product(product):
+    params = {"e": normal(6, 4), "w": normal(4, 3)}
+    tree = randomise(jlora.wrap(params, rank=2, targets="w", train_rows={"e": [1, 3]}))
+    bank = jlora.stack([jlora.adapter(tree)] * 2)
+
+    def fn(p, i):
+        return p["e"][i] @ p["w"]
+
+    ids, i = jnp.array([0, -1, 1]), jnp.array([1, 1, 2])
+    got = jlora.per_example(fn, product=product)(params, bank, ids, i)
+    merged = jlora.merge(tree)
+    close(got, jnp.stack([fn(merged, 1), fn(params, 1), fn(merged, 2)]), 1e-5)
 
 
 def test_a_table_of_one_slot():

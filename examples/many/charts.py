@@ -38,7 +38,14 @@ def sweep(runs, history, best: int, path: Path) -> None:
             style = {"color": colors[run.rate], "linestyle": lines[run.rank]}
             left.plot(steps[seen], y, **style, linewidth=3 if k == best else 1.3)
             end = "o" if seen[-1] else "x"
-            left.plot(steps[seen][-1:], y[-1:], end, color=colors[run.rate])
+            fill = None if k == best else "none"
+            left.plot(
+                steps[seen][-1:],
+                y[-1:],
+                end,
+                color=colors[run.rate],
+                markerfacecolor=fill,
+            )
             offset = 1 + 0.06 * (ranks.index(run.rank) - (len(ranks) - 1) / 2)
             right.plot(
                 run.rate * offset,
@@ -58,7 +65,9 @@ def sweep(runs, history, best: int, path: Path) -> None:
         right.set_ylabel("validation loss (nats)")
         right.set_xscale("log")
         ended = "○ to the end  × stopped  ● the best  larger: higher rank"
-        right.set_title(ended, loc="right", fontsize=9, weight=None, color="#555555")
+        right.annotate(
+            ended, (0.02, 0.02), xycoords="axes fraction", color="#555555", fontsize=9
+        )
         _saved(figure, path)
 
 
@@ -83,7 +92,7 @@ def heat_map(table: np.ndarray, adapters, domains, path: Path) -> None:
         axis.set_yticks(range(len(adapters)), adapters)
         axis.set_title("Perplexity of held-out texts")
         axis.set_ylabel("adapter")
-        figure.colorbar(picture, label="above the lowest of its column (%)")
+        figure.colorbar(picture, label="above the lowest of its column, the best (%)")
         _saved(figure, path)
 
 

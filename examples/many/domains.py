@@ -304,9 +304,20 @@ def arguments() -> argparse.Namespace:
     add("--held-out", type=int, default=60, help="texts of each kind")
     add("--seed", type=int, default=0)
     args = parser.parse_args()
+    for name in ("steps", "rank", "rows", "held_out"):
+        if getattr(args, name) < 1:
+            option = name.replace("_", "-")
+            parser.error(f"--{option} {getattr(args, name)}: expected 1 or more")
+    if args.width < 8:
+        parser.error(f"--width {args.width}: expected 8 tokens or more")
     if args.quick:
         args.steps, args.width, args.held_out = 3, 48, 4
     args.out = args.out or Path("runs/domains-quick" if args.quick else "runs/domains")
+    if args.out.exists() and not args.out.is_dir():
+        parser.error(f"--out: {args.out} is a file; expected a folder")
+    known = not args.out.exists() or (args.out / "config.json").exists()
+    if args.fresh and not known and any(args.out.iterdir()):
+        parser.error(f"--fresh: {args.out} holds no run of this; it is left as it is")
     return args
 
 

@@ -107,6 +107,11 @@ class Server:
         self.step = compiled_step()
 
     def ask(self, request: Request) -> None:
+        if not request.prompt or request.new < 1:
+            raise ValueError(
+                f"{len(request.prompt)} tokens of prompt and {request.new} new ones: "
+                "expected at least one of each"
+            )
         if len(request.prompt) + request.new > self.length:
             raise ValueError(
                 f"{len(request.prompt)} tokens of prompt and {request.new} new ones: "
@@ -145,7 +150,7 @@ class Server:
             if request.at < len(request.prompt):
                 continue  # the prompt says what comes next
             request.said.append(token)
-            if token == self.end or len(request.said) == request.new:
+            if token == self.end or len(request.said) >= request.new:
                 ended.append(request)
                 self.rows[row], self.ids[row] = None, -1
                 self.slots.leave(request.adapter)
@@ -231,7 +236,7 @@ def measured(model, adapters: list[Any], rows: int, length: int, steps: int):
         return rows * steps / best
 
     distinct = 1
-    while distinct <= min(rows, len(adapters)):
+    while distinct <= len(adapters) and rows % distinct == 0:
         bank = jlora.stack(adapters[:distinct])
         ids = np.arange(rows) % distinct
         each = rows // distinct
@@ -307,7 +312,7 @@ def main() -> None:
         name = None if k % 7 == 6 else library.names[k % len(library.names)]
         text = PROMPTS[k % len(PROMPTS)]
         prompt = source.tokenizer.encode(text, add_special_tokens=False).ids
-        return Request([source.end, *prompt], name, args.new - k % 5)
+        return Request([source.end, *prompt], name, max(1, args.new - k % 5))
 
     requests = [request(k) for k in range(args.requests)]
     seconds = serve(server, requests)
@@ -376,6 +381,13 @@ def arguments() -> argparse.Namespace:
     add("--model", type=Path, help="your own Llama: a GGUF file or a snapshot's folder")
     add("--quick", action="store_true", help="a few requests")
     args = parser.parse_args()
+    for name in ("count", "slots", "rows", "requests", "new", "steps", "rank"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)}: expected 1 or more")
+    if args.adapters and not args.adapters.is_dir():
+        parser.error(f"--adapters: {args.adapters} is no folder")
+    if args.out.exists() and not args.out.is_dir():
+        parser.error(f"--out: {args.out} is a file; expected a folder")
     if args.quick:
         args.count, args.slots, args.rows, args.requests = 4, 2, 4, 8
         args.new, args.steps = 6, 2
@@ -385,4 +397,7 @@ def arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit("\ninterrupted") from None

@@ -262,7 +262,7 @@ def table(runs: list[Run], slots: Slots, history: History, at: int) -> str:
     going = set(np.asarray(slots.run)[np.asarray(slots.active)].tolist())
     rates = sorted({run.rate for run in runs})
     lines = [f"\nstep {history.evaluated[at]}: loss of the validation sentences"]
-    lines.append("rank seed" + "".join(f"{rate:>10g}" for rate in rates))
+    lines.append("rank seed" + "".join(f"{rate:>13g}" for rate in rates))
     for rank, seed in sorted({(run.rank, run.seed) for run in runs}):
         cells = []
         for rate in rates:
@@ -270,7 +270,7 @@ def table(runs: list[Run], slots: Slots, history: History, at: int) -> str:
             seen = history.validation[: at + 1, k]
             seen = seen[~np.isnan(seen)]
             text = f"{seen[-1]:.4f}" if len(seen) else "no number"
-            cells.append(f"{text if k in going else f'({text})':>10}")
+            cells.append(f"{text if k in going else f'({text})':>13}")
         lines.append(f"{rank:4} {seed:4}" + "".join(cells))
     return "\n".join(lines)
 
@@ -279,7 +279,7 @@ def best_of(history: History) -> int:
     """The run with the lowest loss in the last evaluation that there was."""
     rows = np.flatnonzero(np.isfinite(history.validation).any(1))
     if not len(rows):
-        raise SystemExit("stopped before the first evaluation: there is no best run")
+        raise SystemExit("no run has a loss that was evaluated: there is no best one")
     return int(np.nanargmin(history.validation[rows[-1]]))
 
 
@@ -301,6 +301,8 @@ def main() -> None:
     slots, history = train(task, runs, options)
     k = best_of(history)
     charts.sweep(runs, history, k, options.out / "sweep.png")
+    if not np.isfinite(history.validation[-1]).any():
+        print("stopped before the end; the best of what was evaluated:")
     bank = jlora.combine(slots.trainable, slots.frozen)
     slot = int(np.flatnonzero(np.asarray(slots.run) == k)[0])
     # The bank has the highest rank of all; what is above the run's own is zero.
@@ -340,6 +342,14 @@ def arguments() -> argparse.Namespace:
     if options.quick:
         options.steps, options.batch, options.evaluations = 6, 4, 2
         options.rates, options.held_out, options.seeds = [1e-3, 1e-2], 64, 1
+    least = min(options.steps, options.batch, options.evaluations, options.seeds)
+    if min(least, options.held_out, *options.ranks) < 1:
+        parser.error(
+            "expected 1 or more of --steps, --batch, --evaluations, --seeds, --held-out"
+            " and --ranks"
+        )
+    if options.out.exists() and not options.out.is_dir():
+        parser.error(f"--out: {options.out} is a file; expected a folder")
     if not 0 < options.keep <= 1:
         parser.error(f"--keep {options.keep}: expected a part of the runs, in (0, 1]")
     if options.evaluations > options.steps:
@@ -348,4 +358,7 @@ def arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit("\ninterrupted") from None

@@ -32,8 +32,9 @@ class Report(Printed):
     Attributes:
       entries: one for each adapted leaf.
       product: of a bank, how each example finds its slot: "gathered" (its factors are
-        taken from the bank), "joined" (one product with the ranks of all slots) or "by
-        token" (the same, with an adapter for each token); else None.
+        taken from the bank), "kernel" (on TPU some are read there), "joined" (one
+        product with the ranks of all slots) or "by token" (the same, with an adapter
+        for each token); else None.
       note: what else there is to say, as the last line.
     """
 
