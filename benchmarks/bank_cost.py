@@ -306,11 +306,11 @@ def gathered() -> None:
     assert many / few < 1.01
 
 
-def products(repeats: int = 20) -> None:
+def products(repeats: int = 60) -> None:
     """What the two products of a bank cost, beyond the base's, where either may do.
 
-    Where the shapes choose the joined one, it has to be the cheaper one on a TPU, whose
-    decoding waits for memory, and about as fast on a CPU.
+    Where the shapes choose the joined one, it has to move less on a TPU, whose decoding
+    waits for memory. The times on a CPU are of a millisecond, and not asserted.
     """
     key = jax.random.key(0)
 
@@ -365,7 +365,6 @@ def products(repeats: int = 20) -> None:
         )
         if chosen == "joined":
             assert moved["joined"] < moved["gathered"]
-            assert 1 + times["joined"] <= 1.1 * (1 + times["gathered"])
 
 
 def beside_peft(repeats: int = 5) -> None:

@@ -35,3 +35,18 @@ def automatic(fn: Callable[..., Any], out: Callable[[], Any], *args: Any) -> Any
 
     own = jax.tree.map(given, out())
     return jax.sharding.auto_axes(fn, out_sharding=own)(*args)
+
+
+def explicit(tree: Any) -> bool:
+    """Whether an array of a tree is on explicit axes of a mesh."""
+    arrays = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)]
+    return any(_compat.explicit_sharding(x) is not None for x in arrays)
+
+
+def whole(x: jax.Array) -> jax.Array:
+    """The array whole on each device, where its axes are explicit."""
+
+    def like() -> Any:
+        return jax.typeof(x).sharding.update(spec=jax.sharding.PartitionSpec())
+
+    return automatic(lambda x: x, like, x)

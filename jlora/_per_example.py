@@ -26,7 +26,7 @@ import numpy as np
 from jlora._adapter import attach
 from jlora._algebra.slots import Slot
 from jlora._bank import picked, require_bank
-from jlora._explicit import automatic
+from jlora._explicit import automatic, explicit, whole
 from jlora._labels import RANK
 from jlora._leaf import Adapted, Full, LoRA, fields, is_adapted
 from jlora._leaf.bank import Bank, one_slot
@@ -142,6 +142,7 @@ class _PerExample:
     def __call__(self, params: Any, bank: Bank, ids: Any, *args: Any) -> Any:
         n = require_bank(bank, "per_example")
         ids = _checked_ids(ids, n)
+        reads = not explicit((bank, ids, args))  # no kernel on a mesh of explicit axes
 
         def one(i: jax.Array, k: jax.Array, *args: Any) -> Any:
             product = self._product(params, bank, ids, args)
@@ -150,7 +151,8 @@ class _PerExample:
                 own = {"gate": jnp.where(i[..., None] == jnp.arange(n), sound, 0)}
             else:
                 adapter = {p: _folded(x, k) for p, x in picked(bank, i, n).items()}
-                own = {"slots": _slots(bank, i, n)} if product == "kernel" else {}
+                kernel = reads and product == "kernel"
+                own = {"slots": _slots(bank, i, n)} if kernel else {}
             return _run(self.lifted, own, attach(params, adapter), args)
 
         mapped = self.vmap(one, (0, 0, *self._axes(args)))
@@ -241,7 +243,7 @@ def _side_by_side(bank: Bank) -> tuple[dict[str, Adapted], jax.Array]:
       ValueError: a leaf that is no plain pair of factors.
     """
     pairs: dict[str, tuple[Any, Any]] = {}
-    leaves: dict[str, Any] = {**bank}
+    leaves: dict[str, Any] = jax.tree.map(whole, dict(bank))
     for path, leaf in leaves.items():
         if why := _lacks(leaf):
             raise ValueError(
@@ -257,7 +259,7 @@ def _side_by_side(bank: Bank) -> tuple[dict[str, Adapted], jax.Array]:
     sound = functools.reduce(jnp.logical_and, finite)
     out: dict[str, Any] = {}
     for path, pair in pairs.items():
-        like: Any = bank[path]
+        like = leaves[path]
         axes = like.roles.rjust(bank.ndims[path], "b")
         new: dict[str, Any] = {}
         for name, x in zip("ab", pair, strict=True):

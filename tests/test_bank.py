@@ -1007,8 +1007,11 @@ def test_on_a_mesh(spec, rows, kind):
         params = jax.device_put(params, NamedSharding(mesh, P()))
         own = NamedSharding(mesh, P("y") if rows else P())
         x, ids = jax.device_put((x, ids), own)
-        got = jax.jit(jlora.per_example(fn))(params, placed, ids, x)
+        got = [
+            jax.jit(jlora.per_example(fn, product=product))(params, placed, ids, x)
+            for product in (None, "joined", "kernel")
+        ]
         put = jax.jit(jlora.put, donate_argnums=0)(placed, 2, new)
         assert put["up"].a.sharding.is_equivalent_to(NamedSharding(mesh, spec), 3)
-    close(jax.device_get(got), want, 1e-5)
+    close(jax.device_get(got), [want] * 3, 1e-5)
     close(jax.device_get(dict(put)), dict(want_put), 1e-6)
