@@ -170,11 +170,13 @@ class _PerExample:
         if self.product is not None:
             return self.product
         plain = all(_lacks(x) is None for x in bank.values())
-        n = bank.slots or 0
-        if not plain or n > FEW_SLOTS or SHARE * n > len(ids):
+        n, examples = bank.slots or 0, ids.shape[0]
+        if not isinstance(examples, int) or not plain:  # one is symbolic in an export
+            return "gathered"
+        if n > FEW_SLOTS or SHARE * n > examples:
             return "gathered"
         tokens = _most_tokens(self.fn, attach(params, one_slot(bank)), args)
-        return "joined" if SHARE * n * tokens <= len(ids) else "gathered"
+        return "joined" if SHARE * n * tokens <= examples else "gathered"
 
     def _axes(self, args: Any) -> Any:
         many = isinstance(self.in_axes, (tuple, list))

@@ -650,6 +650,65 @@ def test_where_the_kernel_is(monkeypatch):
     close(jax.jit(call)(params, bank, ids, x[:3]), want, 1e-5)
 
 
+def two_ways(p, x, e):
+    return jnp.einsum("ti,tio->to", x, p["up"][e])
+
+
+OUT_OF_ORDER = {
+    "concatenated": lambda p, x: x @ jnp.concatenate([p["q"], p["k"]], 1),
+    "below": lambda p, x: jnp.tile(x, 2) @ jnp.concatenate([p["q"], p["k"]], 0),
+    "rolled": lambda p, x: x @ jnp.roll(p["q"], 2, 1) + x @ p["k"],
+    "stacked": lambda p, x: jnp.einsum("i,kio->ko", x, jnp.stack([p["q"], p["k"]])),
+    "returned": lambda p, x: (x @ p["k"], p["q"]),
+}
+
+
+@pytest.mark.parametrize("name", OUT_OF_ORDER)
+def test_ranks_that_are_no_longer_in_the_order_of_slots(name):
+    """They are gathered; joined by order, and by token, they are an error."""
+    fn = OUT_OF_ORDER[name]
+    params = {"q": normal(4, 5), "k": normal(4, 5, seed=1)}
+    rules = [jlora.Rule("q", rank=1), jlora.Rule("k", rank=2)]
+    trees = [
+        randomise(jlora.wrap(params, rank=1, rules=rules, key=jax.random.key(s)), s)
+        for s in range(2)
+    ]
+    bank = jlora.stack([jlora.adapter(tree) for tree in trees])
+    ids, x = jnp.arange(16) % 2, normal(16, 4)
+    call = jlora.per_example(fn)
+    assert jlora.explain(call, params, bank, ids, x).product == "gathered"
+    got = call(params, bank, ids, x)
+    for k in range(3):
+        want = fn(jlora.merge(trees[k % 2]), x[k])
+        own = jax.tree.map(lambda y, k=k: y[k], got)
+        own = jlora.merge(own) if name == "returned" else own
+        close(own, want, 1e-5)
+    with pytest.raises(ValueError, match=r"'q( \+ k)?' is used by.*of its own"):
+        jlora.per_example(fn, product="joined")(params, bank, ids, x)
+
+
+def test_an_expert_for_each_token_is_gathered():
+    params = {"up": normal(3, 4, 4)}
+    x, e = normal(16, 1, 4), integers(16, 1, below=3)
+    plan = jlora.plan(two_ways, params, x[0], e[0], rank=2)
+    trees = [randomise(jlora.wrap(params, plan=plan), s) for s in range(2)]
+    bank, ids = jlora.stack([jlora.adapter(t) for t in trees]), jnp.arange(16) % 2
+    got = jlora.per_example(two_ways)(params, bank, ids, x, e)
+    for k in range(3):
+        close(got[k], two_ways(jlora.merge(trees[k % 2]), x[k], e[k]), 1e-5)
+
+
+@pytest.mark.parametrize("product", ["gathered", "kernel"])
+def test_no_slot_and_nan_in_the_first_one(product):
+    fn, params, x, adapters = plain_bank({}, {})
+    bank = jlora.stack(adapters)
+    bank = jlora.put(bank, 0, jax.tree.map(lambda x: x + jnp.nan, adapters[0]))
+    call = jlora.per_example(fn, product=product)
+    grads = jax.grad(lambda b, x: call(params, b, jnp.array([-1, 1]), x).sum(), (0, 1))
+    assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(grads(bank, x[:2])))
+    assert call(params, bank, jnp.array([-1, 1]), x[:2, :0]).shape == (2, 0, 5)
+
+
 def test_a_use_that_cannot_be_joined_is_gathered():
     fn, params, x, adapters = plain_bank({}, {})
     bank, ids = jlora.stack(adapters[:1]), jnp.zeros(8, jnp.int32)

@@ -19,6 +19,7 @@ import collections
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +82,9 @@ class Slots:
             if not self.free and not idle:
                 return None
             # In the order of last use: the first is the one that gives way.
+            adapter = self.load(name)  # may fail; then nothing has changed
             slot = self.free.pop() if self.free else self.slot_of.pop(idle[0])
-            self.bank = self._put(self.bank, slot, self.load(name))
+            self.bank = self._put(self.bank, slot, adapter)
             self.slot_of[name] = slot
             self.loaded += 1
         self.slot_of[name] = self.slot_of.pop(name)  # the last to be used
@@ -129,6 +131,8 @@ class Server:
                 continue
             row = self.rows.index(None)
             self.rows[row], self.ids[row] = request, slot
+            # Masked positions count for nothing, unless an adapter left NaN there.
+            self.cache = cleared(self.cache, row)
             self.queue.remove(request)
         for request in self.queue:
             request.waited += 1
@@ -155,6 +159,12 @@ class Server:
                 self.rows[row], self.ids[row] = None, -1
                 self.slots.leave(request.adapter)
         return ended
+
+
+@partial(jax.jit, donate_argnums=0)
+def cleared(cache, row):
+    """The caches with an empty one in a row."""
+    return jax.tree.map(lambda x: x.at[row].set(0), cache)
 
 
 def compiled_step(**options):

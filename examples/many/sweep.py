@@ -166,8 +166,9 @@ def compiled_evaluation(task: Task):
 def validate(evaluation, task: Task, slots: Slots, size: int = 64):
     """The loss and accuracy of each slot on the validation sentences."""
     bank = jlora.combine(slots.trainable, slots.frozen)
-    found = []
-    for rows in task.tokens.batches(task.parts["validation"], size):
+    part, found = task.parts["validation"], []
+    size = min(size, len(part))
+    for rows in task.tokens.batches(part[: len(part) // size * size], size):
         batch = *task.tokens.batch(rows), task.labels[rows]
         found.append(np.asarray(evaluation(task.params, bank, batch)))
     return np.mean(found, 0)
@@ -185,6 +186,8 @@ class History:
     accuracy: np.ndarray
     """(evaluations, runs)"""
     seconds: float = 0.0
+    last: int = -1
+    """The last evaluation that there was."""
 
     @classmethod
     def empty(cls, steps: int, evaluations: int, runs: int):
@@ -215,6 +218,11 @@ def stop(slots: Slots, losses: np.ndarray, keep: float) -> Slots:
 
 def train(task: Task, runs: list[Run], options) -> tuple[Slots, History]:
     """All runs, until the steps are done or the user asks to stop."""
+    if len(task.parts["train"]) < options.batch:
+        raise SystemExit(
+            f"{len(task.parts['train'])} sentences do not fill a batch of "
+            f"{options.batch}: choose a smaller --batch"
+        )
     slots = begin(task, runs)
     step = compiled_step(task, task.adapter(runs[0]))
     evaluation = compiled_evaluation(task)
@@ -244,7 +252,7 @@ def train(task: Task, runs: list[Run], options) -> tuple[Slots, History]:
             bar.set_postfix_str(f"{going.sum()} runs, best loss {best:.3f}")
             bar.update()
             if done in history.evaluated:
-                at = history.evaluated.index(done)
+                at = history.last = history.evaluated.index(done)
                 losses, accuracies = validate(evaluation, task, slots)
                 history.validation[at, which[going]] = losses[going]
                 history.accuracy[at, which[going]] = accuracies[going]
@@ -277,10 +285,10 @@ def table(runs: list[Run], slots: Slots, history: History, at: int) -> str:
 
 def best_of(history: History) -> int:
     """The run with the lowest loss in the last evaluation that there was."""
-    rows = np.flatnonzero(np.isfinite(history.validation).any(1))
-    if not len(rows):
+    losses = history.validation[history.last]
+    if history.last < 0 or not np.isfinite(losses).any():
         raise SystemExit("no run has a loss that was evaluated: there is no best one")
-    return int(np.nanargmin(history.validation[rows[-1]]))
+    return int(np.where(np.isfinite(losses), losses, np.inf).argmin())
 
 
 def main() -> None:

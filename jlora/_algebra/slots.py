@@ -56,12 +56,22 @@ def taken(x: jax.Array, i: jax.Array) -> jax.Array:
     return lax.platform_dependent(x, i, tpu=on_tpu, default=lambda x, i: x[i])
 
 
-def readable(leaf: LoRA, x: Any, params: Params, weight_first: bool) -> bool:
+def readable(
+    leaf: LoRA, x: Any, params: Params, weight_first: bool, slot: Slot
+) -> bool:
     """Whether `contract` can compute this use of a leaf."""
-    contracted = dict(params)["dimension_numbers"] == (((x.ndim - 1,), (0,)), ((), ()))
+    given = dict(params)
+    contracted = given["dimension_numbers"] == (((x.ndim - 1,), (0,)), ((), ()))
+    here = leaf.shape == (slot.a.shape[1], slot.b.shape[2])  # and no device's shard
+    if getattr(jax.sharding.get_abstract_mesh(), "manual_axes", ()):
+        return False
     extra = leaf.form, leaf.c, leaf.m, leaf.gain, leaf.dropout
     return (
         contracted
+        and here
+        and given["precision"] is None
+        and compute_dtype(x, leaf) != jnp.float64
+        and x.size > 0
         and not weight_first
         and leaf.axes == "io"
         and all(field is None for field in extra)
@@ -113,7 +123,8 @@ def _derivative(primals: Any, tangents: Any) -> Any:
 
 def _gathered(x: jax.Array, a: jax.Array, b: jax.Array, i: jax.Array) -> jax.Array:
     at = jnp.maximum(i, 0)
-    a, b = (taken(factor, at).astype(x.dtype) for factor in (a, b))
+    # Without a slot zeros: what is in the first one may be no number.
+    a, b = (jnp.where(i >= 0, taken(f, at), 0).astype(x.dtype) for f in (a, b))
     return jnp.matmul(x @ a, b, preferred_element_type=jnp.float32)
 
 

@@ -92,6 +92,7 @@ class Evaluation:
       uses: the number of uses of each leaf, by the leaf's paths.
       rows: the most rows of an activation that met a weight in a product or lookup, or
         infinity if it has other uses; by path.
+      ranks: of the leaves as they were passed; by path.
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class Evaluation:
         self.seen: dict[str, list[tuple[str, bool]]] = {}
         self.uses: collections.Counter[tuple[str, ...]] = collections.Counter()
         self.rows: dict[str, float] = {}
+        self.ranks: dict[str, int] = {}
         self._frames: list[_Frame] = []
         self._formed: dict[str, list[Tracked]] = {}
 
@@ -153,6 +155,13 @@ class Evaluation:
             self.rows[path] = max(rows, self.rows.get(path, 0))
         self.uses[x.paths] += 1
 
+    def whole(self, x: Tracked) -> bool:
+        """Whether the ranks of a leaf are still those of one weight, in their order.
+
+        Those of several slots are told apart by their place.
+        """
+        return not x.taken and self.ranks.get(x.name) == x.leaf.rank
+
     def materialise(self, x: Any, name: str) -> Any:
         """The merged array of a `Tracked` leaf; anything else unchanged.
 
@@ -168,8 +177,8 @@ class Evaluation:
             if self.gate is not None:
                 raise ValueError(
                     f"{text} in which each token has an adapter of its own: expected a "
-                    "product or a lookup. Exclude this path, or give one id for each "
-                    "example."
+                    "product or a lookup of the weight alone. Exclude this path, or "
+                    "give one id for each example, and no product='joined'."
                 )
             if x.leaf.c is not None:
                 raise ValueError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -104,6 +105,9 @@ def _lifted(
     args = [swap(a) for a in args]
     kwargs = {k: swap(v) for k, v in sorted(kwargs.items())}
 
+    for x in values:
+        if isinstance(x, Tracked) and isinstance(x.leaf, LoRA):
+            ev.ranks[x.name] = x.leaf.rank
     jaxpr, out = trace(fn, args, kwargs)
     _hold(jaxpr, values, params)
     outs = ev.run(jaxpr, values)
@@ -117,6 +121,11 @@ def _lifted(
             "tree to a function that takes the params as an argument."
         )
     returned, written = jax.tree.unflatten(jax.tree.structure(out), outs)
+    for x in jax.tree.leaves(returned, is_leaf=lambda x: isinstance(x, Tracked)):
+        if isinstance(x, Tracked) and isinstance(x.leaf, LoRA):
+            ev.rows |= dict.fromkeys(x.paths, math.inf)
+            if ev.gate is not None:  # the caller would have the ranks of all slots
+                ev.materialise(x, "the caller")
     # A layer returns arrays.  Any other function may return an adapted leaf as it is.
     # What it writes into a variable is an adapted leaf only if nothing was changed.
     return (

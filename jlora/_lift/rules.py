@@ -46,7 +46,7 @@ def _compute(
     if x.bare:
         raise NotFactored
     if ev.gate is not None:
-        if fn not in (contract, lookup):
+        if fn not in (contract, lookup) or not ev.whole(x):
             raise NotFactored
         options["gate"] = ev.gate
     if fn is not lookup:
@@ -63,7 +63,8 @@ def _compute(
             "from the function that uses it, jlora.plan(fn, params, *args), or exclude "
             "the path."
         ) from None
-    rows = _met(eqn, others[0]) if fn in (contract, lookup) else math.inf
+    joins = fn in (contract, lookup) and ev.whole(x)
+    rows = _met(eqn, others[0]) if joins else math.inf
     ev.note(x, name, formed=forms.of(x.leaf.form).formed, rows=rows)
     return out
 
@@ -96,8 +97,8 @@ def _slot(ev: Evaluation, eqn: Any, w: Tracked, x: Any, first: bool) -> Any:
     """Where the factors of an untouched leaf are in a bank; None if it is not asked."""
     if w.at is None or w.coded or w.paths[0] not in ev.slots:
         return None
-    params = tuple(eqn.params.items())
-    return ev.slots[w.paths[0]] if slots.readable(w.leaf, x, params, first) else None
+    params, slot = tuple(eqn.params.items()), ev.slots[w.paths[0]]
+    return slot if slots.readable(w.leaf, x, params, first, slot) else None
 
 
 @rule("conv_general_dilated")
