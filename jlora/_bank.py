@@ -113,7 +113,14 @@ def _index(i: Any, n: int, what: str, least: int) -> jax.Array:
         raise ValueError(
             f"{what}: slot {int(i)} of a bank of {n}: expected 0 to {n - 1}{none}."
         )
-    return i.astype(jnp.int32)  # a narrow type may not hold n
+    return slot_index(i, n)
+
+
+def slot_index(i: Any, n: int) -> jax.Array:
+    """Integers as int32, which holds n; what it does not hold is no slot: -1."""
+    if jnp.iinfo(i.dtype).max > jnp.iinfo(jnp.int32).max:
+        i = jnp.where(i < n, i, jnp.asarray(-1, jnp.int32))
+    return jnp.asarray(i).astype(jnp.int32)
 
 
 def picked(bank: Bank, i: jax.Array, n: int) -> dict[str, Adapted]:

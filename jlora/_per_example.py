@@ -25,12 +25,12 @@ import numpy as np
 
 from jlora._adapter import attach
 from jlora._algebra.slots import Slot
-from jlora._bank import picked, require_bank
+from jlora._bank import picked, require_bank, slot_index
 from jlora._explicit import automatic, explicit, whole
 from jlora._labels import RANK
 from jlora._leaf import Adapted, Full, LoRA, fields, is_adapted
 from jlora._leaf.bank import Bank, one_slot
-from jlora._lift.lift import explain, lift_slots, rehearsed
+from jlora._lift.lift import lift_slots, rehearsed, reported
 from jlora._lift.report import Report
 from jlora._tree import by_path
 
@@ -115,12 +115,8 @@ def per_example(
         product=product,
         strict=strict,
         in_axes=in_axes,
-        vmap=functools.partial(
-            jax.vmap,
-            out_axes=out_axes,
-            axis_name=axis_name,
-            spmd_axis_name=spmd_axis_name,
-        ),
+        out_axes=out_axes,
+        names={"axis_name": axis_name, "spmd_axis_name": spmd_axis_name},
     )
 
 
@@ -133,30 +129,40 @@ class _PerExample:
         product: str | None,
         strict: bool,
         in_axes: Any,
-        vmap: Callable[..., Any],
+        out_axes: Any,
+        names: dict[str, Any],
     ):
-        self.fn, self.product, self.in_axes, self.vmap = fn, product, in_axes, vmap
+        self.fn, self.product, self.strict = fn, product, strict
+        self.in_axes, self.out_axes, self.names = in_axes, out_axes, names
         self.lifted = lift_slots(fn, strict=strict)
         self.__name__ = getattr(fn, "__name__", "call")
 
     def __call__(self, params: Any, bank: Bank, ids: Any, *args: Any) -> Any:
         n = require_bank(bank, "per_example")
         ids = _checked_ids(ids, n)
-        reads = not explicit((bank, ids, args))  # no kernel on a mesh of explicit axes
 
         def one(i: jax.Array, k: jax.Array, *args: Any) -> Any:
             product = self._product(params, bank, ids, args)
-            if product in ("joined", "by token"):
-                adapter, sound = _side_by_side(bank)
-                own = {"gate": jnp.where(i[..., None] == jnp.arange(n), sound, 0)}
-            else:
-                adapter = {p: _folded(x, k) for p, x in picked(bank, i, n).items()}
-                kernel = reads and product == "kernel"
-                own = {"slots": _slots(bank, i, n)} if kernel else {}
+            own, adapter = self._adapter(product, bank, i, k, args)
             return _run(self.lifted, own, attach(params, adapter), args)
 
-        mapped = self.vmap(one, (0, 0, *self._axes(args)))
+        mapped = jax.vmap(one, (0, 0, *self._axes(args)), self.out_axes, **self.names)
         return mapped(ids, _numbers(bank, ids), *args)
+
+    def _adapter(
+        self, product: str, bank: Bank, i: jax.Array, k: jax.Array, args: Any
+    ) -> tuple[dict[str, Any], dict[str, Adapted]]:
+        """What the evaluation of one example gets as its own, and the adapter."""
+        n = require_bank(bank, "per_example")
+        if product in ("joined", "by token"):
+            adapter, sound = _side_by_side(bank)
+            hot = jax.nn.one_hot(i, n)  # zeros where there is no such slot
+            gate = jnp.where(hot > 0, jnp.broadcast_to(sound, hot.shape), 0)
+            return {"gate": gate}, adapter
+        adapter = {p: _folded(x, k) for p, x in picked(bank, i, n).items()}
+        # The kernel is for one device.
+        read = product == "kernel" and not explicit((bank, i, args))
+        return {"slots": _slots(bank, i, n)} if read else {}, adapter
 
     def _product(self, params: Any, bank: Bank, ids: jax.Array, args: Any) -> str:
         """Which product; args are those of one example."""
@@ -183,28 +189,36 @@ class _PerExample:
         return self.in_axes if many else (self.in_axes,) * len(args)
 
     def explained(self, params: Any, bank: Bank, ids: Any, *args: Any) -> Report:
-        """What `jlora.explain` says of it."""
+        """What `jlora.explain` says of it.  It raises what a call would raise."""
+        n = require_bank(bank, "explain")
+        if not isinstance(ids, jax.ShapeDtypeStruct):
+            ids = _checked_ids(ids, n)
+        leaves, treedef = jax.tree.flatten((params, bank, ids, args))
+        arrays = [k for k, x in enumerate(leaves) if hasattr(x, "dtype")]
         found: list[Report] = []
 
-        def report(params: Any, bank: Any, ids: Any, *args: Any) -> None:
-            n = require_bank(bank, "explain")
+        def report(given: list[Any]) -> None:
+            new = dict(zip(arrays, given, strict=True))
+            whole = [new.get(k, x) for k, x in enumerate(leaves)]
+            params, bank, ids, args = jax.tree.unflatten(treedef, whole)
             ids = _checked_ids(ids, n)
 
-            def one(i: jax.Array, *args: Any) -> None:
+            def one(i: jax.Array, k: jax.Array, *args: Any) -> None:
                 product = self._product(params, bank, ids, args)
-                own = explain(self.fn, attach(params, picked(bank, i, n)), *args)
+                own, adapter = self._adapter(product, bank, i, k, args)
+                tree = attach(params, adapter)
+                ev = rehearsed(self.fn, (tree, *args), {}, self.strict, **own)
                 note = f"{product}: {len(ids)} examples, {n} slots"
-                formed = [e.path for e in own if e.status == "materialised"]
                 if product == "kernel":
                     note += "; on another device than a TPU gathered"
-                elif product != "gathered" and formed:
-                    note += f"; it will raise, since {formed[0]!r} is materialised"
-                found.append(dataclasses.replace(own, product=product, note=note))
+                found.append(
+                    dataclasses.replace(reported(ev, tree), product=product, note=note)
+                )
 
-            each = ids.reshape(len(ids), -1)[:, 0]
-            jax.vmap(one, (0, *self._axes(args)))(each, *args)
+            mapped = jax.vmap(one, (0, 0, *self._axes(args)), **self.names)
+            mapped(ids, _numbers(bank, ids), *args)
 
-        jax.eval_shape(report, params, bank, ids, *args)
+        jax.eval_shape(report, [leaves[k] for k in arrays])
         return found[0]
 
 
@@ -320,11 +334,11 @@ def _require_unwritten(before: Any, tree: Any) -> None:
 def _checked_ids(ids: Any, n: int) -> jax.Array:
     """The ids in int32; raises if it is known that no slot has one."""
     try:
-        ids = jnp.asarray(ids)
+        ids = ids if isinstance(ids, jax.Array) else np.asarray(ids)
     except (TypeError, ValueError):
-        ids = jnp.zeros(())
+        ids = np.zeros(())
     if ids.shape == (0,):
-        ids = ids.astype(jnp.int32)
+        ids = ids.astype(np.int32)
     if ids.ndim not in (1, 2) or not jnp.issubdtype(ids.dtype, jnp.integer):
         raise ValueError(
             f"per_example: ids is {ids.dtype} of shape {ids.shape}: expected integers, "
@@ -337,4 +351,4 @@ def _checked_ids(ids: Any, n: int) -> jax.Array:
                 f"per_example: ids has {wrong[0]}, and the bank has {n} slots: "
                 f"expected 0 to {n - 1}, or -1 for no adapter."
             )
-    return ids.astype(jnp.int32)  # a narrow type may not hold n
+    return slot_index(ids, n)

@@ -559,8 +559,13 @@ def test_the_product_is_chosen_by_shapes(n, examples, tokens, options, want):
         close(jax.tree.leaves(grads), jax.tree.leaves(want_grads), 1e-5)
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != "convolution"])
-def test_joined_is_gathered(name):
+JOINED = [(name, "joined") for name in CASES if name != "convolution"]
+KERNEL = [(name, "kernel") for name in CASES]  # the gather, on another device than TPU
+
+
+@pytest.mark.parametrize(("name", "product"), JOINED + KERNEL)
+def test_each_product_is_the_gathered_one(name, product):
+    """Values, gradients in both modes, with and without derivatives."""
     fn, params, x = CASES[name]
     made = adapters_of(fn, params, x[0])
     bank = jlora.stack([jlora.adapter(tree) for tree in made])
@@ -570,13 +575,17 @@ def test_joined_is_gathered(name):
         out = jlora.per_example(fn, product=product)(params, bank, IDS, x)
         return dot_with(weights, out), out
 
-    grad = jax.value_and_grad(loss, has_aux=True)
-    (_, want), wanted = jax.jit(grad, static_argnums=1)(bank, "gathered")
-    (_, got), grads = jax.jit(grad, static_argnums=1)(bank, "joined")
+    grad = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
+    (_, want), wanted = grad(bank, "gathered")
+    (_, got), grads = grad(bank, product)
     close(got, want, 1e-5)
+    close(jax.jit(loss, static_argnums=1)(bank, product)[1], want, 1e-5)
     for path, leaf in wanted.items():
         own = grads[path]
         close((own.a, own.b, own.scale), (leaf.a, leaf.b, leaf.scale), 1e-4, path)
+    (_, want), (_, tangents) = jax.jvp(lambda b: loss(b, "gathered"), [bank], [bank])
+    (_, got), (_, ours) = jax.jvp(lambda b: loss(b, product), [bank], [bank])
+    close((got, ours), (want, tangents), 1e-4)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -595,29 +604,6 @@ def test_the_kernel(tokens, sizes, dtype):
     want = (x @ a[at] @ b[at]).astype(np.float32)
     close(got, want, 1e-6 if dtype == "float32" else 2e-2)
     assert got.dtype == jnp.float32
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_with_the_kernel(name):
-    """On another device than a TPU it is the gather; derivatives are everywhere."""
-    fn, params, x = CASES[name]
-    made = adapters_of(fn, params, x[0])
-    bank = jlora.stack([jlora.adapter(tree) for tree in made])
-    weights = cotangents(jax.eval_shape(jax.vmap(lambda x: fn(params, x)), x))
-
-    def loss(bank, product):
-        out = jlora.per_example(fn, product=product)(params, bank, IDS, x)
-        return dot_with(weights, out), out
-
-    grad = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
-    (_, want), wanted = grad(bank, "gathered")
-    (_, got), grads = grad(bank, "kernel")
-    close(got, want, 1e-5)
-    close(jax.jit(loss, static_argnums=1)(bank, "kernel")[1], want, 1e-5)
-    close(jax.tree.leaves(grads), jax.tree.leaves(wanted), 1e-4)
-    (_, want), (_, tangents) = jax.jvp(lambda b: loss(b, "gathered"), [bank], [bank])
-    (_, got), (_, ours) = jax.jvp(lambda b: loss(b, "kernel"), [bank], [bank])
-    close((got, ours), (want, tangents), 1e-4)
 
 
 def test_where_the_kernel_is(monkeypatch):
@@ -721,12 +707,12 @@ def test_a_use_that_cannot_be_joined_is_gathered():
     assert jlora.explain(call, *args).product == "gathered"
     with pytest.warns(UserWarning, match="'up' is used by 'tanh'"):
         call(*args)
-    with pytest.raises(ValueError, match="'up' is used by 'tanh'.*of its own"):
-        jlora.per_example(other, product="joined")(*args)
+    joined = jlora.per_example(other, product="joined")
+    for call in (joined, functools.partial(jlora.explain, joined)):
+        with pytest.raises(ValueError, match="'up' is used by 'tanh'.*of its own"):
+            call(*args)
     with pytest.raises(ValueError, match="product is 'ragged': expected 'gathered'"):
         jlora.per_example(other, product="ragged")
-    said = jlora.explain(jlora.per_example(other, product="joined"), *args)
-    assert "it will raise, since 'up' is materialised" in str(said)
     with pytest.raises(ValueError, match="product='joined' with ids.*of tokens"):
         jlora.per_example(fn, product="joined")(params, bank, ids[:, None], args[3])
     dora = jlora.stack(plain_bank({"dora": True}, {"dora": True})[3])
@@ -877,6 +863,49 @@ def test_a_sweep_has_the_losses_of_its_runs():
     for k, adapter in enumerate(adapters):
         close(got[:, k], losses(begin, step, adapter, rates[k]), 1e-5)
     assert got[-1].min() < 0.5 * got[0].min()
+
+
+def test_what_explain_is_asked():
+    """It says what a call does: also of what is no array, and raises what it raises."""
+    fn, params, x, adapters = plain_bank({}, {"dora": False})
+    bank, ids = jlora.stack(adapters), jnp.array([0, 1, -1])
+
+    def named(p, x, scaled, how):
+        y = how(x) if scaled else x
+        return jax.lax.pmean(fn(p, y), "batch")
+
+    axes = {"in_axes": (0, None, None), "axis_name": "batch"}
+    call = jlora.per_example(named, **axes)
+    args = params, bank, ids, x[:3], True, jnp.tanh
+    assert [e.status for e in jlora.explain(call, *args)] == ["factored"] * 2
+    plain = jlora.per_example(fn)
+    assert jlora.explain(jax.jit(plain), params, bank, ids, x[:3]).product == "gathered"
+    assert jlora.explain(plain, params, bank, ids[:0], x[:0]).product == "gathered"
+    model = eqx.nn.MLP(6, 5, 8, 2, key=jax.random.key(0))
+    made = adapters_of(lambda m, x: jax.vmap(m)(x), model, x[0])
+    own = jlora.stack([jlora.adapter(tree) for tree in made])
+    said = jlora.explain(
+        jlora.per_example(lambda m, x: jax.vmap(m)(x)), model, own, ids, x[:3]
+    )
+    assert {e.status for e in said} == {"factored"}
+    with pytest.raises(ValueError, match="ids has 7, and the bank has 2 slots"):
+        jlora.explain(plain, params, bank, jnp.array([7, 0, 0]), x[:3])
+    dora = jlora.stack(plain_bank({"dora": True}, {"dora": True})[3])
+    joined = jlora.per_example(fn, product="joined")
+    for call, own in ((plain, ids[:, None]), (joined, ids)):
+        with pytest.raises(ValueError, match="has m: expected plain factors"):
+            jlora.explain(call, params, dora, own, x[:3])
+
+
+def test_an_id_that_int32_does_not_hold():
+    fn, params, x, adapters = plain_bank({}, {})
+    bank = jlora.stack(adapters)
+    with pytest.raises(ValueError, match="ids has 4294967296"):
+        jlora.per_example(fn)(params, bank, np.array([2**32]), x[:1])
+    with jax.enable_x64(True):
+        ids = jnp.array([2**32, 1], jnp.int64)
+        got = jax.jit(jlora.per_example(fn))(params, bank, ids, x[:2])
+    close(got[0], fn(params, x[0]), 1e-5)
 
 
 def test_a_slot_in_peft_files(tmp_path):

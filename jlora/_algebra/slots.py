@@ -3,7 +3,8 @@
 Inside of a `jax.vmap` over examples, each with a slot of its own, XLA gathers the
 factors of all examples: it reads them, writes them side by side, and reads them again.
 Where an example has few tokens that is most of what the low-rank branch costs.  For TPU
-there is a kernel that reads each example's factors where they are, and nothing else.
+there is a kernel that reads each example's factors where they are, and nothing else,
+as Punica has it for CUDA (arXiv:2310.18547).
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from jlora._leaf import LoRA, base
 
 FEW_TOKENS = 16
 """Of each example: with more of them a gather is a small part of the cost."""
-
 
 MEMORY = 12 * 2**20
 """Bytes of a TPU core's vector memory that the kernel's blocks may take, of 16 MiB."""
@@ -60,11 +60,11 @@ def readable(
     leaf: LoRA, x: Any, params: Params, weight_first: bool, slot: Slot
 ) -> bool:
     """Whether `contract` can compute this use of a leaf."""
+    if jax.sharding.get_abstract_mesh().manual_axes:  # in a shard_map
+        return False
     given = dict(params)
     contracted = given["dimension_numbers"] == (((x.ndim - 1,), (0,)), ((), ()))
-    here = leaf.shape == (slot.a.shape[1], slot.b.shape[2])  # and no device's shard
-    if getattr(jax.sharding.get_abstract_mesh(), "manual_axes", ()):
-        return False
+    here = leaf.shape == (slot.a.shape[1], slot.b.shape[2])
     extra = leaf.form, leaf.c, leaf.m, leaf.gain, leaf.dropout
     return (
         contracted
@@ -99,7 +99,7 @@ def contract(leaf: LoRA, x: jax.Array, params: Params, slot: Slot) -> jax.Array:
     scale = lax.stop_gradient(leaf.scale)
     rows = x.astype(dtype).reshape(-1, x.shape[-1])
     d = slot_product(rows, slot.a, slot.b, slot.i) * scale
-    d = jnp.where(slot.i >= 0, d, 0)
+    d = jnp.where(slot.i >= 0, d, 0)  # of another slot's numbers, else
     return base.plus(y, d.reshape(*x.shape[:-1], -1).astype(y.dtype))
 
 
@@ -111,7 +111,7 @@ def slot_product(x: jax.Array, a: jax.Array, b: jax.Array, i: jax.Array) -> jax.
       x: (tokens, in)
       a: (slots, in, r)
       b: (slots, r, out)
-      i: () -1 is computed as 0.
+      i: () the slot; with -1 the result is of no use.
     """
     return _in_batch(x, a, b, i)
 

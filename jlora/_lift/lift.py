@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import math
 import warnings
 from collections.abc import Callable
@@ -353,16 +354,30 @@ def explain(fn: Callable[..., Any], tree: Any, *args: Any, **kwargs: Any) -> Rep
       1 factored
     """
     _check_function(fn, "explain(fn, tree, *args)")
-    if (own := getattr(fn, "explained", None)) is not None:
+    if (own := getattr(inspect.unwrap(fn), "explained", None)) is not None:
         return own(tree, *args, **kwargs)
     _check((tree, *args), kwargs)
-    ev = rehearsed(fn, (tree, *args), kwargs)
+    return reported(rehearsed(fn, (tree, *args), kwargs), tree)
+
+
+def reported(ev: Evaluation, tree: Any) -> Report:
+    """The report on an evaluation of a tree."""
     return report([path for path, x in flatten(tree)[0] if is_adapted(x)], ev.seen)
 
 
-def rehearsed(fn: Callable[..., Any], args: Any, kwargs: Any) -> Evaluation:
-    """What an evaluation of the lifted function finds.  Nothing is computed."""
-    ev = Evaluation(strict=False)
+def rehearsed(
+    fn: Callable[..., Any], args: Any, kwargs: Any, strict: bool = False, **own: Any
+) -> Evaluation:
+    """What an evaluation of the lifted function finds.  Nothing is computed.
+
+    Args:
+      fn: the function.
+      args: its arguments.
+      kwargs: and as keywords.
+      strict: as in `lift`.
+      **own: what else an `Evaluation` takes.
+    """
+    ev = Evaluation(strict, **own)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         jax.make_jaxpr(functools.partial(_lifted, fn, ev, must_use=False))(

@@ -71,6 +71,8 @@ def _compute(
 
 def _met(eqn: Any, x: Any) -> float:
     """How many rows of an activation, or how many indices, meet a weight."""
+    if not all(isinstance(n, int) for n in x.shape):  # symbolic, in an export
+        return math.inf
     if eqn.primitive.name != "dot_general":
         return x.size
     (own, _), _ = eqn.params["dimension_numbers"]
