@@ -32,7 +32,7 @@ import weights
 from finetune import TARGETS
 from model import cross_entropy
 from packing import Batch, Texts
-from pinned import Stopped, checkpoints, claim, stop_requests
+from pinned import Stopped, checkpoints, claim, stop_requests, to_the_end
 from sentences import rated
 
 import jlora
@@ -322,11 +322,4 @@ def arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except Stopped as stop:
-        print(f"{stop}. The same command goes on from there.")
-        sys.exit(130)
-    except KeyboardInterrupt:
-        print("\ninterrupted. The same command goes on from the last checkpoint.")
-        sys.exit(130)
+    to_the_end(main)

@@ -23,7 +23,7 @@ import figure
 import jax
 import numpy as np
 from sentences import Labelled, Tokens, movie_reviews, read_tsv, snapshot
-from training import Config, Run, Stopped, logits, train, wrap
+from training import Config, Run, logits, to_the_end, train, wrap
 
 import jlora
 import jlora.checkpoint
@@ -166,11 +166,4 @@ def accuracy(scores: np.ndarray, labels: np.ndarray) -> float:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except Stopped as stop:
-        print(f"{stop}. The same command goes on from there.")
-        sys.exit(130)
-    except KeyboardInterrupt:
-        print("\ninterrupted. The same command goes on from the last checkpoint.")
-        sys.exit(130)
+    to_the_end(main)

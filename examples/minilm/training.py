@@ -6,8 +6,9 @@ import json
 import os
 import shutil
 import signal
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,18 @@ class Config:
 
 class Stopped(Exception):
     """The user asked to stop; the run is saved."""
+
+
+def to_the_end(main: Callable[[], None]) -> None:
+    """Calls main; if the user stops it, says how to go on, and exits with 130."""
+    try:
+        main()
+    except Stopped as stop:
+        print(f"{stop}. The same command goes on from there.")
+        sys.exit(130)
+    except KeyboardInterrupt:
+        print("\ninterrupted. The same command goes on from the last checkpoint.")
+        sys.exit(130)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,6 @@ Ctrl-C saves; the same command goes on from there.
 import argparse
 import dataclasses
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ import numpy as np
 import weights
 from finetune import Config, megabytes
 from packing import Texts
-from pinned import Labelled, Stopped, movie_reviews
+from pinned import Labelled, movie_reviews, to_the_end
 
 import jlora
 import jlora.checkpoint
@@ -225,11 +224,4 @@ def compare(results: dict[str, Result], strict: bool) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except Stopped as stop:
-        print(f"{stop}. The same command goes on from there.")
-        sys.exit(130)
-    except KeyboardInterrupt:
-        print("\ninterrupted. The same command goes on from the last checkpoint.")
-        sys.exit(130)
+    to_the_end(main)
