@@ -18,7 +18,7 @@ from jlora import _qwix
 from jlora._algebra.rows import replaces
 from jlora._algebra.weight import dense
 from jlora._leaf import Adapted, Full, LoRA, base, fields, is_adapted
-from jlora._leaf.bank import as_in, slots_of
+from jlora._leaf.bank import as_in, refuse_bank
 from jlora._leaf.fields import lacking, missing
 from jlora._plan.plan import table
 from jlora._tree import by_path, output_bias, paths, sharding
@@ -185,6 +185,7 @@ def unwrap(tree: Any) -> Any:
 
 def _map_adapted(fn: Any, tree: Any, what: str, rest: Any = lambda x: x) -> Any:
     refuse_layers(tree, what)
+    refuse_bank(tree, what)
 
     def leaf(path: str, x: Any) -> Any:
         if not is_adapted(x):
@@ -332,12 +333,7 @@ def _lost(leaf: Any) -> str:
 
 def _fitting(what: str, params: Any, adapter: Adapter) -> None:
     """Raises unless every leaf of the adapter fits an array of params."""
-    if (n := slots_of(adapter)) is not None:
-        raise ValueError(
-            f"{what}: found a bank of {n} adapters: expected one, "
-            "jlora.pick(bank, i). For a batch whose examples have adapters of their "
-            "own: jlora.per_example(fn)(params, bank, ids, ...)."
-        )
+    refuse_bank(adapter, what)
     if not isinstance(adapter, dict) or not all(map(is_adapted, adapter.values())):
         found = type(adapter).__name__
         if isinstance(adapter, dict):

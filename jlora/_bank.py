@@ -102,6 +102,11 @@ def _opened(leaf: Any) -> Any:
 
 def _index(i: Any, n: int, what: str, least: int) -> jax.Array:
     """The index of a slot as an array; raises if it is known that no slot has it."""
+    if isinstance(i, Mapping):
+        raise ValueError(
+            f"{what}: found an adapter, where the index of a slot is expected: "
+            "jlora.put(bank, i, adapter)."
+        )
     i = jnp.asarray(i)
     if i.ndim or not jnp.issubdtype(i.dtype, jnp.integer):
         raise ValueError(

@@ -21,6 +21,7 @@ from jax import lax
 from jlora._algebra.rows import replaces
 from jlora._init.keys import path_key, typed
 from jlora._leaf import LoRA, base, is_adapted
+from jlora._leaf.bank import refuse_bank
 from jlora._leaf.fields import missing
 from jlora._leaf.node import register
 from jlora._tree import by_path, paths
@@ -137,6 +138,7 @@ def fade(
                 "out."
             )
         if missing(x) or base.is_abstract(x.w):
+            refuse_bank(tree, "fade")
             what = ", ".join(f"{name}=None" for name in missing(x)) or "only shapes"
             raise ValueError(
                 f"fade: {path!r} has {what}: expected the whole adapted tree, as "
@@ -254,6 +256,7 @@ def drop_base(tree: Any, *, force: bool = False) -> Any:
         if not is_adapted(x) or base.is_zero(x.w) or replaces(x):
             continue
         if lacks := missing(x):
+            refuse_bank(tree, "drop_base")
             raise ValueError(
                 f"drop_base: {path!r} has {lacks[0]}=None: expected the whole tree."
             )

@@ -140,6 +140,7 @@ class _PerExample:
     def __call__(self, params: Any, bank: Bank, ids: Any, *args: Any) -> Any:
         n = require_bank(bank, "per_example")
         ids = _checked_ids(ids, n)
+        _require_as_many(ids, self._axes(args), args)
 
         def one(i: jax.Array, k: jax.Array, *args: Any) -> Any:
             product = self._product(params, bank, ids, args)
@@ -202,6 +203,7 @@ class _PerExample:
             whole = [new.get(k, x) for k, x in enumerate(leaves)]
             params, bank, ids, args = jax.tree.unflatten(treedef, whole)
             ids = _checked_ids(ids, n)
+            _require_as_many(ids, self._axes(args), args)
 
             def one(i: jax.Array, k: jax.Array, *args: Any) -> None:
                 product = self._product(params, bank, ids, args)
@@ -329,6 +331,22 @@ def _require_unwritten(before: Any, tree: Any) -> None:
                 "have its own: expected a function that writes nothing. Call "
                 "model.eval() before; for dropout give jlora.dropout a key."
             )
+
+
+def _require_as_many(ids: jax.Array, axes: Any, args: Any) -> None:
+    """Raises unless there is one id for each example of each argument."""
+    for k, (axis, arg) in enumerate(zip(axes, args, strict=False)):
+        if not isinstance(axis, int):  # no axis, or a tree of them, which vmap checks
+            continue
+        for path, x in by_path.flatten(arg)[0]:
+            shape = np.shape(x)
+            if -len(shape) <= axis < len(shape) and shape[axis] != len(ids):
+                at = f", {path!r}," if path else ""
+                raise ValueError(
+                    f"per_example: {len(ids)} ids, and argument {k}{at} of shape "
+                    f"{shape} has {shape[axis]} examples along axis {axis}: expected "
+                    "one id for each example; in_axes says which axis that is."
+                )
 
 
 def _checked_ids(ids: Any, n: int) -> jax.Array:

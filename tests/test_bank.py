@@ -1004,7 +1004,21 @@ def test_a_bank_and_an_adapter_are_not_mistaken():
     for call, message in [
         (lambda: jlora.attach(params, bank), "attach: found a bank of 2 adapters"),
         (lambda: jlora.unmerge(params, bank), "unmerge: found a bank of 2 adapters"),
+        (lambda: jlora.merge(bank), "merge: found a bank of 2 adapters"),
+        (lambda: jlora.unwrap(bank), "unwrap: found a bank of 2 adapters"),
+        (lambda: jlora.fade(bank, 0.5), "fade: found a bank of 2 adapters"),
+        (lambda: jlora.drop_base(bank), "drop_base: found a bank of 2 adapters"),
+        (lambda: jlora.mix([one, bank], [1, 1]), "mix: found a bank of 2 adapters"),
+        (lambda: jlora.lift(fn)(bank, x[0]), "lift: found a bank of 2 adapters"),
+        (
+            lambda: jlora.peft.save("unwritten", bank, names={"up": "up"}),
+            "peft.save: found a bank of 2 adapters",
+        ),
         (lambda: jlora.pick(one, 0), "pick: expected a bank of adapters, found one ad"),
+        (
+            lambda: jlora.put(bank, one, 0),
+            "put: found an adapter, where the index of a slot is expected",
+        ),
         (lambda: jlora.put(one, 0, one), "put: expected a bank of adapters, found one"),
         (lambda: jlora.put(bank, 0, bank), "put: the adapter is a bank of 2 slots"),
         (
@@ -1033,6 +1047,16 @@ def test_a_bank_and_an_adapter_are_not_mistaken():
         (
             lambda: jlora.per_example(fn)(params, bank, jnp.array([0.0]), x[:1]),
             "ids is float32 of shape",
+        ),
+        (
+            lambda: jlora.per_example(fn)(params, bank, jnp.array([0, 1]), x[:3]),
+            r"2 ids, and argument 0 of shape \(3, .*has 3 examples along axis 0",
+        ),
+        (
+            lambda: jlora.per_example(lambda p, d: fn(p, d["x"]), in_axes=1)(
+                params, bank, jnp.array([0, 1]), {"x": jnp.swapaxes(x[:3], 0, 1)}
+            ),
+            r"2 ids, and argument 0, 'x', of shape .*has 3 examples along axis 1",
         ),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -55,19 +55,24 @@ def sweep(runs, history, best: int, path: Path) -> None:
                 markersize=7 + 3 * ranks.index(run.rank),
                 markerfacecolor="none" if end == "o" and k != best else None,
             )
-        for rate in rates:
-            left.plot([], [], color=colors[rate], label=f"learning rate {rate:g}")
-        for rank in ranks:
-            left.plot([], [], color=GREY, linestyle=lines[rank], label=f"rank {rank}")
         left.set(title="All runs", xlabel="step", ylabel="validation loss (nats)")
-        left.legend(fontsize=9)
         right.set(title="Where each ended", xlabel="learning rate")
         right.set_ylabel("validation loss (nats)")
         right.set_xscale("log")
-        ended = "○ to the end  × stopped  ● the best  larger: higher rank"
-        right.annotate(
-            ended, (0.02, 0.02), xycoords="axes fraction", color="#555555", fontsize=9
-        )
+        right.set_xticks(rates, [f"{rate:g}" for rate in rates])
+        right.minorticks_off()
+        for rate in rates:
+            left.plot([], [], color=colors[rate], label=f"learning rate {rate:g}")
+        for rank in ranks:
+            label = f"rank {rank}" + " (larger on the right)" * (rank != ranks[0])
+            left.plot([], [], color=GREY, linestyle=lines[rank], label=label)
+        for mark, fill, label in (
+            ("o", "none", "to the end"),
+            ("x", None, "stopped"),
+            ("o", None, "the best"),
+        ):
+            left.plot([], [], mark, color=GREY, markerfacecolor=fill, label=label)
+        figure.legend(loc="outside lower center", ncols=5, fontsize=9)
         _saved(figure, path)
 
 

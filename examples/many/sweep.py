@@ -34,8 +34,7 @@ from tqdm import tqdm
 sys.path.append(str(Path(__file__).parents[1] / "minilm"))
 import encoder
 from sentences import Tokens, movie_reviews, read_tsv, snapshot
-from training import _stop_requests as stop_requests
-from training import logits
+from training import logits, stop_requests
 
 import jlora
 import jlora.checkpoint

@@ -149,7 +149,7 @@ def train(apply, params, tokens, labels, parts, config: Config, folder: Path) ->
             f"{len(parts['train'])} training sentences do not fill one batch of"
             f" {config.batch}: choose a smaller --batch"
         )
-    _claim(folder, config)
+    claim(folder, config)
     steps = config.epochs * per_epoch
     state, history = begin(apply, params, config, steps)
     state, history = _restore(folder, params, state, history)
@@ -161,7 +161,7 @@ def train(apply, params, tokens, labels, parts, config: Config, folder: Path) ->
         unit=" examples",
         dynamic_ncols=True,
     )
-    with bar, _stop_requests() as stop:
+    with bar, stop_requests() as stop:
         for step in range(start, steps):
             epoch, position = divmod(step, per_epoch)
             if position == 0 or step == start:
@@ -192,7 +192,7 @@ def train(apply, params, tokens, labels, parts, config: Config, folder: Path) ->
 
 
 @contextlib.contextmanager
-def _stop_requests() -> Iterator[threading.Event]:
+def stop_requests() -> Iterator[threading.Event]:
     """Turns Ctrl-C and SIGTERM into an event; a second one acts at once."""
     requested = threading.Event()
 
@@ -211,7 +211,7 @@ def _stop_requests() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def _claim(folder: Path, config: Config) -> None:
+def claim(folder: Path, config: Config) -> None:
     """Notes the configuration in `folder`; refuses one that holds another's run."""
     wanted = dataclasses.asdict(config)
     note = folder / "config.json"
@@ -246,16 +246,16 @@ def _save(folder: Path, state: TrainState, history: dict[str, np.ndarray]) -> No
 
 def _restore(folder: Path, params: Any, state: TrainState, history: dict):
     """The state and history of the last checkpoint, or those given where none is."""
-    checkpoints = _checkpoints(folder)
-    if not checkpoints:
+    saved = checkpoints(folder)
+    if not saved:
         return state, history
     extra = {"opt_state": state.opt_state, "step": state.step, "history": history}
-    tree, extra = jlora.checkpoint.restore(checkpoints[-1], params, extra=extra)
+    tree, extra = jlora.checkpoint.restore(saved[-1], params, extra=extra)
     history = jax.tree.map(np.array, extra.pop("history"))
     return state.replace(params=tree, **extra), history
 
 
-def _checkpoints(folder: Path) -> list[Path]:
+def checkpoints(folder: Path) -> list[Path]:
     """The committed checkpoints in `folder`, oldest first."""
     found = [path for path in folder.glob("checkpoints/*") if path.name.isdigit()]
     return sorted(found, key=lambda path: int(path.name))

@@ -8,10 +8,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1] / "minilm"))
 from sentences import Labelled, Package, cache, fetch, movie_reviews
-from training import Stopped, to_the_end
-from training import _checkpoints as checkpoints
-from training import _claim as claim
-from training import _stop_requests as stop_requests
+from training import Stopped, checkpoints, claim, stop_requests, to_the_end
 
 __all__ = [
     "Labelled",

@@ -21,6 +21,7 @@ from jlora._arithmetic.merging import MERGINGS
 from jlora._init.keys import path_key, typed
 from jlora._init.matrices import Matrices
 from jlora._leaf import Full, LoRA, Note, base, forms, is_adapted
+from jlora._leaf.bank import refuse_bank
 from jlora._leaf.fields import lacking
 from jlora._leaf.forms import NotFactored
 from jlora._tree import paths
@@ -313,6 +314,7 @@ def _check(
             f"{'one' if adapters else 'none'}."
         )
     for x in adapters:
+        refuse_bank(x, "mix")
         if not isinstance(x, Mapping) or not all(map(is_adapted, x.values())):
             raise ValueError(
                 "mix: expected adapters, flat dicts from path to leaf, found a "

@@ -58,6 +58,16 @@ def slots_of(x: Any) -> int | None:
     return x.slots if isinstance(x, Bank) else None
 
 
+def refuse_bank(x: Any, what: str) -> None:
+    """Raises ValueError for a bank; what is expected is an adapter, or its tree."""
+    if (n := slots_of(x)) is not None:
+        raise ValueError(
+            f"{what}: found a bank of {n} adapters: expected one, jlora.pick(bank, i); "
+            "jlora.attach puts it on its params. For a batch whose examples have "
+            "adapters of their own: jlora.per_example(fn)(params, bank, ids, ...)."
+        )
+
+
 def one_slot(bank: Bank) -> dict[str, Any]:
     """The shapes and dtypes of one of its adapters."""
     return jax.tree.map(

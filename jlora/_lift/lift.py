@@ -21,6 +21,7 @@ from jax import lax
 from jlora import _compat
 from jlora._algebra.weight import dense, settled, unsettled
 from jlora._leaf import Bare, LoRA, base, is_adapted, is_leaf
+from jlora._leaf.bank import refuse_bank
 from jlora._leaf.fields import missing, stored
 from jlora._leaf.forms import Misfit
 from jlora._lift import control as control  # importing it registers the rules
@@ -197,6 +198,7 @@ def _check(args: Any, kwargs: Any) -> bool:
                 continue
             lacks = missing(x)
             if lacks == ["w"]:
+                refuse_bank(arg, "lift")
                 raise ValueError(
                     f"{path!r} is an adapter without its base (w=None): put it back "
                     "with jlora.attach(params, adapter), or, if it is half of a "

@@ -21,6 +21,7 @@ from jax.experimental import multihost_utils
 from jlora._adapter import adapter as adapter_of
 from jlora._algebra.rows import replaces, rows_of
 from jlora._leaf import Full, LoRA, base, is_adapted
+from jlora._leaf.bank import refuse_bank
 from jlora._leaf.fields import lacking, trained
 from jlora._leaf.forms import NotFactored
 from jlora._plan.plan import Plan
@@ -92,6 +93,7 @@ def save(
             f"peft.save: {where} exists: expected a new directory, so that no earlier "
             "adapter is lost. Save elsewhere, or move it away first."
         )
+    refuse_bank(tree, "peft.save")
     adapter = adapter_of(tree)
     known = weights(tree, plan)
     given = names_of(names, list(known), "peft.save")
