@@ -7,7 +7,8 @@
 #   make demo                          fine-tune MiniLM      ARGS=--help lists the options
 #   make llm                           fine-tune SmolLM2 on a 4-bit base, in 20 minutes
 #   make sweep                         sixteen runs of a sweep as one
-#   make many                          four adapters in one batch; then serve them
+#   make domains, make serve           four adapters trained in one batch; many served
+#   make many                          both
 #   make docs                          build the documentation, with every cell run
 #   make lint                          ruff and mypy
 #   make test PYTHON=python3.13        with another Python
@@ -36,7 +37,7 @@ export UV_HTTP_TIMEOUT ?= 60
 export UV_SYSTEM_CERTS ?= true
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: test interop faults demo llm sweep many docs lint format lock env clean
+.PHONY: test interop faults demo llm sweep domains serve many docs lint format lock env clean
 
 test: $(READY)
 	@$(PY) -m pytest -n logical --maxprocesses 4 --dist worksteal $(ARGS)
@@ -64,6 +65,13 @@ llm: $(READY)
 sweep: $(READY)
 	@$(PY) examples/many/sweep.py $(ARGS)
 
+domains: $(READY)
+	@$(PY) examples/many/domains.py $(ARGS)
+
+serve: $(READY)
+	@$(PY) examples/many/serve.py $(ARGS)
+
+# For options that both have, such as --quick.
 many: $(READY)
 	@$(PY) examples/many/domains.py $(ARGS)
 	@$(PY) examples/many/serve.py $(ARGS)

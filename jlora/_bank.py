@@ -24,7 +24,8 @@ def stack(adapters: Sequence[Mapping[str, Adapted]]) -> Bank:
 
     They may have ranks, alphas and targets of their own.  A lower rank is filled up
     with zeros, which stay zero in training: neither factor has a gradient there.  A
-    path that one of them does not have is the base there.
+    path that one of them does not have is the base there.  An output bias that one of
+    them does not have is zero there; in training it gets a gradient as the others do.
 
     A bank is trained, partitioned and sharded as an adapter is, and Orbax saves it as
     any tree; inside of `jax.vmap` over its slots it is an adapter.
@@ -91,9 +92,9 @@ def pick(bank: Bank, i: Any) -> dict[str, Adapted]:
 
 
 def _silent(leaf: Any) -> bool:
-    """Whether a leaf of a slot is none of its adapter."""
-    gate = leaf.scale if isinstance(leaf, LoRA) else leaf.on
-    return not jax.device_get(gate).any()
+    """Whether a leaf of a slot is none of its adapter; one that is off has an a."""
+    gates = [leaf.scale, leaf.a] if isinstance(leaf, LoRA) else [leaf.on]
+    return not any((x != 0).any() for x in gates)
 
 
 def _opened(leaf: Any) -> Any:

@@ -87,9 +87,11 @@ def observe(
 ) -> Moments:
     """Second moments of what enters each planned weight, in fn(params, *args).
 
-    Call it on some batches and add the results; `initializers.eva` starts the factors a
-    from them.  It costs about three forward passes, and an array (in, in) in float32
-    for each weight.
+    Call it on some batches, as ``jax.jit(functools.partial(jlora.observe, fn,
+    plan=plan))``, and add the results: ``sum(observe(params, x) for x in batches)``.
+    `initializers.eva` starts the factors a from them, `quantize` and
+    `initializers.loftq` round by them.  It costs about three forward passes, and an
+    array (in, in) in float32 for each weight.
 
     The moments are a gradient: beside each product stands one with the identity, whose
     gradient is the input itself.  So scanned and rematerialised layers have theirs, and
@@ -103,7 +105,8 @@ def observe(
       **kwargs: the keyword arguments of ``fn``.
 
     Raises:
-      ValueError: a plan of another tree, or one of embeddings alone.
+      ValueError: a plan of another tree, or one of embeddings alone; a function that
+        returns no floating-point array.
 
     Example:
       >>> import jax.numpy as jnp, jlora
@@ -154,6 +157,11 @@ def observe(
             for x in jax.tree.leaves(out)
             if jnp.issubdtype(getattr(x, "dtype", bool), jnp.inexact)
         ]
+        if not floating:
+            raise ValueError(
+                "observe: fn returns no floating-point array, so nothing that enters a "
+                "weight is seen: expected a function that returns the logits, say."
+            )
         return sum((jnp.sum(jnp.real(x).astype(jnp.float32)) for x in floating), 0.0)
 
     found = dict(by_path.flatten(tree)[0])

@@ -137,7 +137,15 @@ class _PerExample:
         self.lifted = lift_slots(fn, strict=strict)
         self.__name__ = getattr(fn, "__name__", "call")
 
-    def __call__(self, params: Any, bank: Bank, ids: Any, *args: Any) -> Any:
+    def __call__(
+        self, params: Any, bank: Bank, ids: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        if kwargs:
+            raise TypeError(
+                f"per_example: found the keyword arguments {', '.join(kwargs)}: "
+                "expected positional ones, which have examples along in_axes. Bind "
+                "what has none: lambda params, x: fn(params, x, train=False)."
+            )
         n = require_bank(bank, "per_example")
         ids = _checked_ids(ids, n)
         _require_as_many(ids, self._axes(args), args)
@@ -354,7 +362,11 @@ def _checked_ids(ids: Any, n: int) -> jax.Array:
     try:
         ids = ids if isinstance(ids, jax.Array) else np.asarray(ids)
     except (TypeError, ValueError):
-        ids = np.zeros(())
+        raise ValueError(
+            f"per_example: ids is a {type(ids).__name__} of which NumPy makes no array "
+            "of numbers: expected integers, one for each example or (examples, "
+            "tokens), with as many tokens in each."
+        ) from None
     if ids.shape == (0,):
         ids = ids.astype(np.int32)
     if ids.ndim not in (1, 2) or not jnp.issubdtype(ids.dtype, jnp.integer):

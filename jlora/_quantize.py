@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from jlora import _qwix
-from jlora._init.eva import given, moment
+from jlora._init.eva import as_matrices, given, moment
 from jlora._init.gptq import gptq
+from jlora._init.matrices import Matrices
 from jlora._leaf import LoRA, base, is_adapted
 from jlora._leaf.forms import Misfit
 from jlora._plan.from_tree import from_tree
@@ -66,7 +67,7 @@ def quantize(
         them.  An embedding, which is looked up, has none and needs none.
       donate: whether to free each float array once it is quantised.  Then a model needs
         no more memory than its floats and one quantised leaf; the tree that was passed
-        cannot be used any more.
+        cannot be used any more, also where a later weight has no scales and raises.
 
     Returns:
       A tree of the same structure.  A quantised leaf has the shape and dtype that it
@@ -94,14 +95,17 @@ def quantize(
     tiles = _tiled(leaves, axes, block)
     own = _moments_of(moments, axes)
     for path in tiles:  # before the first of them is given up
-        _require_finite(path, _base(leaves[path]))
+        w = _base(leaves[path])
+        _require_finite(path, w)
+        if path in own:
+            _require_fitting(path, w, axes[path][0], own[path])
     uses = collections.Counter(id(_base(x)) for x in leaves.values())
 
     def leaf(path: str, x: Any) -> Any:
         w = _base(x)
         if path not in tiles or not w.size:
             return x
-        new = _quantized(path, w, qtype, tiles[path], axes[path][0], own.get(path))
+        new = _quantized(w, qtype, tiles[path], axes[path][0], own.get(path))
         _require_scales(path, w, new)
         uses[id(w)] -= 1
         known = isinstance(w, jax.Array) and base.is_concrete(w)
@@ -129,13 +133,18 @@ def _moments_of(
 
 
 def _quantized(
-    path: str, w: Any, qtype: str, tiles: tuple[int, ...], roles: str, own: Any
+    w: Any, qtype: str, tiles: tuple[int, ...], roles: str, moments: Any
 ) -> Any:
     """One weight in low-bit numbers, by its own moments or to the nearest."""
-    if own is None:
+    if moments is None:
         return _qwix.quantized(w, qtype, tiles)
+    return gptq(w, qtype, tiles, roles, moments, "quantize")
+
+
+def _require_fitting(path: str, w: Any, roles: str, moments: Any) -> None:
+    """Raises if a weight's moments are those of another."""
     try:
-        return gptq(w, qtype, tiles, roles, own, "quantize")
+        as_matrices(moments, Matrices(tuple(w.shape), roles), "quantize")
     except Misfit as e:
         raise ValueError(
             f"quantize: {path!r} is a weight of shape {tuple(w.shape)}: expected {e}."

@@ -759,6 +759,9 @@ def test_a_picked_adapter_has_its_own_paths():
     bank = jlora.stack([jlora.adapter(tree) for tree in made])
     for k, tree in enumerate(made):
         assert {*jlora.pick(bank, k)} == {*jlora.adapter(tree)}
+    off = jlora.adapter(jlora.scaled(made[0], 0.0))  # turned off is not the same
+    again = jlora.pick(jlora.put(bank, 0, off), 0)
+    assert {*again} == {*off} and all(x.a.any() for x in again.values())
 
 
 def test_whole_arrays_in_what_trees_go_through():
@@ -1049,6 +1052,10 @@ def test_a_bank_and_an_adapter_are_not_mistaken():
             "ids is float32 of shape",
         ),
         (
+            lambda: jlora.per_example(fn)(params, bank, [[0, 1], [0]], x[:2]),
+            "ids is a list of which NumPy makes no array of numbers",
+        ),
+        (
             lambda: jlora.per_example(fn)(params, bank, jnp.array([0, 1]), x[:3]),
             r"2 ids, and argument 0 of shape \(3, .*has 3 examples along axis 0",
         ),
@@ -1061,6 +1068,13 @@ def test_a_bank_and_an_adapter_are_not_mistaken():
     ]:
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_keyword_arguments_are_no_examples():
+    fn, params, x = CASES["plain"]
+    bank = jlora.stack([jlora.adapter(jlora.wrap(params, rank=2, targets="up"))])
+    with pytest.raises(TypeError, match="found the keyword arguments x: expected posi"):
+        jlora.per_example(fn)(params, bank, jnp.array([0]), x=x[:1])
 
 
 def test_what_cannot_be_put():

@@ -228,6 +228,8 @@ def test_bad_use():
     with pytest.raises(ValueError, match="embeddings alone"):
         own = jlora.plan(fn, params, ids, rank=2, targets="e")
         jlora.observe(fn, params, ids, plan=own)
+    with pytest.raises(ValueError, match="fn returns no floating-point array"):
+        jlora.observe(lambda *args: fn(*args).argmax(-1), params, ids, plan=plan)
     with pytest.raises(ValueError, match="plan is of another tree"):
         jlora.observe(lambda p, x: x @ p["w"], {"v": normal(6, 8)}, X, plan=plan)
     with pytest.raises(ValueError, match="rho 0.5"):

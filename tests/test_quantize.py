@@ -963,6 +963,10 @@ def test_nothing_is_given_up_before_all_is_checked():
         moments = {"a/kernel": jnp.eye(64)}
         jlora.quantize(params, "int4", donate=True, moments=moments)
     assert not params["a"]["kernel"].is_deleted()
+    with pytest.raises(ValueError, match="'b/kernel' is a weight of shape.*moments of"):
+        moments = {"a/kernel": jnp.eye(64), "b/kernel": jnp.eye(32)}
+        jlora.quantize(params, "int4", donate=True, moments=moments)
+    assert not params["a"]["kernel"].is_deleted()
     shared = normal(64, 8)
     twice = {"a": {"kernel": shared}, "b": {"kernel": shared}}
     got = jlora.quantize(twice, "int4", donate=True)

@@ -32,7 +32,7 @@ import weights
 from finetune import TARGETS
 from model import cross_entropy
 from packing import Batch, Texts
-from pinned import Stopped, checkpoints, claim, stop_requests, to_the_end
+from pinned import Stopped, checkpoints, claim, own, stop_requests, to_the_end
 from sentences import rated
 
 import jlora
@@ -246,6 +246,7 @@ def report(table: np.ndarray, names: list[str]) -> str:
 
 def main() -> None:
     args = arguments()
+    own(args.out)
     source = weights.load(args.model)
     corpora = {name: corpus(table) for name, table in DOMAINS.items()}
     every = "".join(text for texts, _ in corpora.values() for text in texts)
@@ -258,6 +259,7 @@ def main() -> None:
         print(f"{name:12}{len(x.train):6,} texts, {len(x.held_out):4} held out")
     if args.fresh:
         shutil.rmtree(args.out, ignore_errors=True)
+        own(args.out)
     model = source.model(scanned=True)
     state, frozen = begin(model, config, len(domains), args.out)
     bank = jlora.combine(state.trainable, frozen)
@@ -275,14 +277,14 @@ def main() -> None:
     )
     print(f"adapters: {args.out / 'adapters'}")
     print(f"picture: {args.out / 'perplexities.png'}")
-    own = np.diag(table[1:])
-    others = np.where(np.eye(len(own), dtype=bool), np.inf, table[1:]).min(0)
-    if not args.quick and not (own < np.minimum(others, table[0])).all():
-        raise SystemExit("some kind of text is better off under another's adapter")
+    lowest = np.diag(table[1:])
+    others = np.where(np.eye(len(lowest), dtype=bool), np.inf, table[1:]).min(0)
+    if not args.quick and not (lowest < np.minimum(others, table[0])).all():
+        raise SystemExit("some kind of text is not best under its own adapter")
     print(
         "RESULT "
-        + " ".join(f"{name}={x:.2f}" for name, x in zip(domains, own, strict=True))
-        + f" nearest_other={(others / own).min():.3f}"
+        + " ".join(f"{name}={x:.2f}" for name, x in zip(domains, lowest, strict=True))
+        + f" nearest_other={(others / lowest).min():.3f}"
     )
 
 
@@ -313,11 +315,8 @@ def arguments() -> argparse.Namespace:
     if args.quick:
         args.steps, args.width, args.held_out = 3, 48, 4
     args.out = args.out or Path("runs/domains-quick" if args.quick else "runs/domains")
-    if args.out.exists() and not args.out.is_dir():
-        parser.error(f"--out: {args.out} is a file; expected a folder")
-    known = not args.out.exists() or (args.out / "config.json").exists()
-    if args.fresh and not known and any(args.out.iterdir()):
-        parser.error(f"--fresh: {args.out} holds no run of this; it is left as it is")
+    if args.model and args.out.absolute() in args.model.absolute().parents:
+        parser.error(f"--model: {args.model} is a result in --out, which is replaced")
     return args
 
 

@@ -82,9 +82,13 @@ class Slots:
             if not self.free and not idle:
                 return None
             # In the order of last use: the first is the one that gives way.
-            adapter = self.load(name)  # may fail; then nothing has changed
-            slot = self.free.pop() if self.free else self.slot_of.pop(idle[0])
-            self.bank = self._put(self.bank, slot, adapter)
+            slot = self.free[-1] if self.free else self.slot_of[idle[0]]
+            # Either may fail; then nothing has changed.
+            self.bank = self._put(self.bank, slot, self.load(name))
+            if self.free:
+                self.free.pop()
+            else:
+                del self.slot_of[idle[0]]
             self.slot_of[name] = slot
             self.loaded += 1
         self.slot_of[name] = self.slot_of.pop(name)  # the last to be used
@@ -219,57 +223,54 @@ def serve(server: Server, requests: Sequence[Request]) -> float:
     return time.perf_counter() - began
 
 
-def measured(model, adapters: list[Any], rows: int, length: int, steps: int):
+REPEATS = 3
+"""How often each rate is measured, all of them in turns; the median counts."""
+
+
+def measured(model, adapters: list[Any], rows: int, steps: int) -> list[dict]:
     """Tokens a second by the number of distinct adapters in a batch of so many rows."""
-    one = decode.empty(model, length)
-    tokens = np.arange(rows, dtype=np.int32) + 100
-    found = []
+    one, tokens = decode.empty(model, steps), np.arange(rows, dtype=np.int32) + 100
     mixed = compiled_step()
     base = jax.jit(jax.vmap(alone, (None, 0, 0, 0)), donate_argnums=1)
 
     def empty(n: int):
         return jax.tree.map(lambda x: jnp.zeros((n, *x.shape), x.dtype), one)
 
-    def timed(calls) -> float:
-        """Of several runs the fastest, after one that compiles."""
-        best = np.inf
-        for trial in range(3):
-            states = [empty(n) for _, n in calls]
-            began = time.perf_counter()
-            for at in range(steps):
-                for k, (call, n) in enumerate(calls):
-                    where = np.full(n, at, np.int32)
-                    out, states[k] = call(states[k], tokens[:n], where)
-                jax.block_until_ready(out)
-            if trial:
-                best = min(best, time.perf_counter() - began)
-        return rows * steps / best
+    def seconds(calls) -> float:
+        """Of some steps of all rows, a part of which is in each of the calls."""
+        states = [empty(n) for _, n in calls]
+        began = time.perf_counter()
+        for at in range(steps):
+            for k, (call, n) in enumerate(calls):
+                where = np.full(n, at, np.int32)
+                out, states[k] = call(states[k], tokens[:n], where)
+            jax.block_until_ready(out)
+        return time.perf_counter() - began
 
-    distinct = 1
-    while distinct <= len(adapters) and rows % distinct == 0:
-        bank = jlora.stack(adapters[:distinct])
-        ids = np.arange(rows) % distinct
+    found: list[dict] = []
+    ways = {"base": [(partial(base, model), rows)]}
+    for distinct in (2**k for k in range(rows.bit_length())):
+        if distinct > len(adapters) or rows % distinct:
+            break
+        bank, ids = jlora.stack(adapters[:distinct]), np.arange(rows) % distinct
+        ways[f"mixed {distinct}"] = [(_with(mixed, model, bank, ids), rows)]
         each = rows // distinct
-        apart = [
-            (_with(mixed, model, jlora.stack([adapters[k]]), np.zeros(each, int)), each)
-            for k in range(distinct)
+        ways[f"apart {distinct}"] = [
+            (_with(mixed, model, jlora.stack([x]), np.zeros(each, int)), each)
+            for x in adapters[:distinct]
         ]
-        row = {
-            "distinct": distinct,
-            "base": timed([(lambda c, t, a: base(model, c, t, a), rows)]),
-            "mixed": timed([(_with(mixed, model, bank, ids), rows)]),
-            "apart": timed(apart),
-        }
-        one_row = jlora.per_example(decode.step)
         args = model, bank, ids, empty(rows), tokens, tokens
-        product = jlora.explain(one_row, *args).product
-        print(
-            f"{distinct:8} {row['base']:12.1f} {row['mixed']:12.1f}"
-            f" {row['apart']:12.1f}   {product}",
-            flush=True,
-        )
-        found.append(row)
-        distinct *= 2
+        report = jlora.explain(jlora.per_example(decode.step), *args)
+        found.append({"distinct": distinct, "product": report.product})
+    taken: dict[str, list[float]] = {name: [] for name in ways}
+    # The first time it compiles.
+    for name in tqdm([*ways] * (1 + REPEATS), desc="measuring", ncols=88, leave=False):
+        taken[name].append(seconds(ways[name]))
+    rate = {k: rows * steps / float(np.median(x[1:])) for k, x in taken.items()}
+    for row in found:
+        row["base"] = rate["base"]
+        for name in ("mixed", "apart"):
+            row[name] = rate[f"{name} {row['distinct']}"]
     return found
 
 
@@ -282,7 +283,7 @@ class Library:
 
     def __init__(self, model, folder: Path, count: int, config: domains.Config):
         self.model, self.config = model, config
-        trained = sorted(folder.glob("*")) if folder.is_dir() else []
+        trained = [x for x in sorted(folder.glob("*")) if x.is_dir()]
         self.folders = {path.name: path for path in trained[:count]}
         missing = range(count - len(self.folders))
         self.names = [*self.folders, *(f"random {k}" for k in missing)]
@@ -303,17 +304,17 @@ class Library:
 
 def main() -> None:
     args = arguments()
+    # Of two tokens that are nearly as likely, all products have to prefer the same.
+    jax.config.update("jax_default_matmul_precision", "highest")
     source = weights.load(args.model)
     model = source.model(scanned=True)
     config = domains.Config(1, args.rank, 2.0 * args.rank, 0.0, 1, 8, 0, 0, "", "")
     library = Library(model, args.adapters, args.count, config)
     print(f"{len(library.names)} adapters: {', '.join(library.names)}")
     adapters = {name: library(name) for name in library.names}
-    rank = max(x.rank for adapter in adapters.values() for x in adapter.values())
-    widest = next(
-        a for a in adapters.values() if all(x.rank == rank for x in a.values())
-    )
-    bank = jlora.stack([widest] * args.slots)
+    # With room for each of them: the highest rank, and every path.
+    like = jlora.stack(list(adapters.values()))
+    bank = jax.tree.map(lambda x: jnp.repeat(x[:1], args.slots, axis=0), like)
     length = args.new + 16
     server = Server(model, Slots(bank, library), args.rows, length, source.end)
 
@@ -332,9 +333,12 @@ def main() -> None:
         f"{tokens} tokens in {seconds:.1f} s, {server.slots.loaded} adapters loaded"
     )
     check(model, requests, adapters, length, source)
+    rows = measured(model, list(adapters.values()), args.rows, args.steps)
     print("\ntokens a second with a batch of", args.rows)
-    print("distinct    base alone        mixed one by one")
-    rows = measured(model, list(adapters.values()), args.rows, 32, args.steps)
+    print("distinct    base alone        mixed   one by one   product")
+    for row in rows:
+        rates = "".join(f"{row[name]:13.1f}" for name in ("base", "mixed", "apart"))
+        print(f"{row['distinct']:8} {rates}   {row['product']}")
     charts.throughput(rows, args.rows, args.out / "throughput.png")
     print(f"picture: {args.out / 'throughput.png'}")
     last = rows[-1]

@@ -34,7 +34,7 @@ from tqdm import tqdm
 sys.path.append(str(Path(__file__).parents[1] / "minilm"))
 import encoder
 from sentences import Tokens, movie_reviews, read_tsv, snapshot
-from training import logits, stop_requests
+from training import logits, own, stop_requests
 
 import jlora
 import jlora.checkpoint
@@ -286,12 +286,16 @@ def best_of(history: History) -> int:
     """The run with the lowest loss in the last evaluation that there was."""
     losses = history.validation[history.last]
     if history.last < 0 or not np.isfinite(losses).any():
-        raise SystemExit("no run has a loss that was evaluated: there is no best one")
+        raise SystemExit(
+            "no run has a loss that is a number in the last evaluation: there is no "
+            "best one"
+        )
     return int(np.where(np.isfinite(losses), losses, np.inf).argmin())
 
 
 def main() -> None:
     options = arguments()
+    own(options.out)
     base = snapshot(options.model)
     data = read_tsv(options.data) if options.data else movie_reviews()
     model, params = encoder.load(base, len(data.classes), jax.random.key(0))
@@ -355,8 +359,6 @@ def arguments() -> argparse.Namespace:
             "expected 1 or more of --steps, --batch, --evaluations, --seeds, --held-out"
             " and --ranks"
         )
-    if options.out.exists() and not options.out.is_dir():
-        parser.error(f"--out: {options.out} is a file; expected a folder")
     if not 0 < options.keep <= 1:
         parser.error(f"--keep {options.keep}: expected a part of the runs, in (0, 1]")
     if options.evaluations > options.steps:

@@ -307,13 +307,29 @@ def test_the_last_used_slot_stays(tiny):  # noqa: F811
     np.testing.assert_array_equal(own[:, : want.shape[1]], want)
 
 
-def test_throughput_as_a_table_and_a_picture(tiny, tmp_path, capsys):  # noqa: F811
+def test_an_adapter_that_does_not_fit_leaves_the_slots(tiny):  # noqa: F811
+    model = tiny.model(scanned=True)
+    adapters = adapters_of(model, 2)
+    higher = jlora.wrap(model, rank=64, targets="layers/q/kernel")
+    adapters["higher"] = jlora.adapter(higher)
+    bank = jlora.stack([adapters["adapter 0"], adapters["adapter 1"]])
+    slots = serve.Slots(bank, adapters.get)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="put: .*a rank of at most"):
+            slots.take("higher")
+    assert {slots.take("adapter 0"), slots.take("adapter 1")} == {0, 1}
+    slots.leave("adapter 0")
+    with pytest.raises(ValueError, match="put: .*a rank of at most"):
+        slots.take("higher")
+    assert slots.take("adapter 0") in (0, 1) and slots.loaded == 2
+
+
+def test_throughput_in_numbers_and_as_a_picture(tiny, tmp_path):  # noqa: F811
     model = tiny.model(scanned=True)
     adapters = list(adapters_of(model, 2).values())
-    found = serve.measured(model, adapters, rows=4, length=8, steps=2)
+    found = serve.measured(model, adapters, rows=4, steps=2)
     assert [row["distinct"] for row in found] == [1, 2]
-    assert all(x > 0 for row in found for x in row.values())
-    said = capsys.readouterr().out.split()
-    assert said.count("joined") == 1 and said.count("gathered") == 1
+    assert [row["product"] for row in found] == ["joined", "gathered"]
+    assert all(row[k] > 0 for row in found for k in ("base", "mixed", "apart"))
     serve.charts.throughput(found, 4, tmp_path / "throughput.png")
     assert (tmp_path / "throughput.png").stat().st_size > 10_000

@@ -23,7 +23,7 @@ import figure
 import jax
 import numpy as np
 from sentences import Labelled, Tokens, movie_reviews, read_tsv, snapshot
-from training import Config, Run, logits, to_the_end, train, wrap
+from training import Config, Run, logits, own, to_the_end, train, wrap
 
 import jlora
 import jlora.checkpoint
@@ -34,6 +34,7 @@ WIDTHS = [16, 24, 32, 40, 48, 64]
 
 def main() -> None:
     args = arguments()
+    own(args.out)
     base = snapshot(args.model)
     data = read_tsv(args.data) if args.data else movie_reviews()
     parts = data.split()

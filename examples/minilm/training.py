@@ -211,6 +211,23 @@ def stop_requests() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
+def own(out: Path) -> None:
+    """Makes the folder of an example's results; refuses one that holds anything else.
+
+    What is in it may be replaced later.
+    """
+    mark = out / ".jlora-example"
+    if out.exists() and not out.is_dir():
+        raise SystemExit(f"--out: {out} is a file; expected a folder")
+    if out.is_dir() and any(out.iterdir()) and not mark.exists():
+        raise SystemExit(
+            f"--out: {out} holds files that are no results of an example, which might "
+            "be replaced: expected a new folder, or an empty one"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    mark.touch()
+
+
 def claim(folder: Path, config: Config) -> None:
     """Notes the configuration in `folder`; refuses one that holds another's run."""
     wanted = dataclasses.asdict(config)

@@ -68,7 +68,7 @@ def launch(args: argparse.Namespace, argv: list[str]) -> int:
     """Runs this script as P processes; if one of them dies, the others are stopped."""
     processes, devices = map(int, args.local.split("x"))
     if args.fresh:
-        shutil.rmtree(args.out, ignore_errors=True)
+        forget(args.out)
         argv = [a for a in argv if a != "--fresh"]
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -273,6 +273,13 @@ def checkpoints(out: pathlib.Path) -> list[int]:
     return [int(name) for name in found if name.isdigit()]
 
 
+def forget(out: pathlib.Path) -> None:
+    """Removes a run's checkpoints and losses, and nothing else."""
+    for path in out.glob("step_*"):
+        shutil.rmtree(path, ignore_errors=True)
+    (out / "losses.jsonl").unlink(missing_ok=True)
+
+
 def record(out: pathlib.Path, step: int, loss: float, first: bool) -> None:
     """One line a step, of its number and the very bits of its loss."""
     if first:
@@ -286,7 +293,7 @@ def main() -> None:
         sys.exit(launch(args, sys.argv[1:]))
     join(args)
     if args.fresh:
-        shutil.rmtree(args.out, ignore_errors=True)
+        forget(args.out)
     args.out = args.out.absolute()
     args.out.mkdir(parents=True, exist_ok=True)
     losses = train(args)

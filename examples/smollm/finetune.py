@@ -181,7 +181,8 @@ def losses(tree, batch: Batch):
 def perplexity(tree, texts: Texts, part: np.ndarray) -> float:
     """Of the words in the texts of `part`: that a text ends is learnt, but no word."""
     found = []
-    for batch in texts.batches(part):
+    batches = list(texts.batches(part))
+    for batch in tqdm(batches, desc="held out", unit=" batches", ncols=88, leave=False):
         words = (batch.segments > 0) & (batch.targets != texts.end)
         found.append(np.asarray(losses(tree, batch))[words])
     return float(np.exp(np.concatenate(found).mean()))

@@ -23,20 +23,26 @@ import numpy as np
 import weights
 from finetune import Config, megabytes
 from packing import Texts
-from pinned import Labelled, movie_reviews, to_the_end
+from pinned import Labelled, movie_reviews, own, to_the_end
 
 import jlora
 import jlora.checkpoint
 import jlora.peft
 
+MODEL = (
+    "your own Llama with tied embeddings and no rope scaling: a snapshot's folder, or"
+    " a GGUF file with SmolLM's tokenizer"
+)
 PROMPTS = ["The film is", "A comedy that", "The acting", "If you like"]
 BASES = ["float", "int8", "mixed", "nf4"]
-CLOSE = {"int8": 0.01, "mixed": 0.02, "nf4": 0.06}
-"""How far the perplexity on each base may end above that on the float one."""
+CLOSE = {"int8": 0.01, "mixed": 0.02, "nf4": 0.02}
+"""How far the perplexity on each base may end above that on the float one, with the
+settings that it was measured with, which are the defaults."""
 
 
 def main() -> None:
     args = arguments()
+    own(args.out)
     source = weights.load(args.model)
     data = read_texts(args.data) if args.data else movie_reviews()
     texts = Texts.encode(
@@ -58,13 +64,14 @@ def main() -> None:
     result = results[args.base]
     show(result.tree, source, args.new)
     border(result.tree, source, texts, parts, args)
-    if args.compare:
-        compare(results, strict=not args.quick)
+    missed = compare(results) if args.compare else []
     print(
         f"RESULT perplexity_before={result.before:.2f}"
         f" perplexity_after={result.after:.2f} base_mb={result.base_mb:.1f}"
         f" float_base_mb={result.float_base_mb:.1f}"
     )
+    if missed and args.as_measured:
+        raise SystemExit("; ".join(missed))
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -92,24 +99,35 @@ def arguments() -> argparse.Namespace:
     add("--out", type=Path, help="the runs' folder (runs/smollm)")
     add("--fresh", action="store_true", help="start anew, dropping what --out holds")
     add("--quick", action="store_true", help="a few steps on few texts")
-    add("--model", type=Path, help="your own Llama: a GGUF file or a snapshot's folder")
+    add("--model", type=Path, help=MODEL)
     add("--data", type=Path, help="your own texts, one a line")
-    add("--steps", type=at_least(1), default=150)
+    add("--steps", type=at_least(1), default=450)
     add("--rank", type=at_least(1), default=32)
     add("--alpha", type=float, default=64.0)
     add("--learning-rate", type=float, default=2e-3)
     add("--rows", type=at_least(1), default=4, help="of a batch; texts are packed")
     add("--width", type=at_least(8), default=128, help="tokens in a row")
-    add("--held-out", type=at_least(1), default=300, help="texts that perplexity is of")
+    add(
+        "--held-out",
+        type=at_least(1),
+        default=2000,
+        help="at most so many texts that perplexity is of (2000, which are all)",
+    )
     add("--seed", type=int, default=0)
     args = parser.parse_args()
+    free = {"base", "compare", "out", "fresh"}
+    args.as_measured = all(
+        value == parser.get_default(name)
+        for name, value in vars(args).items()
+        if name not in free
+    )
     args.new = 24
     if args.quick:
         args.steps, args.rows, args.width, args.held_out, args.new = 4, 2, 64, 8, 4
         args.observed = 0
     args.out = args.out or Path("runs/smollm-quick" if args.quick else "runs/smollm")
-    if args.out.exists() and not args.out.is_dir():
-        parser.error(f"--out: {args.out} is a file; expected a folder")
+    if args.model and args.out.absolute() in args.model.absolute().parents:
+        parser.error(f"--model: {args.model} is a result in --out, which is replaced")
     return args
 
 
@@ -209,18 +227,20 @@ def border(tree, source, texts: Texts, parts, args) -> None:
     print(f"perplexity of what was written: {found:.2f}")
 
 
-def compare(results: dict[str, Result], strict: bool) -> None:
-    """Prints a line for each base; a quantised one must end close to the float one."""
+def compare(results: dict[str, Result]) -> list[str]:
+    """Prints a line for each base; returns which end too far above the float one."""
+    missed = []
     print("base      MB    perplexity before  after  against float")
     for base, x in results.items():
         above = x.after / results["float"].after - 1
         print(
             f"{base:6} {x.base_mb:6.1f} {x.before:15.2f} {x.after:10.2f} {above:+.2%}"
         )
-        if strict and above > CLOSE.get(base, 0):
-            raise SystemExit(
-                f"{base}: more than {CLOSE[base]:.0%} above the float base"
+        if above > (most := CLOSE.get(base, 0)):
+            missed.append(
+                f"{base}: {above:.2%} above the float base, at most {most:.0%}"
             )
+    return missed
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1] / "minilm"))
 from sentences import Labelled, Package, cache, fetch, movie_reviews
-from training import Stopped, checkpoints, claim, stop_requests, to_the_end
+from training import Stopped, checkpoints, claim, own, stop_requests, to_the_end
 
 __all__ = [
     "Labelled",
@@ -19,6 +19,7 @@ __all__ = [
     "claim",
     "fetch",
     "movie_reviews",
+    "own",
     "stop_requests",
     "to_the_end",
 ]

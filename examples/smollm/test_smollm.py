@@ -333,9 +333,9 @@ def test_all_of_main(folder, tmp_path, monkeypatch, capsys):
     )
     main = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, main)  # its dataclasses ask for it
-    file = tmp_path / "texts.txt"
+    file, out = tmp_path / "texts.txt", tmp_path / "out"
     file.write_text("\n".join(f"{text} {i}" for i, text in enumerate(TEXTS)))
-    options = {"--model": folder, "--data": file, "--out": tmp_path, "--base": "float"}
+    options = {"--model": folder, "--data": file, "--out": out, "--base": "float"}
     options = [str(x) for pair in options.items() for x in pair]
     monkeypatch.setattr(sys, "argv", ["main.py", "--quick", *options])
     with warnings.catch_warnings(category=DeprecationWarning, action="ignore"):
@@ -344,10 +344,17 @@ def test_all_of_main(folder, tmp_path, monkeypatch, capsys):
         first = capsys.readouterr().out.splitlines()
         main.main()
         second = capsys.readouterr().out.splitlines()
+        # What is not the example's own is left alone.
+        mine = tmp_path / "mine" / "base"
+        mine.mkdir(parents=True)
+        sys.argv[sys.argv.index(str(out))] = str(mine.parent)
+        with pytest.raises(SystemExit, match="files that are no results of an example"):
+            main.main()
+        assert list(mine.parent.iterdir()) == [mine]
     assert first[-1].startswith("RESULT perplexity_before=")
     assert second[-1] == first[-1] and len(second) < len(first)
-    assert (tmp_path / "run.png").stat().st_size > 1e4
-    assert jlora.peft.check(tmp_path / "peft", server="vllm").ok
+    assert (out / "run.png").stat().st_size > 1e4
+    assert jlora.peft.check(out / "peft", server="vllm").ok
 
 
 # ------------------------------------------------------------------------- the files
@@ -357,6 +364,7 @@ def llama_cpp(tiny, path, architecture="llama", pre="smollm"):
     """Writes the tiny model as llama.cpp's converter does."""
     c = tiny.config
     writer = gguf.GGUFWriter(path, architecture)
+    writer.add_context_length(tiny.context)
     writer.add_embedding_length(c.features)
     writer.add_feed_forward_length(c.ffn)
     writer.add_block_count(c.layers)

@@ -67,6 +67,8 @@ class Pretrained:
     tokenizer: Tokenizer
     end: int
     """The token that stands between texts."""
+    context: int = 2048
+    """How many tokens the model was made for; transformers' own default."""
 
     def __post_init__(self):
         expected = {theirs for _, _, theirs, _ in names(self.config.layers)}
@@ -206,7 +208,8 @@ def from_gguf(path: Path) -> Pretrained:
             if part in name:
                 tensors[name] = half_split(x, n)
     tokenizer = tokenizer_of(fields)
-    return Pretrained(config, tensors, tokenizer, tokenizer.token_to_id(END))
+    context = fields["llama.context_length"]()
+    return Pretrained(config, tensors, tokenizer, tokenizer.token_to_id(END), context)
 
 
 def half_split(x: np.ndarray, heads: int) -> np.ndarray:
@@ -307,7 +310,8 @@ def _from_config(folder: Path, said: dict) -> Pretrained:
     end = tokenizer.token_to_id(END)
     if end is None:
         end = np.ravel(said["eos_token_id"])[0]
-    return Pretrained(config, tensors, tokenizer, int(end))
+    context = said.get("max_position_embeddings", 2048)
+    return Pretrained(config, tensors, tokenizer, int(end), context)
 
 
 def write(pretrained: Pretrained, folder: Path, dtype: str = "float32") -> None:
@@ -326,7 +330,7 @@ def write(pretrained: Pretrained, folder: Path, dtype: str = "float32") -> None:
         "hidden_act": "silu",
         "rope_theta": config.theta,
         "rms_norm_eps": config.eps,
-        "max_position_embeddings": 8192,
+        "max_position_embeddings": pretrained.context,
         "tie_word_embeddings": True,
         "bos_token_id": pretrained.end,
         "eos_token_id": pretrained.end,
