@@ -436,11 +436,16 @@ def test_an_adapter_that_moved_its_base_is_for_no_other(init, tmp_path):
     tree = moved(init)
     with pytest.raises(ValueError) as error:
         jlora.peft.save(tmp_path / "a", tree, names={"fc/kernel": "fc"})
-    says(error, init, "jlora.mix([trained, start], [1, -1])")
+    says(error, init, "jlora.mix([trained, start], [1, -1])", "own_base=True")
     start = jlora.adapter(tree)
-    trained = jlora.adapter(randomise(tree))
-    plain = jlora.mix([trained, start], [1, -1])
+    trained = randomise(tree)
+    plain = jlora.mix([jlora.adapter(trained), start], [1, -1])
     jlora.peft.save(tmp_path / "a", plain, names={"fc/kernel": "fc"})
+    options = {"names": {"fc/kernel": "fc"}, "own_base": True}
+    jlora.peft.save(tmp_path / "b", trained, **options)
+    again = jlora.peft.load(tmp_path / "b", jlora.unwrap(trained))
+    got, want = (jlora.merge(x)["fc"]["kernel"] for x in (again, trained))
+    np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-7)
 
 
 LOADS = [

@@ -93,10 +93,16 @@ def planned(model, config) -> jlora.Plan:
 
 def prepare(model, config: Config, batches: Iterable[Batch] = ()):
     """The model with its base quantised, if it is to be, and adapters on it."""
-    plan = planned(model, config)
-    if config.base != "float":
-        model = quantized(model, config, observed(model, plan, batches))
-    return jlora.wrap(model, plan=plan, key=jax.random.key(config.seed))
+    plan, init = planned(model, config), "kaiming"
+    moments = None if config.base == "float" else observed(model, plan, batches)
+    if moments is not None and config.base != "mixed":
+        # The factors begin with what the rounding took.
+        init = jlora.initializers.loftq(
+            config.base, block=config.block, moments=moments
+        )
+    elif config.base != "float":
+        model = quantized(model, config, moments)
+    return jlora.wrap(model, plan=plan, init=init, key=jax.random.key(config.seed))
 
 
 def observed(model, plan: jlora.Plan, batches: Iterable[Batch]):

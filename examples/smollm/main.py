@@ -221,7 +221,8 @@ def border(tree, source, texts: Texts, parts, args) -> None:
     names = jlora.peft.match(model, base, plan=finetune.planned(model, args))
     shutil.rmtree(adapter, ignore_errors=True)
     config = {"base_model_name_or_path": str(base), "task_type": "CAUSAL_LM"}
-    jlora.peft.save(adapter, tree, names=names, portable=True, config=config)
+    options = {"portable": True, "config": config, "own_base": True}
+    jlora.peft.save(adapter, tree, names=names, **options)
     print(f"for transformers, vLLM and others: {base} and {adapter}")
     print(jlora.peft.check(adapter, server="vllm"))
     served = jlora.peft.load(adapter, model)

@@ -215,7 +215,7 @@ def tiny_run(tiny, folder, config=CONFIG, compiled={}):  # noqa: B006
     return state, frozen
 
 
-@pytest.fixture(scope="module", params=["float", "mixed"])
+@pytest.fixture(scope="module", params=["float", "nf4"])
 def whole(request, tiny, tmp_path_factory):
     """A run that nothing stopped: its configuration, last state and base."""
     config = dataclasses.replace(CONFIG, base=request.param)
@@ -284,7 +284,8 @@ def check_peft(tree, source, folder, x):
     weights.write(source.replace(model), folder / "base")
     plan = finetune.planned(model, CONFIG)
     names = jlora.peft.match(model, folder / "base", plan=plan)
-    jlora.peft.save(folder / "peft", floats, names=names, portable=True)
+    options = {"portable": True, "own_base": True}
+    jlora.peft.save(folder / "peft", floats, names=names, **options)
     theirs = transformers.LlamaForCausalLM.from_pretrained(folder / "base")
     theirs = peft.PeftModel.from_pretrained(theirs, folder / "peft").eval()
     with torch.no_grad():
@@ -335,7 +336,8 @@ def test_all_of_main(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, spec.name, main)  # its dataclasses ask for it
     file, out = tmp_path / "texts.txt", tmp_path / "out"
     file.write_text("\n".join(f"{text} {i}" for i, text in enumerate(TEXTS)))
-    options = {"--model": folder, "--data": file, "--out": out, "--base": "float"}
+    options = {"--model": folder, "--data": file, "--out": out}
+    options |= {"--base": "mixed", "--block": 8}
     options = [str(x) for pair in options.items() for x in pair]
     monkeypatch.setattr(sys, "argv", ["main.py", "--quick", *options])
     with warnings.catch_warnings(category=DeprecationWarning, action="ignore"):

@@ -54,6 +54,7 @@ def save(
     head: str | None = None,
     plan: Plan | None = None,
     config: Mapping[str, Any] | None = None,
+    own_base: bool = False,
 ) -> None:
     """Saves the adapter of a tree as a directory that peft can load.
 
@@ -78,6 +79,8 @@ def save(
       plan: a plan of the params, if nothing else tells the kind of a layer.
       config: more keys of ``adapter_config.json``, such as
         ``{"base_model_name_or_path": "org/model", "task_type": "CAUSAL_LM"}``.
+      own_base: whether the file is for the base that the tree has, which you save as
+        well: for adapters that PiSSA, OLoRA or LoftQ started, which changed the base.
 
     Raises:
       FileExistsError: the directory exists.
@@ -100,7 +103,7 @@ def save(
     low_rank = {p for p, x in adapter.items() if isinstance(x, LoRA)}
     whole = completed(given, known, "peft.save", {}, low_rank)
     whole = with_head(whole, head)
-    writer = _Writer(tree, adapter, whole)
+    writer = _Writer(tree, adapter, whole, own_base)
     writer.run(portable)
     said = writer.config()
     if config is not None:
@@ -180,6 +183,7 @@ class _Writer:
     tree: Any
     adapter: Mapping[str, Any]
     names: Names
+    own_base: bool
 
     def __post_init__(self) -> None:
         self.tensors: dict[str, np.ndarray] = {}
@@ -279,11 +283,12 @@ class _Writer:
                 f"peft.save: {path!r} lacks {', '.join(lacks)}: expected a whole "
                 "adapter; if it is half of a partition, combine it first."
             )
-        if isinstance(leaf, LoRA) and leaf.moved:
+        if isinstance(leaf, LoRA) and leaf.moved and not self.own_base:
             raise ValueError(
                 f"peft.save: {path!r} started by {str(leaf.moved)!r}, which changed "
                 "the base, and the file is for the original one: expected an adapter "
-                "of that, jlora.mix([trained, start], [1, -1])."
+                "of that, jlora.mix([trained, start], [1, -1]); or own_base=True, if "
+                "the base of the tree, jlora.unwrap(tree), is saved as well."
             )
         if isinstance(leaf, LoRA) and base.is_zero(leaf.w):
             raise ValueError(
