@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jlora._algebra.slots import taken
 from jlora._explicit import automatic
 from jlora._leaf import Adapted, Full, LoRA, base, fields, is_adapted
-from jlora._leaf.bank import Bank, one_slot, slots_of
+from jlora._leaf.bank import Bank, one_slot, refuse_bank, slots_of
 from jlora._leaf.forms import Misfit
 from jlora._tree import by_path, paths
 
@@ -103,12 +103,13 @@ def _opened(leaf: Any) -> Any:
 
 def _index(i: Any, n: int, what: str, least: int) -> jax.Array:
     """The index of a slot as an array; raises if it is known that no slot has it."""
-    if isinstance(i, Mapping):
+    try:
+        i = jnp.asarray(i)
+    except (TypeError, ValueError):
         raise ValueError(
-            f"{what}: found an adapter, where the index of a slot is expected: "
-            "jlora.put(bank, i, adapter)."
-        )
-    i = jnp.asarray(i)
+            f"{what}: found a {type(i).__name__}: expected the index of one slot, an "
+            "integer, as in jlora.pick(bank, i) and jlora.put(bank, i, adapter)."
+        ) from None
     if i.ndim or not jnp.issubdtype(i.dtype, jnp.integer):
         raise ValueError(
             f"{what}: found {i.dtype} of shape {i.shape}: expected the index of one "
@@ -237,11 +238,7 @@ def require_bank(bank: Any, what: str) -> int:
 
 def _require_one(adapter: Any, what: str) -> None:
     """Raises unless it is an adapter, whose base was not dropped."""
-    if (n := slots_of(adapter)) is not None:
-        raise ValueError(
-            f"{what} is a bank of {n} slots: expected one adapter, such as "
-            "jlora.pick(bank, 0)."
-        )
+    refuse_bank(adapter, what)
     if not isinstance(adapter, Mapping) or not all(map(is_adapted, adapter.values())):
         found = f"a {type(adapter).__name__}"
         found = "an adapted tree" if by_path.has_adapted(adapter) else found

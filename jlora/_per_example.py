@@ -218,7 +218,7 @@ class _PerExample:
                 own, adapter = self._adapter(product, bank, i, k, args)
                 tree = attach(params, adapter)
                 ev = rehearsed(self.fn, (tree, *args), {}, self.strict, **own)
-                note = f"{product}: {len(ids)} examples, {n} slots"
+                note = f"{product}: {ids.shape[0]} examples, {n} slots"
                 if product == "kernel":
                     note += "; on another device than a TPU gathered"
                 found.append(
@@ -342,16 +342,23 @@ def _require_unwritten(before: Any, tree: Any) -> None:
 
 
 def _require_as_many(ids: jax.Array, axes: Any, args: Any) -> None:
-    """Raises unless there is one id for each example of each argument."""
+    """Raises unless there is one id for each example of each argument.
+
+    What is symbolic, in an export, is left to `jax.vmap`.
+    """
+    n = ids.shape[0]
     for k, (axis, arg) in enumerate(zip(axes, args, strict=False)):
         if not isinstance(axis, int):  # no axis, or a tree of them, which vmap checks
             continue
         for path, x in by_path.flatten(arg)[0]:
             shape = np.shape(x)
-            if -len(shape) <= axis < len(shape) and shape[axis] != len(ids):
+            if not -len(shape) <= axis < len(shape):
+                continue
+            known = isinstance(n, int) and isinstance(shape[axis], int)
+            if known and shape[axis] != n:
                 at = f", {path!r}," if path else ""
                 raise ValueError(
-                    f"per_example: {len(ids)} ids, and argument {k}{at} of shape "
+                    f"per_example: {n} ids, and argument {k}{at} of shape "
                     f"{shape} has {shape[axis]} examples along axis {axis}: expected "
                     "one id for each example; in_axes says which axis that is."
                 )

@@ -986,7 +986,7 @@ def test_what_cannot_be_stacked():
         (one, "stack: expected a list of adapters.*found one"),
         ([one, tree], "stack: adapter 1 is an adapted tree: expected what jlora.adap"),
         ([one, {"up": 1}], "stack: adapter 1 is a dict: expected what jlora.adapter"),
-        ([one, bank], "stack: adapter 1 is a bank of 2 slots: expected one adapter"),
+        ([one, bank], "stack: adapter 1: found a bank of 2 adapters: expected one"),
         ([one, other], r"'up' of adapter 1: expected a weight of shape \(6, 8\)"),
         ([one, dora], r"'up' of adapter 1: expected a magnitude \(DoRA\) in all"),
         ([one, full], "'up' of adapter 1: expected factors that train, as in"),
@@ -1020,10 +1020,10 @@ def test_a_bank_and_an_adapter_are_not_mistaken():
         (lambda: jlora.pick(one, 0), "pick: expected a bank of adapters, found one ad"),
         (
             lambda: jlora.put(bank, one, 0),
-            "put: found an adapter, where the index of a slot is expected",
+            "put: found a dict: expected the index of one slot",
         ),
         (lambda: jlora.put(one, 0, one), "put: expected a bank of adapters, found one"),
-        (lambda: jlora.put(bank, 0, bank), "put: the adapter is a bank of 2 slots"),
+        (lambda: jlora.put(bank, 0, bank), "put: the adapter: found a bank of 2 adapters"),
         (
             lambda: jlora.per_example(fn)(params, one, jnp.array([0]), x[:1]),
             "per_example: expected a bank of adapters, found one adapter",
@@ -1037,6 +1037,7 @@ def test_a_bank_and_an_adapter_are_not_mistaken():
             lambda: jlora.put(bank, -1, one),
             "put: slot -1 of a bank of 2: expected 0 to",
         ),
+        (lambda: jlora.pick(bank, None), "pick: found a NoneType: expected the index"),
         (lambda: jlora.pick(bank, 0.5), "pick: found float32 of shape"),
         (
             lambda: jlora.pick(jlora.partition(bank)[0], 0),
@@ -1068,6 +1069,22 @@ def test_a_bank_and_an_adapter_are_not_mistaken():
     ]:
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_an_export_may_leave_the_number_of_examples_open():
+    fn, params, x = CASES["plain"]
+    bank = jlora.stack([jlora.adapter(jlora.wrap(params, rank=2, targets="up"))] * 3)
+    call = jax.jit(lambda ids, x: jlora.per_example(fn)(params, bank, ids, x))
+    (b,) = jax.export.symbolic_shape("b")
+    shapes = ((b,), jnp.int32), ((b, *x.shape[1:]), x.dtype)
+    shapes = [jax.ShapeDtypeStruct(*one) for one in shapes]
+    exported = jax.export.export(call)(*shapes)
+    for ids in ([0, 2], [1, -1, 0]):
+        n = len(ids)
+        got = exported.call(jnp.array(ids, jnp.int32), x[:n])
+        close(got, call(jnp.array(ids), x[:n]))
+    report = jlora.explain(jlora.per_example(fn), params, bank, *shapes)
+    assert str(report).endswith("gathered: b examples, 3 slots")
 
 
 def test_keyword_arguments_are_no_examples():
