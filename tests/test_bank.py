@@ -1023,7 +1023,10 @@ def test_a_bank_and_an_adapter_are_not_mistaken():
             "put: found a dict: expected the index of one slot",
         ),
         (lambda: jlora.put(one, 0, one), "put: expected a bank of adapters, found one"),
-        (lambda: jlora.put(bank, 0, bank), "put: the adapter: found a bank of 2 adapters"),
+        (
+            lambda: jlora.put(bank, 0, bank),
+            "put: the adapter: found a bank of 2 adapters",
+        ),
         (
             lambda: jlora.per_example(fn)(params, one, jnp.array([0]), x[:1]),
             "per_example: expected a bank of adapters, found one adapter",
