@@ -3,21 +3,23 @@
     pip install "jlora[quant,tpu-aot]"
     python benchmarks/quantized_cost.py              # CPU, and compiled for TPU v5e
     python benchmarks/quantized_cost.py --only cpu   # without libtpu
+    python benchmarks/quantized_cost.py --only gpu   # runs, and is timed
 
-Nothing runs: XLA compiles the gradient of the adapters and counts what it needs. A
-dequantised weight that lives between the forward and the backward pass, or is made
-ahead of time, would be in the temporaries. Asserts what the docs claim.
+XLA compiles the gradient of the adapters and counts what it needs. A dequantised weight
+that lives between the forward and the backward pass, or is made ahead of time, would be
+in the temporaries. Asserts what the docs claim.
 """
 
 import argparse
 import dataclasses
 import os
+import time
 
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import jlora
 
@@ -73,20 +75,25 @@ def bfloat16(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
 
 
-def step(fn, params, x, qtype: str, place) -> Cost:
-    """Of the gradient of what trains."""
+def halves(fn, params, x, qtype: str):
+    """What trains and what does not, of the model with such a base."""
     plan = jlora.plan(fn, params, x, rank=RANK)
     if qtype != "bfloat16":
         params = jlora.quantize(params, qtype, plan=plan, block=BLOCK)
-    halves = jlora.partition(jlora.wrap(params, plan=plan))
+    return jlora.partition(jlora.wrap(params, plan=plan))
+
+
+def compiled(fn, trainable, frozen, x, place=None):
+    """The gradient of what trains, compiled, and what that costs."""
     lifted = jlora.lift(fn)
 
     def loss(trainable, frozen, x):
         return lifted(jlora.combine(trainable, frozen), x).astype(jnp.float32).sum()
 
-    compiled = jax.jit(jax.grad(loss), in_shardings=place).lower(*halves, x).compile()
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
-    return Cost(
+    gradient = jax.jit(jax.grad(loss), in_shardings=place)
+    program = gradient.lower(trainable, frozen, x).compile()
+    memory, cost = program.memory_analysis(), program.cost_analysis()
+    return program, Cost(
         memory.argument_size_in_bytes / 1e6,
         memory.temp_size_in_bytes / 1e6,
         cost["bytes accessed"] / 1e6,
@@ -100,7 +107,8 @@ def compare(title: str, fn, params, x, place=None) -> dict[str, Cost]:
     print(f"{'base':14} arguments MB  temporaries MB  accessed MB     GFLOP")
     found = {}
     for qtype in BASES:
-        found[qtype] = c = step(fn, params, x, qtype, place)
+        _, c = compiled(fn, *halves(fn, params, x, qtype), x, place)
+        found[qtype] = c
         print(
             f"{qtype:14} {c.arguments:12.2f} {c.temporaries:15.2f}"
             f" {c.accessed:12.1f} {c.flops:9.1f}",
@@ -164,12 +172,66 @@ def on_tpu() -> None:
         check_temporaries(found, 1.2 * 2 * d * f / 1e6)
 
 
+def on_gpu(width: int = 4096, ffn: int = 14336, rounds: int = 20) -> None:
+    """Steps that run, timed in turns: many tokens, and as few as a decoder has."""
+    print(jax.devices()[0].device_kind)
+    checked = []
+    for fn, shapes, tokens in (
+        (scanned, stacked(6, width), 4096),
+        (scanned, stacked(6, width), 16),
+        (blocks, pairs(2, width, ffn), 4096),
+        (blocks, pairs(2, width, ffn), 16),
+    ):
+        drawn = iter(jax.random.split(jax.random.key(0), 9))
+        params = jax.tree.map(
+            lambda x, drawn=drawn: jax.random.normal(next(drawn), x.shape, x.dtype)
+            / x.shape[-2] ** 0.5,
+            shapes,
+        )
+        x = jax.random.normal(next(drawn), (tokens, width), jnp.bfloat16)
+        sizes = ", ".join(str(x.shape) for x in jax.tree.leaves(shapes))
+        print(f"\n{fn.__name__}: {sizes}; {tokens:,} tokens")
+        print(f"{'base':14} arguments MB  temporaries MB   ms   of bfloat16's")
+        calls, found = {}, {}
+        for qtype in BASES:
+            parts = halves(fn, params, x, qtype)
+            program, found[qtype] = compiled(fn, *parts, x)
+            calls[qtype] = lambda program=program, parts=parts: program(*parts, x)
+        times = in_turns(calls, rounds)
+        for qtype, c in found.items():
+            ratio = times[qtype] / times["bfloat16"]
+            print(
+                f"{qtype:14} {c.arguments:12.2f} {c.temporaries:15.2f}"
+                f" {1e3 * times[qtype]:6.3f} {ratio:11.2f}",
+                flush=True,
+            )
+        checked.append((found, params))
+    for found, params in checked:
+        check_resident(found, params)
+
+
+def in_turns(calls, rounds: int) -> dict[str, float]:
+    """Seconds of each call: the median of rounds of ten, after a first one."""
+    times = {name: [] for name in calls}
+    for k in range(rounds + 1):
+        for name, call in calls.items():
+            began = time.perf_counter()
+            jax.block_until_ready([call() for _ in range(10)])
+            if k:
+                times[name].append((time.perf_counter() - began) / 10)
+    return {name: float(np.median(own)) for name, own in times.items()}
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=["cpu", "tpu"])
+    parser.add_argument("--only", choices=["cpu", "tpu", "gpu"])
     only = parser.parse_args().only
-    if only != "tpu":
+    if only == "gpu":
+        on_gpu()
+    else:
+        jax.config.update("jax_platforms", "cpu")
+    if only in (None, "cpu"):
         on_cpu()
-    if only != "cpu":
+    if only in (None, "tpu"):
         on_tpu()
     print("\nall within their bars")

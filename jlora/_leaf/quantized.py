@@ -288,6 +288,11 @@ def _dequantized(array: Any) -> jax.Array:
     numbers, scale = codes_of(array), array.scale
     if qtype_of(array) == "nf4":
         numbers = _nf4(numbers)
+    elif numbers.dtype == jnp.int4:
+        # XLA for GPU has a product of its own for int4, which is wrong if a thread has
+        # less than four bytes, as with 512 numbers: each second row is then zero (JAX
+        # 0.11). It makes none of this, where the maximum is each number itself.
+        numbers = jnp.maximum(numbers.astype(jnp.int8), -8)
     numbers = numbers.astype(scale.dtype)
     zero = getattr(array, "zero_point", None)
     blocks = [scale] if zero is None else [scale, zero]
