@@ -94,13 +94,15 @@ def planned(model, config) -> jlora.Plan:
 def prepare(model, config: Config, batches: Iterable[Batch] = ()):
     """The model with its base quantised, if it is to be, and adapters on it."""
     plan, init = planned(model, config), "kaiming"
-    moments = None if config.base == "float" else observed(model, plan, batches)
+    if config.base == "float":
+        return jlora.wrap(model, plan=plan, init=init, key=jax.random.key(config.seed))
+    moments, model = observed(model, plan, batches), narrow(model)
     if moments is not None and config.base != "mixed":
         # The factors begin with what the rounding took.
         init = jlora.initializers.loftq(
             config.base, block=config.block, moments=moments
         )
-    elif config.base != "float":
+    else:
         model = quantized(model, config, moments)
     return jlora.wrap(model, plan=plan, init=init, key=jax.random.key(config.seed))
 
@@ -112,6 +114,16 @@ def observed(model, plan: jlora.Plan, batches: Iterable[Batch]):
         own = observe(model, x.ids, x.segments)
         moments = own if moments is None else moments + own
     return moments
+
+
+def narrow(model):
+    """The model with its matrices in bfloat16, in which the scales of blocks then are."""
+
+    def leaf(path, x):
+        kernel = "kernel" in jax.tree_util.keystr(path)
+        return x.astype(jnp.bfloat16) if kernel else x
+
+    return jax.tree_util.tree_map_with_path(leaf, model)
 
 
 def quantized(model, config: Config, moments=None):
@@ -131,7 +143,7 @@ def keep(folder: Path, tree):
 
 def kept(folder: Path, model, config: Config):
     """The quantised model that `keep` wrote."""
-    shapes = jax.eval_shape(lambda: model)
+    shapes = jax.eval_shape(lambda: narrow(model))
     shapes, treedef = jax.tree.flatten(quantized(shapes, config))
     with ocp.StandardCheckpointer() as checkpointer:
         arrays = checkpointer.restore(
@@ -144,7 +156,7 @@ def kept(folder: Path, model, config: Config):
 
 def in_floats(tree):
     """The same adapters, on the base that they were trained on, as floats."""
-    base = jlora.merge(jlora.unwrap(tree))
+    base = jax.tree.map(jnp.float32, jlora.merge(jlora.unwrap(tree)))
     return jlora.attach(base, jlora.adapter(tree))
 
 

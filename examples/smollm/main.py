@@ -93,7 +93,7 @@ def arguments() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--base", choices=BASES, default="nf4", help="how the base is kept (nf4)")
-    add("--block", type=at_least(1), default=24, help="numbers that share a scale")
+    add("--block", type=at_least(1), default=16, help="numbers that share a scale")
     add(
         "--observed", type=at_least(0), default=64, help="batches seen for the rounding"
     )
@@ -106,7 +106,7 @@ def arguments() -> argparse.Namespace:
     add("--steps", type=at_least(1), default=450)
     add("--rank", type=at_least(1), default=32)
     add("--alpha", type=float, default=64.0)
-    add("--learning-rate", type=float, default=2e-3)
+    add("--learning-rate", type=float, default=1e-3)
     add("--rows", type=at_least(1), default=4, help="of a batch; texts are packed")
     add("--width", type=at_least(8), default=128, help="tokens in a row")
     add(

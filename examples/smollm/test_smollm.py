@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import smollm_seeds
 import weights
 from finetune import Stopped
 from model import Config
@@ -228,6 +229,21 @@ def test_a_run_lowers_the_perplexity(whole):
     before, *_, after = state.history["perplexity"]
     assert after < 0.5 * before
     assert not np.isnan(state.history["loss"]).any()
+
+
+def test_seeds_that_train_at_once_end_where_each_does(tiny, tmp_path):
+    """The benchmark's runs are the example's."""
+    config, (state, _) = CONFIG, tiny_run(tiny, tmp_path)
+    texts = Texts.encode(TEXTS, tiny.tokenizer, tiny.end, config.rows, config.width)
+    data = smollm_seeds.Data(texts, PARTS["train"], PARTS["held out"])
+    seeds = range(2)
+    trainable, frozen = smollm_seeds.start(
+        tiny.model(scanned=True), data, config, seeds
+    )
+    trainable = smollm_seeds.trained(trainable, frozen, data, config, seeds)
+    found = smollm_seeds.perplexities(trainable, frozen, data)
+    np.testing.assert_allclose(found[0], state.history["perplexity"][-1], rtol=1e-3)
+    assert abs(found[1] / found[0] - 1) > 1e-3
 
 
 def test_a_stopped_run_resumes_to_the_bit(tiny, whole, tmp_path, monkeypatch):
