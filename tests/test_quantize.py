@@ -130,6 +130,15 @@ def test_half_of_the_weights_adapted(name):
     close(jlora.lift(fn)(tree, x), fn(by_hand(floats(tree), plan), x))
 
 
+def test_int4_is_not_converted_at_once():
+    """A bare conversion is one that XLA for GPU may get wrong; see `_dequantized`."""
+    coded = jlora.quantize({"w": normal(8, 8)}, "int4", targets="w", block=4)
+    fn = jax.jit(jlora.lift(lambda p, x: x @ p["w"]))
+    text = jax.export.export(fn, platforms=["cuda"])(coded, normal(5, 8)).mlir_module()
+    assert "tensor<8x8xi4>) -> tensor<8x8xi8>" in text
+    assert "tensor<8x8xi4>) -> tensor<8x8xf32>" not in text
+
+
 @pytest.mark.parametrize("adapted", [False, True])
 def test_a_scan_in_a_scan(adapted):
     def layers(x, w):

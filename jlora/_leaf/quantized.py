@@ -289,9 +289,9 @@ def _dequantized(array: Any) -> jax.Array:
     if qtype_of(array) == "nf4":
         numbers = _nf4(numbers)
     elif numbers.dtype == jnp.int4:
-        # XLA for GPU has a product of its own for int4, which is wrong if a thread has
-        # less than four bytes, as with 512 numbers: each second row is then zero (JAX
-        # 0.11). It makes none of this, where the maximum is each number itself.
+        # The maximum is each number itself.  A bare conversion is a product of its own
+        # to XLA for GPU, which takes every second row for zeros where a thread reads
+        # less than four bytes, as of a weight of 512 numbers (seen in JAX 0.11.2).
         numbers = jnp.maximum(numbers.astype(jnp.int8), -8)
     numbers = numbers.astype(scale.dtype)
     zero = getattr(array, "zero_point", None)
