@@ -12,6 +12,7 @@ in the temporaries. Asserts what the docs claim.
 
 import argparse
 import dataclasses
+import functools
 import os
 import time
 
@@ -184,8 +185,9 @@ def on_gpu(width: int = 4096, ffn: int = 14336, rounds: int = 20) -> None:
     ):
         drawn = iter(jax.random.split(jax.random.key(0), 9))
         params = jax.tree.map(
-            lambda x, drawn=drawn: jax.random.normal(next(drawn), x.shape, x.dtype)
-            / x.shape[-2] ** 0.5,
+            lambda x, drawn=drawn: (
+                jax.random.normal(next(drawn), x.shape, x.dtype) / x.shape[-2] ** 0.5
+            ),
             shapes,
         )
         x = jax.random.normal(next(drawn), (tokens, width), jnp.bfloat16)
@@ -196,7 +198,7 @@ def on_gpu(width: int = 4096, ffn: int = 14336, rounds: int = 20) -> None:
         for qtype in BASES:
             parts = halves(fn, params, x, qtype)
             program, found[qtype] = compiled(fn, *parts, x)
-            calls[qtype] = lambda program=program, parts=parts: program(*parts, x)
+            calls[qtype] = functools.partial(program, *parts, x)
         times = in_turns(calls, rounds)
         for qtype, c in found.items():
             ratio = times[qtype] / times["bfloat16"]

@@ -1,11 +1,11 @@
-"""How far perplexity ends from that on a float base: examples/smollm, many seeds at once.
+"""How far perplexity ends from a float base's: examples/smollm, many seeds at once.
 
     pip install ".[quant,examples]"
-    python benchmarks/smollm_seeds.py                # for a GPU; five minutes on an H200
-    python benchmarks/smollm_seeds.py --quick        # two steps of two seeds, on a CPU
+    python benchmarks/smollm_seeds.py            # on a GPU: five minutes on an H200
+    python benchmarks/smollm_seeds.py --quick    # two steps of two seeds, on a CPU
 
-One run is a draw, and moves by as much as four bits cost. Here the seeds of a base train
-together, in one `vmap` over adapters that share it: each has its own order of the
+One run is a draw, and moves by as much as four bits cost. Here the seeds of a base
+train together, in one `vmap` over adapters that share it: each has its own order of the
 texts, and, where factors start at random, its own of those. The base is rounded by what
 the first seed's texts send through it. On a GPU float32 products are in TF32.
 """

@@ -117,7 +117,7 @@ def observed(model, plan: jlora.Plan, batches: Iterable[Batch]):
 
 
 def narrow(model):
-    """The model with its matrices in bfloat16, in which the scales of blocks then are."""
+    """The model with its matrices in bfloat16, as the scales of blocks then are."""
 
     def leaf(path, x):
         kernel = "kernel" in jax.tree_util.keystr(path)
