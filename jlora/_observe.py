@@ -95,7 +95,7 @@ def observe(
 
     The moments are a gradient: beside each product stands one with the identity, whose
     gradient is the input itself.  So scanned and rematerialised layers have theirs, and
-    what does not reach a floating-point result has none.
+    what does not reach a floating-point result has zeros.
 
     Args:
       fn: the function whose first argument is ``params``, such as ``model.apply``.

@@ -51,7 +51,8 @@ def quantize(
     arXiv:2210.17323).
 
     The leaves are quantised one after another.  On a mesh every device quantises its
-    own shards; with moments, a whole weight.  ``jax.ShapeDtypeStruct``s give shapes.
+    own shards; with moments, a whole weight.  ``jax.ShapeDtypeStruct``s give shapes.  In
+    a function that is traced NaN and infinities raise nothing.
 
     Args:
       tree: plain params, of which the weights are quantised; or an adapted tree, of
@@ -76,8 +77,9 @@ def quantize(
     Raises:
       ValueError: no such qtype; a target that is no floating-point weight, or quantised
         already; a block that does not divide the in axes, or a device's shard of them;
-        a pattern that matches nothing; nothing to quantise; a weight without moments.
-      TypeError: moments that are none.
+        a pattern that matches nothing; nothing to quantise; a weight without moments; a
+        weight that was donated before.
+      TypeError: moments that are none; a flag that is no boolean.
       ImportError: qwix is not installed (pip install "jlora[quant]").
 
     Example:
@@ -87,6 +89,13 @@ def quantize(
       QArray(float32[128,4], nf4 in blocks of 64)
     """
     refuse_layers(tree, "quantize")
+    if not isinstance(donate, bool):
+        raise TypeError(f"quantize: donate {donate!r}: expected True or False.")
+    if isinstance(targets, (list, tuple)) and not targets:
+        raise ValueError(
+            "quantize: targets is empty: expected patterns of the paths to quantise, "
+            "or None for all."
+        )
     qtype = _qwix.qtype_named(qtype)
     _qwix.check_block(block, qtype, "quantize")
     _qwix.qwix()
@@ -238,6 +247,11 @@ def _check_leaf(path: str, x: Any) -> None:
             f"quantize: {path!r} is {what} already: expected a float array. Quantise "
             "the float params, or exclude this path."
         )
+    if isinstance(w, jax.Array) and base.is_concrete(w) and w.is_deleted():
+        raise ValueError(
+            f"quantize: {path!r} was freed, as donate=True does: expected an array. Use "
+            "the quantised tree that came of it, or load the floats again."
+        )
     dtype = getattr(w, "dtype", jnp.dtype(int))
     if w is None or not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2:
         found = "nothing" if w is None else f"{getattr(w, 'dtype', type(w).__name__)}"
@@ -335,7 +349,7 @@ def rounding(before: Any, after: Any) -> Rounding:
       after: the same tree with quantised weights or bases.
 
     Raises:
-      ValueError: a quantised weight of ``after`` is not in ``before``.
+      ValueError: ``after`` has no quantised weight, or one that is not in ``before``.
 
     Example:
       >>> import jax.numpy as jnp, jlora
@@ -363,6 +377,11 @@ def rounding(before: Any, after: Any) -> Rounding:
                 f"array of shape {tuple(w.shape)}, as after."
             )
         found[path] = float(_relative(x, w))
+    if not found:
+        raise ValueError(
+            "rounding: after has no quantised weight: expected the params in floats, "
+            "then the same tree as jlora.quantize gave it."
+        )
     return Rounding(found)
 
 

@@ -278,6 +278,15 @@ def test_a_checkpoint_knows_how_its_base_was_rounded(tmp_path):
     other = jlora.quantize(params, "nf4")
     with pytest.raises(ValueError, match="rounded otherwise, as by other moments"):
         jlora.checkpoint.restore(tmp_path / "a", other)
+    # Of eight bits the norm alone would tell nothing.
+    by_moments = (
+        jlora.quantize(params, "int8", moments={"kernel": y.T @ y})
+        for y in (x, normal(31, 64))
+    )
+    same_norm, another = (jlora.wrap(x, rank=2) for x in by_moments)
+    jlora.checkpoint.save(tmp_path / "b", same_norm)
+    with pytest.raises(ValueError, match="of another model, or was rounded otherwise"):
+        jlora.checkpoint.restore(tmp_path / "b", jlora.unwrap(another))
     for params in (other, jlora.merge(base)):
         back = jlora.checkpoint.restore(tmp_path / "a", params, any_qtype=True)
         same(back, jlora.attach(params, jlora.adapter(tree)))

@@ -130,6 +130,21 @@ def test_half_of_the_weights_adapted(name):
     close(jlora.lift(fn)(tree, x), fn(by_hand(floats(tree), plan), x))
 
 
+@pytest.mark.parametrize("qtype", QTYPES)
+@pytest.mark.parametrize("scanned", [False, True])
+def test_a_bfloat16_weight_in_use_is_the_one_that_is_merged(qtype, scanned):
+    """To the bit, where wider activations would let XLA leave its rounding out."""
+
+    def fn(p, x):
+        if scanned:
+            return lax.scan(lambda x, w: (x @ w, None), x, p["w"])[0]
+        return x @ p["w"][0] @ p["w"][1]
+
+    params, x = {"w": normal(2, 64, 64).astype("bfloat16") / 8}, normal(5, 64)
+    coded = jlora.quantize(params, qtype, plan=jlora.plan(fn, params, x))
+    same(jax.jit(jlora.lift(fn))(coded, x), jax.jit(fn)(jlora.merge(coded), x))
+
+
 def test_int4_is_not_converted_at_once():
     """A bare conversion is one that XLA for GPU may get wrong; see `_dequantized`."""
     coded = jlora.quantize({"w": normal(8, 8)}, "int4", targets="w", block=4)
@@ -496,6 +511,20 @@ def test_shapes_alone_and_under_jit():
     close(inside["up"]["kernel"].scale, whole["up"]["kernel"].scale)
     tree = jlora.wrap(shapes, plan=plan)
     assert jax.eval_shape(jlora.lift(model), tree, IDS).shape == (5, 12)
+
+
+def test_calls_that_cannot_be_meant():
+    params = {"kernel": normal(64, 8)}
+    with pytest.raises(TypeError, match="donate 'no': expected True or False"):
+        jlora.quantize(params, "int8", donate="no")
+    with pytest.raises(ValueError, match="targets is empty: expected patterns"):
+        jlora.quantize(params, "int8", targets=[])
+    given = jax.tree.map(jnp.array, params)
+    coded = jlora.quantize(given, "int8", donate=True)
+    with pytest.raises(ValueError, match="'kernel' was freed, as donate=True does"):
+        jlora.quantize(given, "int8")
+    with pytest.raises(ValueError, match="rounding: after has no quantised weight"):
+        jlora.rounding(coded, params)
 
 
 def test_donated_leaf_by_leaf():

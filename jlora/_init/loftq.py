@@ -43,10 +43,11 @@ def loftq(
 
     Args:
       qtype: as in `jlora.quantize`.
-      steps: how many turns; 1 to 5.
+      steps: how many turns, from 1; the paper has up to 5.
       block: as in `jlora.quantize`.
       moments: the second moments of what enters each weight, as `jlora.observe` gives
-        them.  On a mesh an array (out, out) of each weight is on every device.
+        them.  On a mesh an array (out, out) of each weight is on every device.  In a
+        function that is traced they are not looked at: NaN give NaN.
 
     Raises:
       ValueError: no such qtype, or number of turns; a block that does not divide; a

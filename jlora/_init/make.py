@@ -190,8 +190,8 @@ def make(
     except Misfit as e:
         raise ValueError(
             f"{path!r} of shape {tuple(w.shape)} and roles {spec.axes!r}: expected {e}."
-            f" Give it another rank or init by a rule, jlora.Rule({path!r}, ...), or "
-            "exclude it."
+            f" Give it a rank or an init that fits by a rule, jlora.Rule({path!r}, "
+            "...), or exclude it."
         ) from None
     _check(path, start, shapes, w, spec)
     leaf = LoRA(

@@ -77,7 +77,7 @@ class Quantized(base.Base):
 
         def call(array: Any, *operands: Any) -> Any:
             array, operands = lax.optimization_barrier((array, operands))
-            return fn(dequantized(array), *operands)
+            return fn(dequantized(array, operands), *operands)
 
         return jax.checkpoint(call)(self.array, *operands)
 
@@ -219,7 +219,7 @@ class Row(base.Base):
         def call(array: Any, steps: Any, *operands: Any) -> Any:
             held = lax.optimization_barrier((array, steps, operands))
             array, steps, operands = held
-            return fn(dequantized(_row(array, steps)), *operands)
+            return fn(dequantized(_row(array, steps), operands), *operands)
 
         return jax.checkpoint(call)(self.array, self.steps, *operands)
 
@@ -274,17 +274,30 @@ def qtype_of(array: Any) -> str:
     return str(jnp.dtype(codes_of(array).dtype if qtype is None else qtype))
 
 
-def dequantized(array: Any) -> jax.Array:
-    """(numbers - zero point) * scale, each scale for all numbers of its block."""
+def dequantized(array: Any, operands: Any = ()) -> jax.Array:
+    """(numbers - zero point) * scale, each scale for all numbers of its block.
+
+    Args:
+      array: the quantised array.
+      operands: what the array meets.  Where that is wider, as float32 activations are
+        than a bfloat16 weight, XLA would leave the rounding to bfloat16 out, and a
+        weight in use have other numbers than one that is merged.
+    """
     array = jax.tree.map(lax.stop_gradient, array)
+    floats = [
+        x for x in jax.tree.leaves(operands) if jnp.issubdtype(x.dtype, jnp.floating)
+    ]
+    hold = array.scale.dtype == jnp.bfloat16 and any(
+        x.dtype.itemsize > 2 for x in floats
+    )
 
     def like() -> Any:
         return jax.typeof(codes_of(array)).sharding
 
-    return automatic(_dequantized, like, array)
+    return automatic(functools.partial(_dequantized, hold), like, array)
 
 
-def _dequantized(array: Any) -> jax.Array:
+def _dequantized(hold: bool, array: Any) -> jax.Array:
     numbers, scale = codes_of(array), array.scale
     if qtype_of(array) == "nf4":
         numbers = _nf4(numbers)
@@ -293,7 +306,11 @@ def _dequantized(array: Any) -> jax.Array:
         # to XLA for GPU, which takes every second row for zeros where a thread reads
         # less than four bytes, as of a weight of 512 numbers (seen in JAX 0.11.2).
         numbers = jnp.maximum(numbers.astype(jnp.int8), -8)
-    numbers = numbers.astype(scale.dtype)
+
+    def rounded(x: jax.Array) -> jax.Array:
+        return _held(x) if hold else x.astype(array.scale.dtype)
+
+    numbers = rounded(numbers)
     zero = getattr(array, "zero_point", None)
     blocks = [scale] if zero is None else [scale, zero]
     shape: list[int] = []
@@ -307,8 +324,13 @@ def _dequantized(array: Any) -> jax.Array:
     wide = numbers.reshape(shape)
     scale, *zeros = (x.reshape(view) for x, view in zip(blocks, views, strict=True))
     for x in zeros:
-        wide = wide - x.astype(wide.dtype)
-    return (wide * scale).reshape(numbers.shape)
+        wide = rounded(wide - x.astype(wide.dtype))
+    return rounded(wide * scale).astype(scale.dtype).reshape(numbers.shape)
+
+
+def _held(x: jax.Array) -> jax.Array:
+    """x as bfloat16 has it, in float32."""
+    return lax.reduce_precision(x.astype(jnp.float32), 8, 7)  # exponent, mantissa
 
 
 def _nf4(codes: jax.Array) -> jax.Array:

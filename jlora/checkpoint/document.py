@@ -11,13 +11,14 @@ from __future__ import annotations
 import json
 import math
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
+from jax import lax
 
 from jlora._algebra.weight import squares
 from jlora._leaf import Adapted, Full, LoRA, base, forms, is_adapted
@@ -81,14 +82,34 @@ def entry(leaf: Adapted, w: Any) -> dict[str, Any]:
         said |= {"rank": leaf.rank, **static_document(static)}
         fits = leaf.moved or base.is_lossy(w)  # this base alone
         if fits and not base.is_abstract(w) and not base.is_zero(leaf.w):
-            said["norm"] = _norm(w)
+            said |= _values(w)
     return said
 
 
-def _norm(w: Any) -> float:
-    """‖W‖ of a base, in float32; in all processes the same."""
-    x = base.array(w)
-    return math.sqrt(float(squares(x, tuple(range(x.ndim)), jnp.float32)))
+def _values(w: Any) -> dict[str, float]:
+    """What tells the values of a base; in all processes the same.
+
+    Its norm, and the sum of its numbers with signs that look random.  What was rounded
+    otherwise has nearly the same norm, and another such sum, by about the norm of the
+    difference.
+    """
+    squared, signed = _sums(base.array(w))
+    return {"norm": math.sqrt(float(squared)), "signed": float(signed)}
+
+
+@jax.jit
+def _sums(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of squares and of signed numbers, an axis at a time so that little is lost."""
+    mixed = jnp.zeros(x.shape, jnp.uint32)
+    for axis in range(x.ndim):  # odd factors and shifts, until no pattern is left
+        mixed = mixed + lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        mixed = mixed * jnp.uint32(0x9E3779B1)
+        mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(0x85EBCA77)
+    x = x.astype(jnp.float32)
+    signed = jnp.where(mixed >> 31, -x, x)
+    for _ in range(x.ndim):
+        signed = signed.sum(-1)
+    return squares(x, tuple(range(x.ndim)), jnp.float32), signed
 
 
 def require_left(
@@ -108,22 +129,29 @@ def require_left(
     how = said.get("moved")
     if "norm" not in said or base.is_abstract(w) or (any_qtype and not how):
         return
-    want, found = said["norm"], _norm(w)
-    if abs(found - want) > 1e-4 * want:
+    found, size = _values(w), said["norm"]
+    if any(abs(x - said.get(name, x)) > 1e-4 * size for name, x in found.items()):
         if not how:
             raise ValueError(
                 f"checkpoint.restore: {where} belongs to another base: {path!r} was "
-                f"trained on one of norm {want:.6g}, found {found:.6g}: it was rounded "
-                "otherwise, as by other moments. Pass the quantised base itself, which "
-                "Orbax saves as any tree; or any_qtype=True to put it on this one."
+                f"trained on one with {_said(said)}, found {_said(found)}: it is of "
+                "another model, or was rounded otherwise, as by other moments. Pass the "
+                "quantised base itself, which Orbax saves as any tree; or, for another "
+                "rounding of the same weights, any_qtype=True."
             )
         raise ValueError(
             f"checkpoint.restore: {where} belongs to another base: {path!r} was "
-            f"trained on what {how!r} had left of it, of norm {want:.6g}, found "
-            f"{found:.6g}. Pass jlora.unwrap(jlora.wrap(params, ..., init={how!r})) as "
-            "before the training; or save an adapter of the original base, jlora.mix("
+            f"trained on what {how!r} had left of it, with {_said(said)}, found "
+            f"{_said(found)}. Pass that base: as Orbax saved it, or made anew as before "
+            f"the training, jlora.unwrap(jlora.wrap(params, ..., init={how!r})), with "
+            "the same options. Or save an adapter of the original base, jlora.mix("
             "[trained, start], [1, -1])."
         )
+
+
+def _said(values: Mapping[str, Any]) -> str:
+    signed = f", signed sum {values['signed']:.6g}" if "signed" in values else ""
+    return f"norm {values['norm']:.6g}{signed}"
 
 
 def names(said: dict[str, Any], path: str, arrays: Iterable[str]) -> dict[str, str]:
