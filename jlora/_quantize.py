@@ -51,8 +51,8 @@ def quantize(
     arXiv:2210.17323).
 
     The leaves are quantised one after another.  On a mesh every device quantises its
-    own shards; with moments, a whole weight.  ``jax.ShapeDtypeStruct``s give shapes.  In
-    a function that is traced NaN and infinities raise nothing.
+    own shards; with moments, a whole weight.  ``jax.ShapeDtypeStruct``s give shapes.
+    In a function that is traced NaN and infinities raise nothing.
 
     Args:
       tree: plain params, of which the weights are quantised; or an adapted tree, of
@@ -249,8 +249,8 @@ def _check_leaf(path: str, x: Any) -> None:
         )
     if isinstance(w, jax.Array) and base.is_concrete(w) and w.is_deleted():
         raise ValueError(
-            f"quantize: {path!r} was freed, as donate=True does: expected an array. Use "
-            "the quantised tree that came of it, or load the floats again."
+            f"quantize: {path!r} was freed, as donate=True does: expected an array. "
+            "Use the quantised tree that came of it, or load the floats again."
         )
     dtype = getattr(w, "dtype", jnp.dtype(int))
     if w is None or not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2:

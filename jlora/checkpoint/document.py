@@ -135,17 +135,17 @@ def require_left(
             raise ValueError(
                 f"checkpoint.restore: {where} belongs to another base: {path!r} was "
                 f"trained on one with {_said(said)}, found {_said(found)}: it is of "
-                "another model, or was rounded otherwise, as by other moments. Pass the "
-                "quantised base itself, which Orbax saves as any tree; or, for another "
-                "rounding of the same weights, any_qtype=True."
+                "another model, or was rounded otherwise, as by other moments. Pass "
+                "the quantised base itself, which Orbax saves as any tree; or, for "
+                "another rounding of the same weights, any_qtype=True."
             )
         raise ValueError(
             f"checkpoint.restore: {where} belongs to another base: {path!r} was "
             f"trained on what {how!r} had left of it, with {_said(said)}, found "
-            f"{_said(found)}. Pass that base: as Orbax saved it, or made anew as before "
-            f"the training, jlora.unwrap(jlora.wrap(params, ..., init={how!r})), with "
-            "the same options. Or save an adapter of the original base, jlora.mix("
-            "[trained, start], [1, -1])."
+            f"{_said(found)}. Pass that base: as Orbax saved it, or made as before the "
+            f"training, jlora.unwrap(jlora.wrap(params, ..., init={how!r})), with the "
+            "same options. Or save an adapter of the original base, "
+            "jlora.mix([trained, start], [1, -1])."
         )
 
 
