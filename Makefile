@@ -5,7 +5,7 @@
 #   make interop                       against PyTorch's loralib and peft
 #   make faults                        kill training 50 times; 25,000 damaged files
 #   make demo                          fine-tune MiniLM      ARGS=--help lists the options
-#   make llm                           fine-tune SmolLM2 on a 4-bit base, in 20 minutes
+#   make llm                           fine-tune SmolLM2 on a 4-bit base, in < 20 minutes
 #   make sweep                         sixteen runs of a sweep as one
 #   make domains, make serve           four adapters trained in one batch; many served
 #   make many                          both
