@@ -37,6 +37,12 @@ def automatic(fn: Callable[..., Any], out: Callable[[], Any], *args: Any) -> Any
     return jax.sharding.auto_axes(fn, out_sharding=own)(*args)
 
 
+def replicated(x: jax.Array) -> jax.sharding.NamedSharding:
+    """The sharding on the mesh of x by which each device has all of an array."""
+    mesh = jax.typeof(x).sharding.mesh
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+
 def explicit(tree: Any) -> bool:
     """Whether an array of a tree is on explicit axes of a mesh."""
     arrays = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)]
@@ -45,8 +51,4 @@ def explicit(tree: Any) -> bool:
 
 def whole(x: jax.Array) -> jax.Array:
     """The array whole on each device, where its axes are explicit."""
-
-    def like() -> Any:
-        return jax.typeof(x).sharding.update(spec=jax.sharding.PartitionSpec())
-
-    return automatic(lambda x: x, like, x)
+    return automatic(lambda x: x, lambda: replicated(x), x)

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from jlora._adapter import Adapter
-from jlora._arithmetic.factors import check_size, kept, whole
-from jlora._explicit import automatic
+from jlora._arithmetic.factors import check_size, kept
+from jlora._explicit import automatic, replicated
 from jlora._init.make import make
 from jlora._init.matrices import Matrices
 from jlora._leaf import Full, base
@@ -129,7 +129,7 @@ def _leaf(
         return m.take(v) - m.take(w)
 
     arrays = base.array(v), base.array(w)
-    change = automatic(difference, lambda: whole(arrays[1]), *arrays)
+    change = automatic(difference, lambda: replicated(arrays[1]), *arrays)
     if not bool(jnp.isfinite(change).all()):  # LAPACK may not return from infinities
         raise ValueError(
             f"extract: {path!r} has NaN or infinities in one of both: expected finite "

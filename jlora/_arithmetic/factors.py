@@ -12,7 +12,7 @@ import numpy as np
 
 from jlora._algebra.delta import scaled
 from jlora._algebra.rows import replaces
-from jlora._explicit import automatic
+from jlora._explicit import automatic, replicated
 from jlora._init.matrices import exact
 from jlora._leaf import LoRA, forms
 from jlora._leaf.fields import lacking
@@ -85,17 +85,11 @@ def _shape(x: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
-def whole(x: jax.Array) -> jax.sharding.NamedSharding:
-    """The sharding on the mesh of x by which each device has all of an array."""
-    mesh = jax.typeof(x).sharding.mesh
-    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-
-
 def values(leaf: LoRA) -> jax.Array:
     """The singular values of each delta, (*stack, r)."""
 
     def like() -> Any:
-        return whole(leaf.a)
+        return replicated(leaf.a)
 
     return automatic(lambda x: svd(*matrices(x))[1], like, leaf)
 

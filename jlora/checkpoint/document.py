@@ -21,6 +21,7 @@ from etils import epath
 from jax import lax
 
 from jlora._algebra.weight import squares
+from jlora._explicit import automatic, replicated
 from jlora._leaf import Adapted, Full, LoRA, base, forms, is_adapted
 from jlora._leaf.leaf import STATIC
 from jlora._leaf.leaf import document as static_document
@@ -98,7 +99,8 @@ def _values(w: Any) -> dict[str, float]:
     otherwise has nearly the same norm, and another such sum, by about the norm of the
     difference.
     """
-    squared, signed = _sums(base.array(w))
+    x = base.array(w)
+    squared, signed = automatic(_sums, lambda: (replicated(x), replicated(x)), x)
     return {"norm": math.sqrt(float(squared)), "signed": float(signed)}
 
 
