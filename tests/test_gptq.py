@@ -290,6 +290,10 @@ def test_a_checkpoint_knows_how_its_base_was_rounded(tmp_path):
     for params in (other, jlora.merge(base)):
         back = jlora.checkpoint.restore(tmp_path / "a", params, any_qtype=True)
         same(back, jlora.attach(params, jlora.adapter(tree)))
+    floats = {"kernel": normal(64, 8), "bias": normal(8)}
+    jlora.checkpoint.save(tmp_path / "c", jlora.wrap(floats, rank=2, init="loftq"))
+    with pytest.raises(ValueError, match=r"trained on, quantised as they were\.$"):
+        jlora.checkpoint.restore(tmp_path / "c", floats)
 
 
 def test_embeddings_have_no_moments():

@@ -188,16 +188,14 @@ def restore(
     want, have = document["base"], _document.fingerprint(params)
     if any_qtype:
         want, have = map(_document.without_qtypes, (want, have))
+    advice = "Pass the params that the adapter was trained on"
+    if _document.without_qtypes(want) == _document.without_qtypes(have):
+        advice += ", quantised as they were"
+        # What an initialiser has left of a base is needed itself.
+        if not any("moved" in said for said in document["plan"].values()):
+            advice += "; or any_qtype=True to put it on these"
     _document.require_same(
-        f"checkpoint.restore: {path} belongs to another base",
-        want,
-        have,
-        "Pass the params that the adapter was trained on"
-        + (
-            ", quantised as they were; or any_qtype=True to put it on these."
-            if _document.without_qtypes(want) == _document.without_qtypes(have)
-            else "."
-        ),
+        f"checkpoint.restore: {path} belongs to another base", want, have, f"{advice}."
     )
     bases = _document.bases(params)
     for p, said in document["plan"].items():
