@@ -61,7 +61,7 @@ STARTED: list[subprocess.Popen] = []
 def popen(command, environment):
     process = subprocess.Popen(
         command,
-        env=environment,
+        env=environment | {"PYTHONFAULTHANDLER": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -91,7 +91,13 @@ def kill(process):
 
 def ended(process, limit=300):
     """The output and exit status of a run."""
-    text, _ = process.communicate(timeout=limit)
+    try:
+        text, _ = process.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        for one in STARTED:  # each says where it waits
+            one.send_signal(signal.SIGABRT)
+        said = [one.communicate()[0][-5000:] for one in STARTED]
+        pytest.fail("\n\n".join([f"it has not ended in {limit} s:", *said]))
     return text, process.returncode
 
 
