@@ -25,10 +25,8 @@ import finetune
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import weights
-from finetune import Config, call
-from model import cross_entropy
+from finetune import Config
 from packing import Batch, Texts
 from pinned import movie_reviews
 from tqdm import tqdm
@@ -90,26 +88,18 @@ def start(model: Any, data: Data, config: Config, seeds: range) -> tuple[Any, An
 
 def trained(trainable: Any, frozen: Any, data: Data, config: Config, seeds: range):
     """What trains, after the steps."""
-    tx = finetune.optimizer(config)
+    own = finetune.training_step(config)
 
     def step(state: tuple[Any, Any], batch: Batch) -> tuple[Any, jax.Array]:
-        trainable, opt_state = state
-
-        def loss(trainable: Any) -> jax.Array:
-            tree = jlora.combine(trainable, frozen)
-            logits = jlora.lift(call)(tree, batch.ids, batch.segments)
-            return cross_entropy(logits, batch.targets, batch.segments > 0)
-
-        value, grads = jax.value_and_grad(loss)(trainable)
-        updates, opt_state = tx.update(grads, opt_state, trainable)
-        return (optax.apply_updates(trainable, updates), opt_state), value
+        trainable, opt_state, loss = own(*state, frozen, batch)
+        return (trainable, opt_state), loss
 
     @jax.jit
     def chunk(state: Any, batches: Batch) -> tuple[Any, jax.Array]:
         return jax.lax.scan(jax.vmap(step), state, batches)
 
     orders = [data.texts.epochs(data.train, seed) for seed in seeds]
-    state = trainable, jax.vmap(tx.init)(trainable)
+    state = trainable, jax.vmap(finetune.optimizer(config).init)(trainable)
     size = min(CHUNK, config.steps)
     for _ in tqdm(range(config.steps // size), desc=config.base, unit=" chunks"):
         batches = stacked([stacked([next(x) for x in orders]) for _ in range(size)])
@@ -127,9 +117,7 @@ def summed(trainable: Any, frozen: Any, batches: Batch, words: jax.Array) -> jax
 
         def one(trainable: Any) -> jax.Array:
             tree = jlora.combine(trainable, frozen)
-            logits = jlora.lift(call)(tree, batch.ids, batch.segments)
-            of = optax.softmax_cross_entropy_with_integer_labels
-            return jnp.where(words, of(logits, batch.targets), 0).sum()
+            return jnp.where(words, finetune.losses(tree, batch), 0).sum()
 
         return jax.vmap(one)(trainable)
 

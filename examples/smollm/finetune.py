@@ -167,15 +167,14 @@ def optimizer(config: Config) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))
 
 
-def compiled_step(state: State, frozen, config: Config) -> Callable:
-    """A compiled training step.
+def training_step(config: Config) -> Callable:
+    """A training step.
 
     It maps trainable, opt_state, frozen and a batch to new ones of the first two and
     the loss.
     """
     tx = optimizer(config)
 
-    @jax.jit
     def step(trainable, opt_state, frozen, batch: Batch):
         def loss(trainable):
             tree = jlora.combine(trainable, frozen)
@@ -186,8 +185,14 @@ def compiled_step(state: State, frozen, config: Config) -> Callable:
         updates, opt_state = tx.update(grads, opt_state, trainable)
         return optax.apply_updates(trainable, updates), opt_state, value
 
+    return step
+
+
+def compiled_step(state: State, frozen, config: Config) -> Callable:
+    """A training step, compiled."""
     batch = Batch(*[jax.ShapeDtypeStruct((config.rows, config.width), jnp.int32)] * 3)
-    return step.lower(state.trainable, state.opt_state, frozen, batch).compile()
+    args = state.trainable, state.opt_state, frozen, batch
+    return jax.jit(training_step(config)).lower(*args).compile()
 
 
 @jax.jit
